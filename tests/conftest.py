@@ -1,0 +1,27 @@
+"""Fixtures every test file may use: recorded cases, threads, seeds."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_path(relative: str) -> Path:
+    """A recorded case outside the repository, or a skip that says where it was looked for."""
+    root = Path(os.environ.get("LVLM_DECODE_SHARED", ROOT.parent / "shared"))
+    path = root / relative
+    if not path.exists():
+        pytest.skip(f"recorded case {relative} is not at {root}; set LVLM_DECODE_SHARED to the folder that holds it")
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_per_test_process():
+    import torch
+
+    torch.set_num_threads(1)
