@@ -1,0 +1,297 @@
+"""What a decoding method is: views of a sample, and how to combine what the model says about them.
+
+    scores = combine(logits of every view)          one stacked forward, see ``lvlm_decode.engine``
+    scores[token] = -inf  where  p(token) < beta * max p     under view 0, untempered, once, after combining
+
+Letters: ``B`` samples, ``V`` views, ``T`` positions in this forward, ``N`` vocabulary, ``L`` layers, ``D`` width. View 0 is
+the sample itself. Methods are frozen dataclasses without state; everything that one call needs travels in :class:`Step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import ParameterError, UnknownNameError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .engine.prepare import Sample
+
+
+@dataclass(frozen=True)
+class View:
+    """One extra conditioning of the model on a sample.
+
+    Made by the ``Sample.with_...`` methods. ``weight`` is signed: negative views are subtracted from view 0
+    (``weight * (l_view - l0)``), positive ones are added (``weight * l_view``).
+
+    Args:
+        sample: the edited sample; view 0's sample is the user's own.
+        weight: signed weight in the algebra of :class:`Contrast`.
+        patch: changes the model for the rows of this view only, as a context manager around its forwards. Views that
+            share a patch (the same object) run in one forward; a patched view cannot ride with the others.
+        module: another model (an amateur) that runs this view; ``None`` is the attached model.
+    """
+
+    sample: Sample
+    weight: float = 0.0
+    patch: Callable[[torch.nn.Module], AbstractContextManager] | None = None
+    module: torch.nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What a method must see inside the forward; nothing else is computed.
+
+    Args:
+        hidden: decoder layers whose hidden states are wanted, as ``output_hidden_states`` counts them: 0 is the
+            embeddings, ``i`` the output of layer ``i``, the last one is after the final norm.
+    """
+
+    hidden: tuple[int, ...] = ()
+
+    def __or__(self, other: Probes) -> Probes:
+        return Probes(hidden=tuple(sorted(set(self.hidden) | set(other.hidden))))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What :meth:`Method.combine` sees of one forward.
+
+    Args:
+        logits: (V, B, T, N) float32, view 0 first.
+        positions: (B, T) long; how many tokens were generated before the one these logits choose. Absolute: the same
+            in a plain step, in a batch and while a draft is verified.
+        weights: signed weight of each of the V - 1 extra views.
+        hidden: layer -> (V, B, T, D), for the layers the method's probes named.
+        project: (..., D) hidden states of an intermediate layer -> (..., N) float32 logits, through the final norm
+            and the language head; ``normed=False`` leaves the final norm out.
+    """
+
+    logits: Tensor
+    positions: Tensor
+    weights: tuple[float, ...] = ()
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    project: Callable[..., Tensor] | None = None
+
+    def of_views(self, start: int, stop: int) -> Step:
+        """The step with view 0 and the extra views ``start..stop-1`` (counted from 0) alone."""
+        rows = [0, *range(1 + start, 1 + stop)]
+        return dataclasses.replace(
+            self,
+            logits=self.logits[rows],
+            weights=self.weights[start:stop],
+            hidden={layer: states[rows] for layer, states in self.hidden.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of every decoding method: hyper-parameters and three pure functions.
+
+    Class attributes describe the method to the command line, the documentation and the tests.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
+    #: Other spellings of a parameter that users know from the authors' scripts.
+    aliases: ClassVar[Mapping[str, str]] = {"cd_alpha": "alpha", "cd_beta": "beta"}
+    #: What the extra views cost: "image" a vision pass each, "text" a prefill each, "layers" hidden states alone.
+    costs: ClassVar[tuple[str, ...]] = ()
+    #: Modes this method cannot honour: mode -> one sentence that says why. Checked before the first token.
+    refuses: ClassVar[Mapping[str, str]] = {}
+    #: Families it needs something of that they may lack; see ``families``.
+    needs: ClassVar[tuple[str, ...]] = ()
+    #: Two methods that own the same rule cannot be added up.
+    owns: ClassVar[str | None] = None
+
+    @classmethod
+    def create(cls, **parameters: Any) -> Method:
+        """The method with these parameters; aliases accepted.
+
+        Raises:
+            UnknownNameError: a parameter the method does not have.
+            ParameterError: a value outside its range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        given: dict[str, Any] = {}
+        for key, value in parameters.items():
+            target = cls.aliases.get(key, key)
+            if target not in known:
+                listed = ", ".join(sorted(known)) or "none"
+                raise UnknownNameError(f"{cls.name} has no parameter {key!r}; its parameters are: {listed}.")
+            if target in given:
+                raise ParameterError(f"{cls.name} was given {target} twice, once as {key!r}; give it once.")
+            given[target] = value
+        return cls(**given)
+
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
+        """The extra views of one sample; the same number for every sample. ``rng`` (CPU) belongs to the sample."""
+        return []
+
+    def probes(self, model: torch.nn.Module) -> Probes:
+        """The hidden layers this method reads from ``model``."""
+        return Probes()
+
+    def patch(self, run: Any) -> AbstractContextManager:
+        """A change of the model for the length of one call, for instance of the attention of view 0's rows.
+
+        ``run`` is the :class:`lvlm_decode.engine.attach.Run`. The change must be undone on exit.
+        """
+        return nullcontext()
+
+    def observe(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+        """Watches the vision encoder while it encodes the samples; what it yields reaches ``Sample.observed``."""
+        return nullcontext()
+
+    def combine(self, step: Step) -> Tensor:
+        """(B, T, N) scores, before the plausibility mask. Pure; per position."""
+        return step.logits[0]
+
+    @property
+    def plausible(self) -> float | None:
+        """beta of the plausibility mask, or ``None`` for no mask."""
+        return None
+
+    def keep(self, step: Step) -> Tensor | None:
+        """(B, T, N) bool, which tokens survive the plausibility mask; ``None`` keeps all."""
+        return None if self.plausible is None else plausible(step.logits[0], self.plausible)
+
+    def scores(self, step: Step) -> Tensor:
+        """(B, T, N): :meth:`combine`, then the mask, once."""
+        scores, keep = self.combine(step), self.keep(step)
+        return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+
+    def parts(self) -> tuple[Method, ...]:
+        """The methods this one is a sum of; itself if it is not a sum."""
+        return (self,)
+
+    def __add__(self, other: Method) -> Method:
+        if not isinstance(other, Method):
+            return NotImplemented
+        return Sum.of(self, other)
+
+    def check(self, condition: bool, parameter: str, expected: str) -> None:
+        """Raise :class:`ParameterError` unless ``condition``; used by ``__post_init__``."""
+        if not condition:
+            value = getattr(self, parameter)
+            raise ParameterError(f"{self.name}: {parameter} = {value!r} is not valid; it must be {expected}.")
+
+    def check_beta(self) -> None:
+        beta = getattr(self, "beta")  # noqa: B009  (not every method has one)
+        self.check(beta is None or 0 < beta <= 1, "beta", "in (0, 1], or None for no plausibility mask")
+
+
+@dataclass(frozen=True)
+class Contrast(Method):
+    """A method whose views add up with fixed signed weights.
+
+        out = (1 + sum a_neg) * l0 - sum a_neg * l_neg + sum a_pos * l_pos
+    """
+
+    def combine(self, step: Step) -> Tensor:
+        main = step.logits[0]
+        out = main
+        for logits, weight in zip(step.logits[1:], step.weights):
+            out = out + weight * (logits - main if weight < 0 else logits)
+        return out
+
+
+@dataclass(frozen=True)
+class Sum(Method):
+    """Several contrasts at once: the union of their views in one forward, the sum of their terms, one mask.
+
+    out = l0 + sum over methods of (combine(views of that method) - l0)
+    """
+
+    name: ClassVar[str] = "sum"
+    methods: tuple[Method, ...] = ()
+    #: How many views each method has; filled by the engine once the views are made.
+    counts: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(*methods: Method) -> Method:
+        """The sum of ``methods``.
+
+        Raises:
+            UnsupportedError: a controller, two methods that own the same rule, or the same method twice.
+        """
+        parts = tuple(part for method in methods for part in method.parts())
+        owners: dict[str, str] = {}
+        for part in parts:
+            if "sum" in part.refuses:
+                raise UnsupportedError(f"{part.name} cannot be added to another method: {part.refuses['sum']}")
+            if part.owns is not None:
+                if part.owns in owners:
+                    raise UnsupportedError(
+                        f"{owners[part.owns]} and {part.name} cannot be added: both own {part.owns}; use one of them."
+                    )
+                owners[part.owns] = part.name
+        names = [part.name for part in parts]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise UnsupportedError(f"{twice} is added to itself; set its strength by its own parameters instead.")
+        return Sum(methods=parts)
+
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
+        return [view for views in self.views_by_method(sample, lambda _: rng) for view in views]
+
+    def views_by_method(self, sample: Sample, rng_of: Callable[[str], torch.Generator]) -> list[list[View]]:
+        """The views of each method; ``rng_of(name)`` is the generator that method would have alone."""
+        return [method.views(sample, rng_of(method.name)) for method in self.methods]
+
+    def with_counts(self, counts: tuple[int, ...]) -> Sum:
+        return dataclasses.replace(self, counts=counts)
+
+    def probes(self, model: torch.nn.Module) -> Probes:
+        wanted = Probes()
+        for method in self.methods:
+            wanted = wanted | method.probes(model)
+        return wanted
+
+    def _steps(self, step: Step) -> list[tuple[Method, Step]]:
+        out, start = [], 0
+        for method, count in zip(self.methods, self.counts):
+            out.append((method, step.of_views(start, start + count)))
+            start += count
+        return out
+
+    def combine(self, step: Step) -> Tensor:
+        main = step.logits[0]
+        out = main
+        for method, own in self._steps(step):
+            out = out + (method.combine(own) - main)
+        return out
+
+    @property
+    def plausible(self) -> float | None:
+        betas = [method.plausible for method in self.methods if method.plausible is not None]
+        return max(betas) if betas else None
+
+    def keep(self, step: Step) -> Tensor | None:
+        kept = [keep for method, own in self._steps(step) if (keep := method.keep(own)) is not None]
+        return None if not kept else torch.stack(kept).all(0)
+
+    def parts(self) -> tuple[Method, ...]:
+        return self.methods
+
+
+def plausible(logits: Tensor, beta: float | Tensor) -> Tensor:
+    """Adaptive plausibility constraint: (..., N) bool, keeps tokens with p >= beta * max p at temperature 1.
+
+    Ties at the threshold are kept, as in the authors' code of VCD (arXiv 2311.16922), and so is always the arg max.
+    Reference: contrastive decoding (arXiv 2210.15097).
+
+    Args:
+        logits: (..., N) of view 0, before any processor.
+        beta: in (0, 1]; a float or a tensor that broadcasts against (..., 1).
+    """
+    log_beta = torch.as_tensor(beta, dtype=logits.dtype, device=logits.device).log()
+    return logits >= logits.amax(-1, keepdim=True) + log_beta
