@@ -1,0 +1,41 @@
+"""Hallucination benchmarks: questions, scorers, statistics, tables. Imports no torch, except `runner` and `run`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .errors import EvalError, UnknownNameError
+
+# name -> "module:Class"; loaded when asked for. A new benchmark is one file and one line here.
+EVALUATORS: dict[str, str] = {
+    "amber": ".amber:Amber",
+    "chair": ".chair:Chair",
+    "hallusionbench": ".hallusionbench:HallusionBench",
+    "mme": ".mme:MME",
+    "pope": ".pope:Pope",
+    "sycophancy": ".sycophancy:Sycophancy",
+}
+
+
+def evaluator_class(name: str) -> type:
+    """The class of an evaluator by registry name."""
+    if name not in EVALUATORS:
+        raise UnknownNameError.of("evaluator", name, EVALUATORS)
+    module, _, cls = EVALUATORS[name].partition(":")
+    return getattr(import_module(module, __name__), cls)
+
+
+def evaluator(name: str, **options: Any):
+    """An evaluator with its options, e.g. `evaluator("pope", rule="opera")`; unknown options are named."""
+    from dataclasses import fields
+
+    cls = evaluator_class(name)
+    known = [option.name for option in fields(cls)]
+    for option in options:
+        if option not in known:
+            raise UnknownNameError.of(f"option of {name}", option, known)
+    return cls(**options)
+
+
+__all__ = ["EVALUATORS", "EvalError", "evaluator", "evaluator_class"]

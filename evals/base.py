@@ -1,0 +1,242 @@
+"""The contract of an evaluator: questions in, answers in, rows out, numbers from rows.
+
+Generating and scoring are two verbs. A *question* is asked by the runner; its *answer* is one JSON line; a *row* is one
+scored answer with its evidence; a *table* is numbers over rows. An evaluator is a frozen dataclass whose fields are its
+options (a parsing rule, a vocabulary), in one file, with one line in `evals.EVALUATORS`. It imports no torch.
+
+A whole evaluator:
+
+    @dataclass(frozen=True)
+    class Existence(Evaluator):
+        '''Is the object there? (A paper, arXiv id.)'''
+
+        name = "existence"
+        columns = (Column("accuracy", "Accuracy", "percent", better=+1, paired=True),)
+
+        def scene_questions(self, scenes, seed=0):
+            return {"all": [Question(id=s.id, text="Is there a dog in the image?", image=s.id,
+                                     label="yes" if "dog" in s.names else "no") for s in scenes]}
+
+        def row(self, answer):
+            said = "yes" if answer.answer.lower().startswith("yes") else "no"
+            return Row.of(answer, parsed=said, correct=said == answer.label, rule="prefix")
+
+        def tally(self, rows):                        # the rows of ONE cluster
+            return {"n": len(rows), "right": sum(row.correct for row in rows)}
+
+        def rates(self, totals):                      # tallies added over clusters; numbers or numpy arrays
+            return {"accuracy": ratio(totals["right"], totals["n"])}
+
+Why `tally` and `rates` are apart: every published number here is a function of sums over clusters. A cluster is what is
+drawn again in the bootstrap, normally an image; everything that must be counted jointly (the two questions of an MME image,
+the set of figures of a HallusionBench question) lies inside one cluster. So the bootstrap adds integer tallies and calls
+`rates` once on arrays, and point estimate and interval come from the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .errors import EvalError, FileFormatError
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to ask about one image.
+
+    id: unique within its split, string or integer as in the source file. text: what the user says, without image
+    placeholder and chat template. image: file name relative to the image folder, or scene id; None asks without one.
+    label: gold answer, any JSON value (yes/no, list of object names). meta: JSON values the scorer needs.
+    cluster: what is resampled together; None means the image.
+    """
+
+    id: str | int
+    text: str
+    image: str | None
+    label: Any = None
+    cluster: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a question: one line of answers.jsonl. It carries the question, so scoring needs nothing else.
+
+    tokens: number of generated tokens, None when unknown. error: a sentence instead of an answer when the sample could
+    not be asked (image missing or corrupt); such answers are counted and named, never scored.
+    """
+
+    question_id: str | int
+    answer: str
+    text: str = ""
+    image: str | None = None
+    label: Any = None
+    cluster: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    error: str | None = None
+
+    @classmethod
+    def to(cls, question: Question, answer: str, tokens: int | None = None, error: str | None = None) -> Answer:
+        return cls(
+            question_id=question.id,
+            answer=answer,
+            text=question.text,
+            image=question.image,
+            label=question.label,
+            cluster=question.cluster,
+            meta=question.meta,
+            tokens=tokens,
+            error=error,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The JSON object of this answer; fields at their default are left out."""
+        known = {"question_id": self.question_id, "image": self.image, "text": self.text, "label": self.label}
+        known |= {"answer": self.answer, "tokens": self.tokens}
+        optional = {"cluster": self.cluster, "meta": dict(self.meta), "error": self.error}
+        return known | {name: value for name, value in optional.items() if value}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scored answer and its evidence, so that any cell of a table can be traced to text.
+
+    parsed: what the rule read in the answer (JSON value). clear: False when the rule found nothing to read and fell back
+    to its default. correct: the yes/no verdict McNemar's test compares; None where there is none. rule: the name of the
+    rule. evidence: JSON values that `tally` needs or a reader wants (object lists, counts).
+    """
+
+    id: str
+    cluster: str
+    answer: str
+    parsed: Any
+    correct: bool | None
+    rule: str
+    label: Any = None
+    clear: bool = True
+    tokens: int | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, answer: Answer, *, parsed: Any, correct: bool | None, rule: str, clear: bool = True, **evidence) -> Row:
+        """A row about `answer`; the cluster is the answer's own, else its image, else the question itself."""
+        cluster = answer.cluster if answer.cluster is not None else answer.image
+        return cls(
+            id=str(answer.question_id),
+            cluster=str(cluster if cluster is not None else answer.question_id),
+            answer=answer.answer,
+            parsed=parsed,
+            correct=correct,
+            rule=rule,
+            label=answer.label,
+            clear=clear,
+            tokens=answer.tokens,
+            evidence=evidence,
+        )
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: `key` of the summary, its title, how it prints, which way is better, whether it is compared.
+
+    kind: "percent" (a rate in 0..1, printed times 100), "number" (one decimal), "count" (integer).
+    better: +1 higher, -1 lower, 0 neither (yes-ratio, length). paired: differences between methods get an interval.
+    """
+
+    key: str
+    title: str
+    kind: str = "percent"
+    better: int = 0
+    paired: bool = False
+
+
+class Evaluator:
+    """Base of all evaluators. Subclasses are frozen dataclasses; see the module's docstring for a whole one."""
+
+    name: ClassVar[str]
+    # The paper and its id, shown by the command line.
+    paper: ClassVar[str] = ""
+    # How many new tokens an answer may take unless the caller says otherwise.
+    max_new_tokens: ClassVar[int] = 64
+    # Columns whose key a summary lacks are left out of its table (AMBER's two halves have different ones).
+    columns: ClassVar[tuple[Column, ...]] = ()
+    # What McNemar's test compares, as a table's footnote says it.
+    verdict: ClassVar[str] = "answer correct"
+
+    def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
+        """Split name -> questions about emoji scenes, by the code that builds the real benchmark."""
+        raise EvalError(f"{self.name} has no questions about emoji scenes; give --questions FILE and --images FOLDER.")
+
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """Split name -> questions of the benchmark's own files."""
+        raise EvalError(f"{self.name} has no question files; leave --questions out.")
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Answers made elsewhere. The default reads JSON lines with `question_id`, `answer` and optional other fields."""
+        from .answers import read_answers
+
+        return read_answers(path)
+
+    def row(self, answer: Answer) -> Row:
+        """Score one answer; pure."""
+        raise NotImplementedError
+
+    def rows(self, answers: Iterable[Answer]) -> list[Row]:
+        """Score all answers that are answers; those with `error` are left to `answers.audit`."""
+        return [self.row(answer) for answer in answers if answer.error is None]
+
+    def tally(self, rows: Sequence[Row]) -> dict[str, int]:
+        """Counts over the rows of one cluster. Same keys for every cluster; added over clusters."""
+        raise NotImplementedError
+
+    def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        """Rates from added tallies; values are integers or numpy arrays (one entry per bootstrap replicate)."""
+        raise NotImplementedError
+
+    def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Counts and rates over all rows: flat, JSON-able; what tables read."""
+        keys, counts = tallies(self, rows)
+        totals = {key: int(total) for key, total in zip(keys, counts[1].sum(axis=0))}
+        return totals | {name: float(value) for name, value in self.rates(totals).items()}
+
+    def report(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What `lvlm-decode score --json` prints: the summary, or more where a benchmark has nested results."""
+        return self.summary(rows)
+
+    def options(self) -> dict[str, Any]:
+        """The options of this evaluator, for settings beside the scores."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+
+def tallies(evaluator: Evaluator, rows: Sequence[Row]) -> tuple[list[str], tuple[list[str], np.ndarray]]:
+    """Count names and (cluster names, integer counts of shape (clusters, names)), clusters in first-seen order."""
+    grouped: dict[str, list[Row]] = {}
+    for row in rows:
+        grouped.setdefault(row.cluster, []).append(row)
+    counted = [evaluator.tally(group) for group in grouped.values()]
+    keys = list(dict.fromkeys(key for tally in counted for key in tally)) or list(evaluator.tally([]))
+    counts = np.array([[tally.get(key, 0) for key in keys] for tally in counted], dtype=np.int64)
+    return keys, (list(grouped), counts.reshape(len(counted), len(keys)))
+
+
+def ratio(part: Any, whole: Any) -> Any:
+    """part / whole, 0 where whole is 0; integers or numpy arrays. 0 follows lmms-eval, not the scripts that crash."""
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    quotient = np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole != 0)
+    return quotient if quotient.ndim else float(quotient)
+
+
+def need(record: Mapping[str, Any], name: str, where: str) -> Any:
+    """A field of a JSON object, or a sentence that names file, line and field."""
+    if name not in record:
+        raise FileFormatError(f"{where}: field {name!r} is missing; found {', '.join(map(str, record)) or 'no field'}.")
+    return record[name]
