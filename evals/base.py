@@ -28,9 +28,9 @@ A whole evaluator:
             return {"accuracy": ratio(totals["right"], totals["n"])}
 
 Why `tally` and `rates` are apart: every published number here is a function of sums over clusters. A cluster is what is
-drawn again in the bootstrap, normally an image; everything that must be counted jointly (the two questions of an MME image,
-the set of figures of a HallusionBench question) lies inside one cluster. So the bootstrap adds integer tallies and calls
-`rates` once on arrays, and point estimate and interval come from the same code.
+drawn again in the bootstrap, normally an image; everything that must be counted jointly (the two questions of an MME
+image, the set of figures of a HallusionBench question) lies inside one cluster. So the bootstrap adds integer tallies
+and calls `rates` once on arrays, and point estimate and interval come from the same code.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a question: one line of answers.jsonl. It carries the question, so scoring needs nothing else.
+    """What a model said to a question: one line of answers.jsonl. It carries the question, so scoring needs nothing
+    else.
 
     tokens: number of generated tokens, None when unknown. error: a sentence instead of an answer when the sample could
     not be asked (image missing or corrupt); such answers are counted and named, never scored.
@@ -107,9 +108,9 @@ class Answer:
 class Row:
     """One scored answer and its evidence, so that any cell of a table can be traced to text.
 
-    parsed: what the rule read in the answer (JSON value). clear: False when the rule found nothing to read and fell back
-    to its default. correct: the yes/no verdict McNemar's test compares; None where there is none. rule: the name of the
-    rule. evidence: JSON values that `tally` needs or a reader wants (object lists, counts).
+    parsed: what the rule read in the answer (JSON value). clear: False when the rule found nothing to read and fell
+    back to its default. correct: the yes/no verdict McNemar's test compares; None where there is none. rule: the name
+    of the rule. evidence: JSON values that `tally` needs or a reader wants (object lists, counts).
     """
 
     id: str
@@ -181,7 +182,9 @@ class Evaluator:
         raise EvalError(f"{self.name} has no question files; leave --questions out.")
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Answers made elsewhere. The default reads JSON lines with `question_id`, `answer` and optional other fields."""
+        """Answers made elsewhere. The default reads JSON lines with `question_id`, `answer` and optional other
+        fields.
+        """
         from .answers import read_answers
 
         return read_answers(path)

@@ -1,4 +1,5 @@
-"""What goes wrong while loading, scoring or tabulating, in one sentence each: what was given, what was expected, what to do.
+"""What goes wrong while loading, scoring or tabulating, in one sentence each: what was given, what was expected, what
+to do.
 
 Kept apart from `lvlm_decode.errors`, because scorers must import without torch.
 """

@@ -1,8 +1,8 @@
 """Reading yes or no out of an answer, by name of the rule. The rule matters more than most decoding methods.
 
-Each rule is a pure function `(text, label) -> (verdict, clear)`. Verdict is "yes", "no" or "other". `clear` is False when
-the rule found nothing that says its verdict and fell back to its default: such answers are the unparsed share of a table.
-Behaviour follows the scoring scripts of the repositories named; all were checked on recorded answers.
+Each rule is a pure function `(text, label) -> (verdict, clear)`. Verdict is "yes", "no" or "other". `clear` is False
+when the rule found nothing that says its verdict and fell back to its default: such answers are the unparsed share of
+a table. Behaviour follows the scoring scripts of the repositories named; all were checked on recorded answers.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def opera(text: str, label: str) -> Verdict:
 def vcd(text: str, label: str) -> Verdict:
     """VCD, DAMRO, DeCo, LLaVA-Align: right if the lower-cased text contains the label, so the verdict depends on it.
 
-    "know" contains "no"; an answer with both is right for either label, one with neither is wrong for either. Both kinds
-    are unclear.
+    "know" contains "no"; an answer with both is right for either label, one with neither is wrong for either. Both
+    kinds are unclear.
     """
     text = text.lower()
     right = label in text
@@ -69,7 +69,9 @@ def vlmevalkit(text: str, label: str) -> Verdict:
 
 
 def icd(text: str, label: str) -> Verdict:
-    """ICD (arXiv 2403.18715): POPE's sentence and negatives; then a token Yes or yes; otherwise the answer is dropped."""
+    """ICD (arXiv 2403.18715): POPE's sentence and negatives; then a token Yes or yes; otherwise the answer is
+    dropped.
+    """
     tokens = text.split(".")[0].replace(",", "").split(" ")
     if not {"No", "not", "no"}.isdisjoint(tokens):
         return "no", True
@@ -96,7 +98,8 @@ def lmms_eval_mme(text: str, label: str) -> Verdict:
 
 
 def _without_punctuation(text: str) -> str:
-    """VQA's punctuation step, in effect: a listed mark that touches a blank anywhere is deleted, else it becomes a blank.
+    """VQA's punctuation step, in effect: a listed mark that touches a blank anywhere is deleted, else it becomes a
+    blank.
 
     Asterisks and colons are not listed, so "**Yes**" stays one token and is unknown.
     """
