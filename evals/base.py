@@ -14,8 +14,8 @@ A whole evaluator:
         columns = (Column("accuracy", "Accuracy", "percent", better=+1, paired=True),)
 
         def scene_questions(self, scenes, seed=0):
-            return {"all": [Question(id=s.id, text="Is there a dog in the image?", image=s.id,
-                                     label="yes" if "dog" in s.names else "no") for s in scenes]}
+            return {"all": [Question(id=s.image_id, text="Is there a dog in the image?", image=str(s.image_id),
+                                     label="yes" if "dog" in s.categories else "no") for s in scenes]}
 
         def row(self, answer):
             said = "yes" if answer.answer.lower().startswith("yes") else "no"
@@ -50,8 +50,8 @@ class Question:
     """One thing to ask about one image.
 
     id: unique within its split, string or integer as in the source file. text: what the user says, without image
-    placeholder and chat template. image: file name relative to the image folder, or scene id; None asks without one.
-    label: gold answer, any JSON value (yes/no, list of object names). meta: JSON values the scorer needs.
+    placeholder and chat template. image: file name relative to the image folder, or `str(scene.image_id)`; None asks
+    without one. label: gold answer, any JSON value (yes/no, list of object names). meta: JSON values the scorer needs.
     cluster: what is resampled together; None means the image.
     """
 

@@ -1,0 +1,240 @@
+"""Answers and rows as JSON lines: read with the line named that is broken, appended so that a kill loses at most one
+line.
+
+Two kinds of reader: `read_answers` for scoring (any broken line is an error) and `resume_answers` for a run that was
+killed (a torn last line is cut off, any other broken line is an error).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import Answer, Question, Row, need
+from .errors import FileFormatError, MissingFileError
+
+# Fields of an answer line that are not its own evidence; anything else goes into `meta`.
+_FIELDS = ("question_id", "answer", "text", "image", "label", "cluster", "tokens", "error", "meta")
+# Other repositories' names of the same fields.
+_ALIASES = {"text": ("question", "query"), "image": ("image_source",), "answer": ("prediction",)}
+# How many culprits a message names before it only counts.
+NAMED = 5
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed if it is gzip (by content, not by name)."""
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path} is not a file; give the path of an existing file.")
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            return gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise FileFormatError(f"{path} is a damaged gzip file ({error}); fetch it again.") from error
+    return content
+
+
+def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(where, JSON object) of a file of JSON lines or of one JSON array of objects, gzip or not.
+
+    Raises FileFormatError naming file and line (or array entry) of what is not a JSON object.
+    """
+    try:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FileFormatError(f"{path}, line {error.lineno}: broken JSON ({error.msg}).") from error
+        found = [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
+    else:
+        found = list(_lines(path, text))
+    for where, entry in found:
+        if not isinstance(entry, dict):
+            raise FileFormatError(f"{where}: expected a JSON object, found {type(entry).__name__}.")
+    if not found:
+        raise FileFormatError(f"{path} is empty; expected one JSON object a line.")
+    return found
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines(): an answer may contain U+2028, which is no line break in JSON.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise FileFormatError(
+                    f"{where}: broken JSON ({error.msg}, column {error.colno}); expected one JSON object a line."
+                ) from error
+
+
+def answer_of(record: dict[str, Any], where: str) -> Answer:
+    """An answer from a JSON object; fields this library does not know go into `meta`."""
+    record = dict(record)
+    for name, others in _ALIASES.items():
+        for other in others:
+            if name not in record and other in record:
+                record[name] = record.pop(other)
+    identity = need(record, "question_id", where)
+    answer = record["answer"] if record.get("error") and "answer" not in record else need(record, "answer", where)
+    if answer is not None and not isinstance(answer, str):
+        raise FileFormatError(f"{where}: field 'answer' must be text, found {type(answer).__name__}.")
+    if not isinstance(identity, str | int):
+        raise FileFormatError(f"{where}: field 'question_id' must be text or an integer, found {identity!r}.")
+    other = {name: value for name, value in record.items() if name not in _FIELDS}
+    return Answer(
+        question_id=identity,
+        answer=answer or "",
+        text=record.get("text") or "",
+        image=None if record.get("image") is None else str(record["image"]),
+        label=record.get("label"),
+        cluster=record.get("cluster"),
+        meta={**other, **(record.get("meta") or {})},
+        tokens=record.get("tokens"),
+        error=record.get("error"),
+    )
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """All answers of a file; any broken line is an error that names it."""
+    return [answer_of(record, where) for where, record in read_records(path)]
+
+
+def line_of(record: dict[str, Any]) -> bytes:
+    """One JSON line. Keys keep their order, so equal records are equal bytes."""
+    return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
+
+
+def resume_answers(path: Path) -> list[Answer]:
+    """Answers of an unfinished run; a torn last line (the process was killed while writing) is cut off the file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) != len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+            file.flush()
+            os.fsync(file.fileno())
+    return [answer_of(record, where) for where, record in _lines(path, whole.decode())]
+
+
+def append_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Append and flush to disk: after this returns, a kill does not lose these answers."""
+    with open(path, "ab") as file:
+        file.write(b"".join(line_of(answer.record()) for answer in answers))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a kill leaves the old file or the new one, never a part. Unchanged content is not
+    rewritten.
+    """
+    path = Path(path)
+    if path.exists() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Write a finished answers file in one piece."""
+    write_whole(path, b"".join(line_of(answer.record()) for answer in answers))
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write scored rows with their evidence as JSON lines."""
+    write_whole(path, b"".join(line_of(row.record()) for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, indented."""
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """One JSON value from a file, gzip or not."""
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise FileFormatError(f"{path}: broken JSON ({error}).") from error
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is wrong with a set of answers, by id. Each list is what a person must know before trusting a score."""
+
+    duplicate: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    empty: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any((self.duplicate, self.unknown, self.missing, self.failed, self.empty))
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out."""
+        kinds = ("duplicate", "unknown", "missing", "failed", "empty")
+        return {
+            kind: {"count": len(getattr(self, kind)), "ids": list(getattr(self, kind))}
+            for kind in kinds
+            if getattr(self, kind)
+        }
+
+    def sentences(self) -> list[str]:
+        """One sentence for each kind of trouble, naming the first few ids."""
+        meaning = {
+            "duplicate": "ids that occur more than once (only the first answer is scored)",
+            "unknown": "answers to questions that were not asked (not scored)",
+            "missing": "questions without an answer (not scored)",
+            "failed": "questions that could not be asked (not scored)",
+            "empty": "empty answers (scored as the rule says)",
+        }
+        return [
+            f"{len(ids)} {text}: {', '.join(ids[:NAMED])}{', ...' if len(ids) > NAMED else ''}."
+            for kind, text in meaning.items()
+            if (ids := getattr(self, kind))
+        ]
+
+
+def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None) -> tuple[list[Answer], Audit]:
+    """Answers that may be scored, aligned by id and in the questions' order, and what was wrong with the others.
+
+    Without `questions` unknown and missing ids cannot be told. Failed answers are dropped here; empty ones are kept,
+    because the rules differ about them, but they are named.
+    """
+    times = Counter(str(answer.question_id) for answer in answers)
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        first.setdefault(str(answer.question_id), answer)
+    unknown: list[str] = []
+    missing: list[str] = []
+    if questions is not None:
+        asked = [str(question.id) for question in questions]
+        known = set(asked)
+        unknown = [name for name in first if name not in known]
+        missing = [name for name in asked if name not in first]
+        first = {name: first[name] for name in asked if name in first}
+    failed = [name for name, answer in first.items() if answer.error is not None]
+    usable = [answer for answer in first.values() if answer.error is None]
+    empty = [str(answer.question_id) for answer in usable if not answer.answer.strip()]
+    repeated = [name for name, count in times.items() if count > 1]
+    return usable, Audit(tuple(repeated), tuple(unknown), tuple(missing), tuple(failed), tuple(empty))

@@ -1,0 +1,209 @@
+"""POPE: is there a ... in the image? (Li et al., EMNLP 2023; arXiv 2305.10355)
+
+Three ways to choose the absent objects: at random, the most frequent ones (popular), the ones that co-occur most with
+what is there (adversarial). The builder follows the authors' code; see `build_questions`. Counts and rates depend on
+the rule that reads yes or no out of an answer (`parsers.RULES`), so the rule is an option and printed with every score.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import parsers
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .errors import EvalError, FileFormatError, UnknownNameError
+
+STRATEGIES = ("random", "popular", "adversarial")
+TEMPLATE = "Is there a {} in the image?"
+
+
+def object_frequency(images: Sequence[tuple[Any, Sequence[str]]]) -> dict[str, int]:
+    """object -> number of images it is in, in first-seen order (which decides ties later)."""
+    frequency: dict[str, int] = {}
+    for _, objects in images:
+        for name in dict.fromkeys(objects):
+            frequency[name] = frequency.get(name, 0) + 1
+    return frequency
+
+
+def object_cooccurrence(images: Sequence[tuple[Any, Sequence[str]]]) -> dict[str, list[str]]:
+    """object -> the objects it shares images with, most often first; ties in first-seen order."""
+    together: dict[str, dict[str, int]] = {}
+    for _, objects in images:
+        for name in dict.fromkeys(objects):
+            others = together.setdefault(name, {})
+            for other in dict.fromkeys(objects):
+                if other != name:
+                    others[other] = others.get(other, 0) + 1
+    return {name: _most_first(others) for name, others in together.items()}
+
+
+def _most_first(counts: Mapping[str, int]) -> list[str]:
+    return sorted(counts, key=counts.__getitem__, reverse=True)
+
+
+def question_text(name: str, template: str = TEMPLATE, imange: bool = False) -> str:
+    """The question about one object. `imange=True` keeps a slip of the released files: before a vowel every letter "a"
+    of the template becomes "an", so the image is an "imange" (57 questions of VCD's adversarial file, for one).
+    """
+    if name[0] not in "aeiou":
+        return template.format(name)
+    return (template.replace("a", "an") if imange else template.replace(" a {}", " an {}")).format(name)
+
+
+def build_questions(
+    images: Sequence[tuple[Any, Sequence[str]]],
+    strategy: str,
+    *,
+    number: int = 3,
+    sample: int | None = None,
+    seed: int = 0,
+    template: str = TEMPLATE,
+    imange: bool = False,
+) -> list[Question]:
+    """POPE questions from (image, objects in annotation order) pairs, by the authors' algorithm.
+
+    Images with fewer than `number` distinct objects are left out; `sample` draws that many of the others. Frequencies
+    and co-occurrences are counted over the images used, once per image. Each image gives `number` rounds: first the
+    next object of its list (yes), then an object it does not have and was not asked about yet (no): a uniform draw
+    (random), the most frequent (popular), or the one most often seen with the object of this round (adversarial; a
+    uniform draw where none is left). Ties are decided by first appearance. Ids count from 1.
+
+    Raises UnknownNameError for an unknown strategy, EvalError when no image has enough objects or an image has them
+    all.
+    """
+    if strategy not in STRATEGIES:
+        raise UnknownNameError.of("POPE strategy", strategy, STRATEGIES)
+    rng = random.Random(f"pope {strategy} {seed}")
+    usable = [(image, list(dict.fromkeys(objects))) for image, objects in images]
+    usable = [(image, objects) for image, objects in usable if len(objects) >= number]
+    if sample is not None and sample < len(usable):
+        usable = random.Random(f"pope images {seed}").sample(usable, sample)
+    if not usable:
+        raise EvalError(f"No image has {number} different objects; POPE needs at least one that does.")
+    frequency = object_frequency(usable)
+    popular = _most_first(frequency)
+    together = object_cooccurrence(usable)
+
+    questions: list[Question] = []
+    for image, objects in usable:
+        used = set(objects)
+        for positive in objects[:number]:
+            absent = [name for name in frequency if name not in used]
+            if not absent:
+                raise EvalError(f"Image {image} leaves no absent object to ask about; give more varied images.")
+            ordered = {"random": [], "popular": popular, "adversarial": together[positive]}[strategy]
+            negative = next((name for name in ordered if name not in used), None)
+            if negative is None:
+                negative = rng.choice(absent)
+            used.add(negative)
+            for name, label in ((positive, "yes"), (negative, "no")):
+                text = question_text(name, template, imange)
+                questions.append(
+                    Question(len(questions) + 1, text, str(image), label, meta={"object": name, "strategy": strategy})
+                )
+    return questions
+
+
+def questions_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Question]:
+    """POPE questions from (where, JSON object) pairs, in any of the released forms.
+
+    POPE and VCD: `question_id, image, text, label`. Hub (lmms-lab/POPE): `question_id, question, answer, image_source`,
+    where `answer` is the label. Chat form (PAI): lists `text` and `label` of one image; ids are counted from 1.
+    """
+    questions: list[Question] = []
+    for where, record in records:
+        image = str(record.get("image_source") or need(record, "image", where))
+        if "image_source" in record and "." not in image:
+            image += ".jpg"
+        texts = record["text"] if "text" in record else need(record, "question", where)
+        labels = record["label"] if "label" in record else need(record, "answer", where)
+        meta = {"category": record["category"]} if "category" in record else {}
+        if isinstance(texts, list):
+            if not isinstance(labels, list) or len(labels) != len(texts):
+                raise FileFormatError(f"{where}: 'text' has {len(texts)} entries and 'label' must have as many.")
+            asked = [(len(questions) + 1 + i, text, label) for i, (text, label) in enumerate(zip(texts, labels))]
+        else:
+            asked = [(need(record, "question_id", where), texts, labels)]
+        for identity, text, label in asked:
+            questions.append(Question(identity, text, image, _label(label, where), meta=meta))
+    return questions
+
+
+def _label(label: Any, where: str) -> str:
+    word = str(label).strip().lower()
+    if word not in ("yes", "no"):
+        raise FileFormatError(f"{where}: label must be yes or no, found {label!r}.")
+    return word
+
+
+@dataclass(frozen=True)
+class Pope(Evaluator):
+    """POPE scores. rule: how yes or no is read, a name of `parsers.RULES`.
+
+    accuracy counts an unparsed answer as wrong; precision and recall leave it out, as lmms-eval does (with the rules
+    that always give a verdict there is none). Under `icd` unparsed answers leave the accuracy too but stay in the
+    yes-ratio, as in that script. unparsed is the share whose verdict is a default or missing. All rates are 0 where
+    undefined.
+    """
+
+    rule: str = "pope-official"
+
+    name: ClassVar[str] = "pope"
+    paper: ClassVar[str] = "POPE (arXiv 2305.10355)"
+    max_new_tokens: ClassVar[int] = 16
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("accuracy", "Accuracy", better=+1, paired=True),
+        Column("precision", "Precision", better=+1),
+        Column("recall", "Recall", better=+1),
+        Column("f1", "F1", better=+1, paired=True),
+        Column("yes_ratio", "Yes-ratio"),
+        Column("unparsed", "Unparsed", better=-1),
+        Column("n", "n", "count"),
+    )
+
+    def __post_init__(self) -> None:
+        parsers.rule(self.rule)
+
+    def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
+        images = [(scene.image_id, [item.category for item in scene.objects]) for scene in scenes]
+        return {strategy: build_questions(images, strategy, seed=seed) for strategy in STRATEGIES}
+
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        from .loaders import pope_files
+
+        return pope_files(path)
+
+    def row(self, answer: Answer) -> Row:
+        label = _label(answer.label, f"question {answer.question_id}")
+        verdict, clear = parsers.rule(self.rule)(answer.answer, label)
+        return Row.of(answer, parsed=verdict, correct=verdict == label, rule=self.rule, clear=clear, text=answer.text)
+
+    def tally(self, rows: Sequence[Row]) -> dict[str, int]:
+        def count(verdict: str, label: str) -> int:
+            return sum(row.parsed == verdict and row.label == label for row in rows)
+
+        return {
+            "n": len(rows),
+            "tp": count("yes", "yes"),
+            "fp": count("yes", "no"),
+            "tn": count("no", "no"),
+            "fn": count("no", "yes"),
+            "unclear": sum(not row.clear for row in rows),
+        }
+
+    def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        n, tp, fp, tn, fn = (totals[name] for name in ("n", "tp", "fp", "tn", "fn"))
+        asked = tp + fp + tn + fn if self.rule == "icd" else n
+        return {
+            "accuracy": ratio(tp + tn, asked),
+            "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn),
+            "f1": ratio(2 * tp, 2 * tp + fp + fn),
+            "yes_ratio": ratio(tp + fp, n),
+            "unparsed": ratio(totals["unclear"], n),
+        }
