@@ -1,0 +1,476 @@
+"""CHAIR: which objects of a caption are not in the image? (Rohrbach et al., EMNLP 2018; arXiv 1809.02156)
+
+    CHAIRs = captions that mention an absent object / captions
+    CHAIRi = mentions of absent objects / mentions of objects        (repetitions count; micro, not a mean of ratios)
+
+Papers print CHAIR from two different word parsers, so the parser is an option and its name goes with every score:
+`pattern` (the original and the POPE paper; here without a language library) and `wordnet-pos` (OPERA and its followers;
+NLTK, an extra). On 26,000 recorded captions they differ by up to 3 points of CHAIRs.
+
+What an image contains is the union of its annotated instances and of the objects that the same parser finds in its
+reference captions: `build_objects` makes that table from COCO's own files. The synonym table decides what counts as a
+mention. The official one belongs to its authors and is read from a user's file; for the emoji scenes the project has
+its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .answers import read_bytes, read_json, read_records
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .errors import EvalError, FileFormatError, MissingDependencyError, UnknownNameError
+from .words import singular, tokenize
+
+PROMPT = "Please describe this image in detail."
+
+# Word pairs that the published scorer reads as one word before it looks for objects, besides those of `_animal_pairs`.
+# "home plate" and "train track" are no objects: merging them keeps "plate" and "train" from counting. "wine glas" is
+# what the pattern parser makes of "wine glass". Kept as they are, because every CHAIR number depends on them.
+_NAMES = (
+    "motor bike, motor cycle, air plane, traffic light, street light, traffic signal, stop light, fire hydrant, "
+    "stop sign, parking meter, suit case, sports ball, baseball bat, baseball glove, tennis racket, wine glass, "
+    "hot dog, cell phone, mobile phone, teddy bear, hair drier, potted plant, laptop computer, stove top oven, "
+    "home plate, train track"
+)
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+DOUBLE_WORDS: dict[str, str] = {
+    **{name: name for name in _NAMES.split(", ")},
+    **{f"{age} {animal}": animal for animal in _ANIMALS for age in ("baby", "adult")},
+    "passenger jet": "jet",
+    "passenger train": "train",
+    "bow tie": "tie",
+    "toilet seat": "toilet",
+    "wine glas": "wine glass",
+}
+
+
+# Parsers: caption -> reduced words ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parser:
+    """How a caption becomes words. reduce: the words of a caption, lower-cased, reduced; lemma: one noun alone."""
+
+    name: str
+    reduce: Callable[[str], list[str]]
+    lemma: Callable[[str], str]
+
+
+def _pattern_words(caption: str) -> list[str]:
+    return [singular(token) for token in tokenize(caption.lower())]
+
+
+_NLTK_DATA = {
+    "punkt_tab": "tokenizers/punkt_tab/english",
+    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+    "wordnet": "corpora/wordnet.zip/wordnet",
+}
+
+
+@functools.cache
+def load_nltk() -> Any:
+    """NLTK with the data that tagging and lemmatising need.
+
+    Raises MissingDependencyError when NLTK or its data is not installed; the message names what is missing and where to
+    put it.
+    """
+    try:
+        import nltk
+    except ImportError as error:
+        raise MissingDependencyError(
+            "This parser needs NLTK, which is not installed; run `pip install lvlm-decode[chair]`, or use the parser "
+            "'pattern', which needs nothing."
+        ) from error
+    missing = [name for name, path in _NLTK_DATA.items() if not _nltk_has(nltk, path)]
+    if missing:
+        raise MissingDependencyError(
+            f"NLTK is installed but its data is not: {', '.join(missing)} missing. Run `python -m nltk.downloader "
+            f"{' '.join(missing)}`; without a network, unzip them from github.com/nltk/nltk_data into "
+            f"{nltk.data.path[0] if nltk.data.path else '~/nltk_data'} (tokenizers/, taggers/, corpora/). The parser "
+            "'pattern' needs no data."
+        )
+    return nltk
+
+
+def _nltk_has(nltk: Any, path: str) -> bool:
+    for candidate in (path, path.replace(".zip/wordnet", "")):
+        try:
+            nltk.data.find(candidate)
+            return True
+        except LookupError:
+            continue
+    return False
+
+
+# First letter of a Penn tag -> WordNet part of speech; everything else is lemmatised as a noun. This is why "seated" is
+# a chair and "skiing" a pair of skis for this parser.
+_WORDNET_POS = {"J": "a", "V": "v", "N": "n", "R": "r"}
+
+
+def _wordnet_words(caption: str) -> list[str]:
+    nltk = load_nltk()
+    lemmatize = _lemmatizer()
+    tagged = nltk.pos_tag(nltk.word_tokenize(caption.lower()))
+    return [lemmatize(word, _WORDNET_POS.get(tag[:1], "n")) for word, tag in tagged]
+
+
+@functools.cache
+def _lemmatizer() -> Callable[[str, str], str]:
+    load_nltk()
+    from nltk.stem import WordNetLemmatizer
+
+    return functools.lru_cache(maxsize=65536)(WordNetLemmatizer().lemmatize)
+
+
+PARSERS: dict[str, Parser] = {
+    "pattern": Parser("pattern", _pattern_words, singular),
+    "wordnet-pos": Parser("wordnet-pos", _wordnet_words, lambda word: _lemmatizer()(word, "n")),
+}
+
+
+def parser_named(name: str) -> Parser:
+    """A parser by name."""
+    if name not in PARSERS:
+        raise UnknownNameError.of("CHAIR parser", name, PARSERS)
+    return PARSERS[name]
+
+
+# Vocabulary: reduced words -> objects ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """category: reduced word (or merged pair) -> object name. pairs: two reduced words -> the one word they become."""
+
+    category: Mapping[str, str]
+    pairs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, synonyms: Mapping[str, Sequence[str]], pairs: Mapping[str, str] | None = None) -> Vocabulary:
+        """From object name -> words, taken as they stand: words that no reduced caption contains never match.
+
+        The official table has such words (" motor bike" with a leading blank, "iPhone"), and published numbers depend
+        on them. `pairs` defaults to the published scorer's.
+        """
+        category = {word: name for name, words in synonyms.items() for word in words}
+        return cls(category, DOUBLE_WORDS if pairs is None else dict(pairs))
+
+    @classmethod
+    def reduced(cls, synonyms: Mapping[str, Sequence[str]], parser: Parser) -> Vocabulary:
+        """From object name -> words, every one reduced as `parser` will reduce a caption, so that none is unreachable.
+
+        For tables of one's own. Two words in a row become a pair.
+        """
+        category: dict[str, str] = {}
+        pairs = {pair: single for pair, single in DOUBLE_WORDS.items() if pair.split()[0] in ("baby", "adult")}
+        for name, words in synonyms.items():
+            for word in words:
+                parts = word.lower().split()
+                if len(parts) > 2:
+                    raise EvalError(f"Synonym {word!r} of {name!r} has {len(parts)} words; at most two can be matched.")
+                key = " ".join(map(parser.lemma, parts))
+                if category.setdefault(key, name) != name:
+                    raise EvalError(f"Synonym {word!r} of {name!r} also means {category[key]!r}; give each word once.")
+                if len(parts) == 2:
+                    pairs[key] = key
+        return cls(category, pairs)
+
+    def objects(self, words: Sequence[str]) -> tuple[list[str], list[str], int]:
+        """Objects mentioned by reduced words: (words, object names, both in order with repetitions; tokens).
+
+        `tokens` counts words and punctuation after pairs are merged, before the toilet rule: the length that OPERA
+        prints.
+        """
+        merged = self._merge(words)
+        tokens = len(merged)
+        # "The seat of the toilet" is no chair.
+        if "toilet" in merged and "seat" in merged:
+            merged = [word for word in merged if word != "seat"]
+        found = [word for word in merged if word in self.category]
+        return found, [self.category[word] for word in found], tokens
+
+    def _merge(self, words: Sequence[str]) -> list[str]:
+        """Left to right, pairs of the table become one word."""
+        merged: list[str] = []
+        position = 0
+        while position < len(words):
+            pair = self.pairs.get(f"{words[position]} {words[position + 1]}") if position + 1 < len(words) else None
+            merged.append(words[position] if pair is None else pair)
+            position += 1 if pair is None else 2
+        return merged
+
+
+def vocabulary_file(path: Path) -> Vocabulary:
+    """A synonym table from a file, gzip or not.
+
+    JSON: {"synonyms": {object: [words]}, "double_words": {pair: word}}; `double_words` may be left out. Text (the
+    authors' data/synonyms.txt): a line per object, words separated by ", ", the first one its name.
+    """
+    path = Path(path)
+    text = read_bytes(path).decode("utf-8-sig")
+    if not text.lstrip().startswith("{"):
+        lines = [line.split(", ") for line in text.split("\n") if line.strip()]
+        if not lines or max(map(len, lines)) == 1:
+            raise FileFormatError(f"{path}: expected JSON with 'synonyms', or lines of words separated by a comma.")
+        return Vocabulary.of({words[0]: words for words in lines})
+    record = read_json(path)
+    synonyms = need(record, "synonyms", str(path))
+    for name, words in synonyms.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise FileFormatError(f"{path}: synonyms of {name!r} must be a list of words.")
+    return Vocabulary.of(synonyms, record.get("double_words"))
+
+
+@functools.lru_cache(maxsize=8)
+def _vocabulary(path: str | None, parser: str) -> Vocabulary:
+    if path is not None:
+        return vocabulary_file(Path(path))
+    import lvlm_decode_data
+
+    return Vocabulary.reduced(lvlm_decode_data.synonyms(), parser_named(parser))
+
+
+# What the images contain -------------------------------------------------------------------------------------------
+
+
+def image_key(image: Any) -> str:
+    """One spelling of an image id: 42, "42", "000000000042.jpg" and "COCO_val2014_000000000042.jpg" are "42"."""
+    found = re.fullmatch(r"(?:.*[/_])?(\d+)(?:\.\w+)?", str(image))
+    return str(int(found[1])) if found else str(image)
+
+
+@functools.lru_cache(maxsize=4)
+def _objects(path: str, vocabulary: Vocabulary) -> dict[str, tuple[str, ...]]:
+    """image id -> objects of an OBJECTS file. Raises FileFormatError for names that the vocabulary does not know."""
+    table = read_json(Path(path))
+    if not isinstance(table, dict):
+        raise FileFormatError(f"{path}: expected a JSON object of image id to list of objects.")
+    names = set(vocabulary.category.values())
+    objects: dict[str, tuple[str, ...]] = {}
+    for image, found in table.items():
+        if not isinstance(found, list):
+            raise FileFormatError(f"{path}: image {image} must have a list of objects, found {type(found).__name__}.")
+        unknown = [name for name in found if name not in names]
+        if unknown:
+            raise FileFormatError(
+                f"{path}: image {image} has object {unknown[0]!r}, which the synonym table does not contain; give the "
+                "table that belongs to these objects (--vocabulary)."
+            )
+        objects[image_key(image)] = tuple(dict.fromkeys(found))
+    return objects
+
+
+@functools.cache
+def _scene_objects() -> dict[str, tuple[str, ...]]:
+    import lvlm_decode_data
+
+    return {str(scene.image_id): tuple(sorted(scene.categories)) for scene in lvlm_decode_data.load_scenes()}
+
+
+def build_objects(
+    instances: Sequence[Path], captions: Sequence[Path], vocabulary: Vocabulary, parser: str = "pattern"
+) -> dict[str, list[str]]:
+    """What each image contains, from COCO annotation files: image id -> sorted object names.
+
+    The union of the categories of all its instance annotations, crowds included, and of the objects that `parser` finds
+    in each of its reference captions. Published scores use train and val 2014 together. With `pattern` this is the
+    table behind the printed numbers of POPE and OPERA; with `wordnet-pos` the one that RITUAL rebuilt. Without captions
+    (segmentation only) CHAIRs rises by 3 to 9 points.
+
+    Raises FileFormatError for a file that is not COCO's, or a category that is not in the vocabulary.
+    """
+    reduce = parser_named(parser).reduce
+    found: dict[int, set[str]] = {}
+    for path in instances:
+        coco = _coco(path, "categories")
+        names = {key: category["name"] for key, category in coco.cats.items()}
+        unknown = sorted(name for name in names.values() if name not in vocabulary.category)
+        if unknown:
+            raise FileFormatError(f"{path}: category {unknown[0]!r} is not in the synonym table.")
+        for image in coco.getImgIds():
+            annotated = {vocabulary.category[names[a["category_id"]]] for a in coco.imgToAnns[image]}
+            found.setdefault(image, set()).update(annotated)
+    for path in captions:
+        coco = _coco(path, "images")
+        for image in coco.getImgIds():
+            said = found.setdefault(image, set())
+            for annotation in coco.imgToAnns[image]:
+                said.update(vocabulary.objects(reduce(need(annotation, "caption", f"{path}, image {image}")))[1])
+    return {str(image): sorted(objects) for image, objects in sorted(found.items())}
+
+
+def _coco(path: Path, section: str) -> Any:
+    """A COCO annotation file in pycocotools' index."""
+    import contextlib
+    import io
+
+    from pycocotools.coco import COCO
+
+    content = read_json(path)
+    for name in ("annotations", "images", section):
+        if not isinstance(content, dict) or name not in content:
+            raise FileFormatError(f"{path}: no {name!r} section; expected COCO's instances_*.json or captions_*.json.")
+    coco = COCO()
+    coco.dataset = content
+    # createIndex prints its progress, which would end up in the JSON of a command.
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+# The evaluator -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chair(Evaluator):
+    """CHAIR scores.
+
+    parser: name of a parser (`PARSERS`). vocabulary: synonym table file, None for the emoji scenes' own. objects: JSON
+    file of image id -> objects, None for the truth of the emoji scenes or the answers' own labels. prompt: what the
+    emoji scenes are asked.
+
+    recall is micro: distinct true objects mentioned / true objects. length is the mean number of words and punctuation
+    marks after pairs are merged (OPERA); length_split that of `text.split(" ")` (POPE's table).
+    """
+
+    parser: str = "pattern"
+    vocabulary: str | None = None
+    objects: str | None = None
+    prompt: str = PROMPT
+
+    name: ClassVar[str] = "chair"
+    paper: ClassVar[str] = "CHAIR (arXiv 1809.02156)"
+    max_new_tokens: ClassVar[int] = 512
+    verdict: ClassVar[str] = "caption names no absent object"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("chair_s", "CHAIRs", better=-1, paired=True),
+        Column("chair_i", "CHAIRi", better=-1, paired=True),
+        Column("recall", "Recall", better=+1, paired=True),
+        Column("length", "Length", "number", paired=True),
+        Column("empty", "Empty", "count", better=-1),
+        Column("captions", "n", "count"),
+    )
+
+    def __post_init__(self) -> None:
+        parser_named(self.parser)
+
+    def table(self) -> Vocabulary:
+        """The synonym table in use."""
+        return _vocabulary(None if self.vocabulary is None else str(self.vocabulary), self.parser)
+
+    def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
+        """One caption for each scene; the label is what is in it."""
+        return {
+            "captions": [
+                Question(scene.image_id, self.prompt, str(scene.image_id), sorted(scene.categories)) for scene in scenes
+            ]
+        }
+
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """A caption for each image of a list: JSON lines with `image_id` and, where its name differs, `image`."""
+        records = read_records(path)
+        return {
+            "captions": [
+                Question(identity := need(record, "image_id", where), self.prompt, str(record.get("image", identity)))
+                for where, record in records
+            ]
+        }
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Captions as JSON lines with `image_id` and `caption` (or `question_id` and `answer`)."""
+        answers = []
+        for where, record in read_records(path):
+            identity = record["image_id"] if "image_id" in record else need(record, "question_id", where)
+            caption = record["caption"] if "caption" in record else need(record, "answer", where)
+            if not isinstance(caption, str | None):
+                raise FileFormatError(f"{where}: field 'caption' must be text, found {type(caption).__name__}.")
+            image = str(record.get("image") or identity)
+            answer = Answer(
+                question_id=identity,
+                answer=caption or "",
+                text=record.get("text") or self.prompt,
+                image=image,
+                label=record.get("label"),
+                tokens=record.get("tokens"),
+                error=record.get("error"),
+            )
+            answers.append(answer)
+        truths = [self._truth(answer) for answer in answers]
+        if answers and all(truth is None for truth in truths):
+            raise EvalError(
+                f"{path}: no caption has a known image (the first is {answers[0].question_id}); give --objects FILE, a "
+                "JSON object of image id to list of objects."
+            )
+        return [
+            answer if truth is not None else replace(answer, error=answer.error or "no known objects for this image")
+            for answer, truth in zip(answers, truths)
+        ]
+
+    def _truth(self, answer: Answer) -> Sequence[str] | None:
+        """What the image of an answer contains; None when nobody knows."""
+        if self.objects is not None:
+            known = _objects(str(self.objects), self.table())
+            return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
+        return answer.label if answer.label is not None else _scene_objects().get(image_key(answer.question_id))
+
+    def row(self, answer: Answer) -> Row:
+        truth = self._truth(answer)
+        if truth is None:
+            raise EvalError(f"Image {answer.question_id} has no known objects; give --objects FILE that contains it.")
+        words, objects, tokens = self.table().objects(parser_named(self.parser).reduce(answer.answer))
+        present = set(truth)
+        return Row.of(
+            answer,
+            parsed=sorted(set(objects)),
+            correct=present.issuperset(objects),
+            rule=self.parser,
+            clear=bool(answer.answer.strip()),
+            words=words,
+            objects=objects,
+            hallucinated=[name for name in objects if name not in present],
+            recalled=sorted(present.intersection(objects)),
+            truth=sorted(present),
+            tokens=tokens,
+            split=len(answer.answer.split(" ")),
+        )
+
+    def tally(self, rows: Sequence[Row]) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for row in rows:
+            total["hallucinated_captions"] += bool(row.evidence["hallucinated"])
+            total["hallucinated_words"] += len(row.evidence["hallucinated"])
+            total["object_words"] += len(row.evidence["objects"])
+            total["recalled"] += len(row.evidence["recalled"])
+            total["gt_objects"] += len(row.evidence["truth"])
+            total["tokens"] += row.evidence["tokens"]
+            total["split"] += row.evidence["split"]
+            total["empty"] += not row.clear
+        return {"captions": len(rows), **{name: int(total[name]) for name in _COUNTS}}
+
+    def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "chair_s": ratio(totals["hallucinated_captions"], totals["captions"]),
+            "chair_i": ratio(totals["hallucinated_words"], totals["object_words"]),
+            "recall": ratio(totals["recalled"], totals["gt_objects"]),
+            "length": ratio(totals["tokens"], totals["captions"]),
+            "length_split": ratio(totals["split"], totals["captions"]),
+        }
+
+
+_COUNTS = (
+    "hallucinated_captions",
+    "hallucinated_words",
+    "object_words",
+    "recalled",
+    "gt_objects",
+    "tokens",
+    "split",
+    "empty",
+)
