@@ -1,0 +1,222 @@
+"""Where questions and images come from: local files in every released form, the emoji scenes, the hub.
+
+The released POPE files are known by the sha256 of their content, because the random file exists with 2,910 and with
+3,000 questions and published numbers belong to one or the other. Files nobody knows keep their own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from .answers import read_bytes, read_records
+from .base import Evaluator, Question
+from .errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError
+from .pope import questions_of
+
+# sha256 of the uncompressed file -> split name. The first four are AoiDragon/POPE (the 2,910 one at commit e3e3926),
+# the others DAMO-NLP-SG/VCD.
+POPE_FILES = {
+    "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994": "coco-random",
+    "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753": "coco-popular",
+    "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8": "coco-adversarial",
+    "c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35": "coco-random-2910",
+    "900c244605e8d43626b9579a110e3631e534cddc2aff27fe91e3f080e15d4446": "aokvqa-random",
+    "792d586a875c197362256b25e9252cc97df6fa1dca5aca72a53eba560414d6b7": "aokvqa-popular",
+    "87f9acb460fcb690f9120c6d69eb05cfedadab5af5eb385b5201fd48bfc6670c": "aokvqa-adversarial",
+    "1c1117ce33df2eae0d7b04827896caff1f79dac7b99b9e1b0c87a415066cff98": "gqa-random",
+    "e48e138bd61dd3bc4ec35cc8d4357b4dbfc68f0e704283a92217325585a17653": "gqa-popular",
+    "64a3bdeb8d24c02d175eafa5e1b24bc7fd611efa95bb87a031c880e548aef094": "gqa-adversarial",
+}
+HUB_PREFIX = "hub:"
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file's uncompressed content, or of the names and contents of a folder's files."""
+    path = Path(path)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for part in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+            digest.update(f"{part.relative_to(path)}\n{fingerprint(part)}\n".encode())
+        return digest.hexdigest()
+    return hashlib.sha256(read_bytes(path)).hexdigest()
+
+
+def bare_name(path: Path) -> str:
+    """A file's name without `.gz` and the format's suffix."""
+    name = path.name.removesuffix(".gz")
+    return name.rsplit(".", 1)[0] if "." in name else name
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the question files of a folder by name."""
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.name.removesuffix(".gz").endswith((".json", ".jsonl")))
+        if not found:
+            raise MissingFileError(f"{path} holds no .json or .jsonl file; give a question file or a folder of them.")
+        return found
+    if not path.exists():
+        raise MissingFileError(f"{path} does not exist; give a question file or a folder of them.")
+    return [path]
+
+
+def pope_files(path: Path) -> dict[str, list[Question]]:
+    """Split name -> POPE questions of a file or of all files in a folder.
+
+    A split is named by its known hash, else by the file. A file in the hub's form is split by its `category`.
+    Duplicate ids within a split raise FileFormatError.
+    """
+    splits: dict[str, list[Question]] = {}
+    for file in files_of(path):
+        name = POPE_FILES.get(fingerprint(file), bare_name(file))
+        for question in questions_of(read_records(file)):
+            category = question.meta.get("category")
+            splits.setdefault(str(category) if category else name, []).append(question)
+    for split, questions in splits.items():
+        check_ids(questions, f"{path}, split {split}")
+    return splits
+
+
+def check_ids(questions: Sequence[Question], where: str) -> None:
+    """Raise FileFormatError naming the ids that occur twice: answers could not be told apart."""
+    seen: set[str] = set()
+    twice = [name for q in questions if (name := str(q.id)) in seen or seen.add(name)]
+    if twice:
+        raise FileFormatError(f"{where}: question ids must be unique, but {', '.join(twice[:5])} occur more than once.")
+
+
+class Images(Protocol):
+    """Opens images by the name a question gives them. `describe` goes into the settings of a run."""
+
+    describe: str
+
+    def open(self, name: str) -> Any:
+        """The RGB PIL image. Raises EvalError naming the image when it is missing or corrupt."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images as files: in one folder (COCO's, say), or by a map from name to path (the emoji scenes)."""
+
+    find: Callable[[str], Path]
+    describe: str
+
+    def open(self, name: str) -> Any:
+        from PIL import Image
+
+        path = self.find(name)
+        if not path.is_file():
+            raise MissingFileError(f"image {path} is missing")
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise FileFormatError(f"image {path} cannot be read ({error})") from error
+
+
+def folder_images(folder: Path) -> ImageFiles:
+    """Images of a folder. Raises MissingFileError when there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder} is not a folder; give the folder that holds the images the questions name.")
+    return ImageFiles(lambda name: folder / name, str(folder))
+
+
+def scene_images(scenes: Sequence) -> ImageFiles:
+    """Images of emoji scenes, by image id."""
+    paths = {str(scene.image_id): scene.path for scene in scenes}
+    return ImageFiles(lambda name: paths.get(name, Path(name)), "emoji scenes")
+
+
+@dataclass(frozen=True)
+class HubImages:
+    """Images of a hub data set, decoded when asked for."""
+
+    dataset: Any
+    place: Mapping[str, int]
+    describe: str
+
+    def open(self, name: str) -> Any:
+        if name not in self.place:
+            raise MissingFileError(f"image {name} is not in {self.describe}")
+        return self.dataset[self.place[name]]["image"].convert("RGB")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an evaluation asks and looks at: split -> questions, the images, and what the settings must say about it."""
+
+    splits: Mapping[str, Sequence[Question]]
+    images: Images
+    settings: Mapping[str, Any]
+
+    def only(self, names: Sequence[str]) -> Source:
+        """The named splits. Raises EvalError listing the splits there are."""
+        for name in names:
+            if name not in self.splits:
+                raise EvalError(f"split {name!r} is unknown here; there are: {', '.join(self.splits)}.")
+        return replace(self, splits={name: self.splits[name] for name in names})
+
+    def first(self, limit: int | None) -> Source:
+        """The first `limit` questions of each split, all of them for None."""
+        if limit is None:
+            return self
+        if limit < 1:
+            raise EvalError(f"--limit is {limit}; give a positive number of questions a split.")
+        return replace(self, splits={name: questions[:limit] for name, questions in self.splits.items()})
+
+
+def scene_source(evaluator: Evaluator, scenes: Sequence | None = None, seed: int = 0) -> Source:
+    """The emoji-scene version of a benchmark; by default on the held-out scenes that ship with the repository."""
+    if scenes is None:
+        import lvlm_decode_data
+
+        scenes = lvlm_decode_data.load_scenes("heldout")
+    splits = evaluator.scene_questions(scenes, seed=seed)
+    return Source(
+        splits, scene_images(scenes), {"questions": "emoji scenes", "scenes": len(scenes), "question_seed": seed}
+    )
+
+
+def file_source(evaluator: Evaluator, questions: Path, images: Path | None) -> Source:
+    """The real benchmark: its question files and a folder of images."""
+    splits = evaluator.file_questions(Path(questions))
+    for name, asked in splits.items():
+        check_ids(asked, f"{questions}, split {name}")
+    if images is None and any(question.image is not None for asked in splits.values() for question in asked):
+        raise EvalError("The questions are about images; give the folder that holds them with --images FOLDER.")
+    found = folder_images(images) if images is not None else ImageFiles(Path, "no images")
+    # The path is not a setting: the same file elsewhere gives the same answers.
+    return Source(splits, found, {"questions": bare_name(Path(questions)), "questions_sha256": fingerprint(questions)})
+
+
+def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
+    """A benchmark from the hub (`lmms-lab/POPE`) through the `datasets` library, images included.
+
+    Records take the same path as files, so their fields must be one of the forms the evaluator knows.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Reading hub data sets needs the datasets library; install it with: pip install 'lvlm-decode[eval]'."
+        ) from error
+    loaded = datasets.load_dataset(name, split=split)
+    if evaluator.name != "pope":
+        raise EvalError(
+            f"Hub data sets are read for pope only; save {name} as files and give --questions and --images."
+        )
+    records = [dict(record) for record in loaded.remove_columns("image")]
+    asked = questions_of([(f"{name}, row {i}", record) for i, record in enumerate(records)])
+    splits: dict[str, list[Question]] = {}
+    place: dict[str, int] = {}
+    for i, question in enumerate(asked):
+        splits.setdefault(str(question.meta.get("category", split)), []).append(question)
+        place.setdefault(question.image or "", i)
+    for part, questions in splits.items():
+        check_ids(questions, f"{name}, {part}")
+    return Source(splits, HubImages(loaded, place, name), {"questions": f"{HUB_PREFIX}{name}", "split": split})
