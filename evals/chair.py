@@ -30,7 +30,7 @@ from .words import singular, tokenize
 
 PROMPT = "Please describe this image in detail."
 
-# Word pairs that the published scorer reads as one word before it looks for objects, besides those of `_animal_pairs`.
+# Word pairs that the published scorer reads as one word before it looks for objects, besides the ages of animals.
 # "home plate" and "train track" are no objects: merging them keeps "plate" and "train" from counting. "wine glas" is
 # what the pattern parser makes of "wine glass". Kept as they are, because every CHAIR number depends on them.
 _NAMES = (
