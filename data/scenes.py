@@ -1,8 +1,9 @@
 """Synthetic photographs with COCO category names: a seeded generator and its ground truth.
 
-A scene is a textured background of one of ten themes with emoji glyphs on it. Themes make objects co-occur as they do in
-photographs (a fork beside a pizza, a giraffe beside a zebra); occlusion, size, tint, blur, contrast and noise make them
-hard to see. Both together let a small model hallucinate for the reason large ones do. Everything follows from the seed.
+A scene is a textured background of one of ten themes with emoji glyphs on it. Themes make objects co-occur as they
+do in photographs (a fork beside a pizza, a giraffe beside a zebra); occlusion, size, tint, blur, contrast and noise
+make them hard to see. Both together let a small model hallucinate for the reason large ones do. Everything follows
+from the seed.
 
 >>> image, scene, owner = render(scene_seed("train", 7))      # PIL image, ground truth, which object owns each pixel
 
@@ -15,7 +16,7 @@ import colorsys
 import functools
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +235,14 @@ class Scene:
         colours = {item.colour for item in self.objects if item.category == category}
         return colours.pop() if len(colours) == 1 else None
 
+    def mirrored(self) -> Scene:
+        """The same scene seen in a mirror: left and right change places."""
+        flipped = []
+        for item in self.objects:
+            x, y, width, height = item.box
+            flipped.append(replace(item, box=(SIZE - x - width, y, width, height)))
+        return replace(self, objects=tuple(flipped), path=None)
+
     def to_json(self) -> dict:
         return {
             "image_id": self.image_id,
@@ -320,7 +329,7 @@ def _choose(rng: np.random.Generator) -> tuple[str, list[tuple[str, str | None, 
     with_person = rng.random() < person
     others = min(max(count - with_person, 0), len(objects))
     picked = [str(c) for c in rng.choice(list(objects), size=others, replace=False, p=weights / weights.sum())]
-    for position, category in enumerate(picked):
+    for position in range(len(picked)):
         if rng.random() < OFF_THEME:
             stranger = CATEGORIES[rng.integers(len(CATEGORIES))]
             if stranger not in picked and stranger != "person":

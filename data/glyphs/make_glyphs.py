@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# COCO category names with an emoji that shows the thing and nothing else. Names without one (bench, oven, surfboard, ...)
-# are left out.
+# COCO category names with an emoji that shows the thing and nothing else. Names without one (bench, oven,
+# surfboard, ...) are left out.
 GLYPHS = {
     "person": "🧍🚶🧑👩👨",
     "bicycle": "🚲",

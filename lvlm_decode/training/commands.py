@@ -1,0 +1,78 @@
+"""``lvlm-decode train tiny-llava`` and ``lvlm-decode train tiny-instructblip``: the shipped small models, from scratch.
+
+Each stage leaves a checkpoint in the working folder; the same command started again continues where it was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train the small models that ship with the repository.", no_args_is_help=True)
+
+Work = Annotated[Path, typer.Option(help="Folder of scenes, checkpoints and the log; about 1.2 GB.")]
+Processes = Annotated[int, typer.Option(min=1, help="Single-threaded training processes.")]
+
+
+def _commit() -> str:
+    """Commit the sources came from, or ``unknown`` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _start(work: Path, command: str, **settings: object) -> None:
+    """Make the working folder and write the circumstances of the run into its log."""
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    record = {
+        "stage": "start",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": settings,
+        "commit": _commit(),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "pillow")},
+    }
+    with (work / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+@app.command("tiny-llava")
+def tiny_llava(
+    output: Annotated[Path, typer.Option(help="Folder the model is saved to.")] = Path("data/tiny-llava"),
+    work: Work = Path("training-work"),
+    scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision stage.")] = 2_400,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 6_000,
+    processes: Processes = 2,
+) -> None:
+    """Scenes, then a vision tower with dense labels, then projector and language model."""
+    from . import llava, scene_cache, vision, workers
+
+    began = time.perf_counter()
+    _start(work, "tiny-llava", scenes=scenes, vision_steps=vision_steps, steps=steps, processes=processes)
+    scene_cache.build(work / "scenes", "validation", 1000, processes)
+    scene_cache.build(work / "scenes", "train", scenes, processes)
+    workers.launch(vision.train_vision, processes, work, scenes, vision_steps, 64 // processes, 1.5e-3)
+    report = vision.validate_vision(work)
+    typer.echo(f"vision tower on validation scenes: {report}")
+    settings = llava.LlavaSettings(scenes=scenes, steps=steps, batch=16 // processes)
+    workers.launch(llava.train_llava, processes, work, output, settings)
+    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    app()
