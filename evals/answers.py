@@ -116,14 +116,18 @@ def line_of(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False, separators=(", ", ": ")) + "\n").encode()
 
 
-def resume_answers(path: Path) -> list[Answer]:
-    """Answers of an unfinished run; a torn last line (the process was killed while writing) is cut off the file."""
+def resume_answers(path: Path, repair: bool = False) -> list[Answer]:
+    """Answers of a run that may be unfinished. A torn last line, left by a kill while writing, is left out.
+
+    repair: also cut it off the file, so that appending goes on with a whole line. Only the process that owns the file
+    may do that.
+    """
     path = Path(path)
     if not path.exists():
         return []
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) != len(content):
+    if repair and len(whole) != len(content):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
             file.flush()

@@ -156,6 +156,7 @@ class Pope(Evaluator):
     name: ClassVar[str] = "pope"
     paper: ClassVar[str] = "POPE (arXiv 2305.10355)"
     max_new_tokens: ClassVar[int] = 16
+    axes: ClassVar[tuple[str, str]] = ("yes_ratio", "accuracy")
     columns: ClassVar[tuple[Column, ...]] = (
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("precision", "Precision", better=+1),

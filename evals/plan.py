@@ -1,0 +1,252 @@
+"""What a run consists of: cells of (split, method, decoding, seed), the matched controls that always go with them, and
+the folder each cell lives in. Imports no torch; `runner` fills the cells, `tables` reads them.
+
+    OUT/pope/random/questions.jsonl                      what was asked
+    OUT/pope/random/vcd/sample/seed-0/settings.json      everything that decides an answer
+    OUT/pope/random/vcd/sample/seed-0/answers.jsonl      what the model said
+    OUT/pope/random/vcd/sample/seed-0/rows.jsonl         scored answers with their evidence
+    OUT/pope/random/vcd/sample/seed-0/summary.json       counts and rates
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .answers import (
+    Audit,
+    audit,
+    line_of,
+    read_json,
+    read_records,
+    resume_answers,
+    write_json,
+    write_rows,
+    write_whole,
+)
+from .base import Answer, Evaluator, Question, Row
+from .errors import MissingFileError, SettingsError
+
+# A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
+# temperature, so it is compared with the mask at this temperature too (design: matched controls).
+SHARP_TEMPERATURE = 0.25
+CONTROLS = ("plain", "mask")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. Greedy unless do_sample or num_beams says otherwise."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        if self.do_sample and not self.temperature > 0:
+            raise SettingsError(
+                f"temperature is {self.temperature}; sampling needs one above 0 (greedy: --no-do-sample)."
+            )
+        if self.num_beams < 1:
+            raise SettingsError(f"num_beams is {self.num_beams}; it must be at least 1.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise SettingsError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+
+    @property
+    def name(self) -> str:
+        """Short and unique: greedy, sample, sample-t0.25-p0.9, beam5."""
+        if not self.do_sample:
+            return f"beam{self.num_beams}" if self.num_beams > 1 else "greedy"
+        parts = ["sample"]
+        if self.temperature != 1:
+            parts.append(f"t{self.temperature:g}")
+        if self.top_p is not None:
+            parts.append(f"p{self.top_p:g}")
+        if self.top_k is not None:
+            parts.append(f"k{self.top_k}")
+        if self.num_beams > 1:
+            parts.append(f"beam{self.num_beams}")
+        return "-".join(parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`. top_k=0 turns off Hugging Face's default of 50."""
+        given: dict[str, Any] = {"do_sample": self.do_sample, "num_beams": self.num_beams}
+        if self.do_sample:
+            given |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
+        return given
+
+
+GREEDY = Decoding()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one method: a line of a table has one cell a seed."""
+
+    split: str
+    method: str
+    decoding: Decoding
+    seed: int
+
+    def folder(self, out: Path, evaluator: str) -> Path:
+        return Path(out) / evaluator / slug(self.split) / slug(self.method) / self.decoding.name / f"seed-{self.seed}"
+
+
+def slug(name: str) -> str:
+    """A name that is safe as a folder on every system."""
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", name).strip("_") or "_"
+
+
+def controls(method: str, decoding: Decoding) -> list[tuple[str, Decoding]]:
+    """The (method, decoding) pairs a method must be read against, the method itself left out.
+
+    Greedy always. With sampling or beams the plain model in the same way; with sampling the plausibility mask alone,
+    because the mask by itself already lifts sampled scores; for RITUAL the mask at temperature 0.25.
+    """
+    wanted = [("plain", GREEDY)]
+    if decoding != GREEDY:
+        wanted.append(("plain", decoding))
+    if decoding.do_sample:
+        wanted.append(("mask", decoding))
+        if "ritual" in re.split(r"\W+", method.lower()):
+            wanted.append(("mask", Decoding(do_sample=True, temperature=SHARP_TEMPERATURE)))
+    return [pair for pair in dict.fromkeys(wanted) if pair != (method, decoding)]
+
+
+def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds: Sequence[int]) -> list[Cell]:
+    """Every cell of a run, controls first. The plain model under greedy or beams draws nothing, so it has one seed."""
+    pairs = dict.fromkeys([pair for method in methods for pair in controls(*method)] + list(methods))
+    return [
+        Cell(split, method, decoding, seed)
+        for method, decoding in pairs
+        for split in splits
+        for seed in (seeds if decoding.do_sample or method not in CONTROLS else seeds[:1])
+    ]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the answers of a cell (`decides`), and what is good to know (`environment`)."""
+
+    decides: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        return {**self.decides, "environment": dict(self.environment)}
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Write settings.json, or check that the one in the folder decides the same answers.
+
+    Raises SettingsError naming the first few fields that differ: answers of two settings must not share a file.
+    """
+    path = folder / "settings.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, settings.record())
+        return
+    before = _flat({name: value for name, value in read_json(path).items() if name != "environment"})
+    now = _flat(dict(settings.decides))
+    differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differ:
+        shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:3])
+        raise SettingsError(f"{folder} holds answers made with other settings ({shown}); give another --out.")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: list(value) if isinstance(value, tuple) else value}
+    return {
+        k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()
+    }
+
+
+def write_questions(folder: Path, questions: Sequence[Question]) -> None:
+    """questions.jsonl of a split: what was asked, for audits later. A longer list that was asked before stays."""
+    path = Path(folder) / "questions.jsonl"
+    content = b"".join(line_of(asdict(question)) for question in questions)
+    if path.exists() and path.read_bytes().startswith(content):
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+def read_questions(folder: Path) -> list[Question] | None:
+    """The questions of a split folder; None when there is no such file."""
+    path = Path(folder) / "questions.jsonl"
+    return [Question(**record) for _, record in read_records(path)] if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell read back and scored."""
+
+    evaluator: Evaluator
+    split: str
+    method: str
+    decoding: Decoding
+    seed: int
+    rows: Sequence[Row]
+    audit: Audit
+    settings: Mapping[str, Any]
+    folder: Path
+
+
+def found_cells(out: Path) -> list[Path]:
+    """Folders below `out` that hold settings and answers. Raises MissingFileError when there is none."""
+    out = Path(out)
+    if not out.is_dir():
+        raise MissingFileError(f"{out} is not a folder; give the --out of an evaluation.")
+    found = sorted(path.parent for path in out.rglob("settings.json"))
+    if not found:
+        raise MissingFileError(f"{out} holds no evaluation (no settings.json); give the --out of lvlm-decode eval.")
+    return found
+
+
+def read_cell(folder: Path, **options: Any) -> Result:
+    """Read one cell and score it; `options` change the evaluator's (another rule, say)."""
+    from . import evaluator
+
+    settings = read_json(folder / "settings.json")
+    scorer = evaluator(settings["evaluator"], **(settings.get("evaluator_options") or {}) | options)
+    answers = cell_answers(folder)
+    usable, trouble = audit(answers, read_questions(split_folder(folder)))
+    return Result(
+        scorer,
+        settings["split"],
+        settings["method"]["name"],
+        Decoding(**settings["decoding"]),
+        settings["seed"],
+        scorer.rows(usable),
+        trouble,
+        settings,
+        folder,
+    )
+
+
+def split_folder(folder: Path) -> Path:
+    """OUT/evaluator/split of a cell's folder OUT/evaluator/split/method/decoding/seed-N."""
+    return Path(folder).parents[2]
+
+
+def cell_answers(folder: Path) -> list[Answer]:
+    """The answers of a cell: the finished file, and parts of an unfinished run."""
+    return [answer for path in sorted(Path(folder).glob("answers*.jsonl")) for answer in resume_answers(path)]
+
+
+def score_cell(folder: Path, **options: Any) -> Result:
+    """Score a cell and write rows.jsonl and summary.json beside its answers."""
+    result = read_cell(folder, **options)
+    write_rows(folder / "rows.jsonl", result.rows)
+    summary = {
+        "evaluator": result.evaluator.name,
+        "options": result.evaluator.options(),
+        **(result.evaluator.report(result.rows) if result.rows else {}),
+        "problems": result.audit.counts(),
+    }
+    write_json(folder / "summary.json", summary)
+    return result

@@ -1,0 +1,78 @@
+"""One picture per table: where a method lies between its controls. matplotlib is an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import MissingDependencyError
+from .metrics import REPLICATES, intervals
+from .plan import CONTROLS, Result, slug
+from .tables import Method, gather
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Pictures need matplotlib; install it with: pip install 'lvlm-decode[plot]'."
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
+    """A matplotlib figure of one split: the evaluator's two axes, a point and its intervals for each method.
+
+    Controls are hollow; a method that only moved along the yes-ratio, or gave up recall, is seen to have done so.
+    """
+    pyplot = _pyplot()
+    evaluator, split = methods[0].results[0].evaluator, methods[0].results[0].split
+    across, up = evaluator.axes
+    titles = {column.key: column.title for column in evaluator.columns}
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    colours = pyplot.get_cmap("tab10")
+    for i, method in enumerate(methods):
+        bounds = intervals(evaluator, method.runs, replicates)
+        if across not in bounds or up not in bounds:
+            continue
+        x, y = (bounds[key] for key in (across, up))
+        colour = colours(i % 10)
+        axes.errorbar(
+            100 * x.value,
+            100 * y.value,
+            xerr=[[100 * (x.value - x.low)], [100 * (x.high - x.value)]],
+            yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]],
+            fmt="o" if method.name in CONTROLS else "D",
+            markerfacecolor="white" if method.name in CONTROLS else colour,
+            color=colour,
+            elinewidth=0.8,
+            label=method.label,
+        )
+    axes.set_xlabel(f"{titles.get(across, across)} (%)")
+    axes.set_ylabel(f"{titles.get(up, up)} (%)")
+    axes.set_title(f"{evaluator.name}, {split}")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def write_pictures(results: Sequence[Result], folder: Path, replicates: int = REPLICATES) -> list[Path]:
+    """A PNG for each split of each evaluator that has axes; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for (name, split), methods in gather(results).items():
+        drawn = [method for method in methods if any(method.runs)]
+        if not drawn or drawn[0].results[0].evaluator.axes is None:
+            continue
+        figure = scatter(drawn, replicates)
+        path = folder / f"{name}-{slug(split)}.png"
+        # Without the software's version in it, equal pictures are equal files.
+        figure.savefig(path, dpi=130, metadata={"Software": None})
+        _pyplot().close(figure)
+        written.append(path)
+    return written
