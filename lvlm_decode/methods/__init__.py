@@ -1,0 +1,81 @@
+"""METHODS: name -> "module:Class". A method is one file and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+from ..errors import UnknownNameError
+from ..method import Method, Sum
+
+METHODS: dict[str, str] = {
+    "plain": ".plain:Plain",
+    "mask": ".plain:Mask",
+    "vcd": ".vcd:VCD",
+    "ritual": ".ritual:RITUAL",
+}
+
+
+def load(name: str) -> type[Method]:
+    """The class registered under ``name``.
+
+    Raises:
+        UnknownNameError: lists the names there are.
+    """
+    entry = METHODS.get(name.lower())
+    if entry is None:
+        raise UnknownNameError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}.")
+    module, attribute = entry.split(":")
+    return getattr(importlib.import_module(module, __name__), attribute)
+
+
+def parse(text: str, **parameters: Any) -> Method:
+    """A method, or a sum of methods, from its command-line form.
+
+    ``"vcd"``, ``"vcd+ritual"``, ``"vcd(alpha=0.5,beta=0.2)+icd"``; ``parameters`` go to every part that has them.
+
+    Raises:
+        UnknownNameError: an unknown method, or a parameter that no part has.
+        ParameterError: a value outside its range.
+    """
+    parts, unused = [], set(parameters)
+    for piece in _split(text, "+"):
+        name, own = _call(piece, text)
+        cls = load(name)
+        known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases)
+        shared = {key: value for key, value in parameters.items() if key in known and cls.aliases.get(key, key) in known}
+        unused -= set(shared)
+        parts.append(cls.create(**{**shared, **own}))
+    if unused:
+        raise UnknownNameError(f"{text} has no parameter {', '.join(sorted(unused))}.")
+    return parts[0] if len(parts) == 1 else Sum.of(*parts)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at ``separator`` outside parentheses and brackets."""
+    pieces, depth, at = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == separator and depth == 0:
+            pieces.append(text[at:i])
+            at = i + 1
+    return [piece.strip() for piece in [*pieces, text[at:]]]
+
+
+def _call(piece: str, text: str) -> tuple[str, dict[str, Any]]:
+    """("vcd", {"alpha": 0.5}) from ``vcd(alpha=0.5)``."""
+    import yaml
+
+    name, bracket, rest = piece.partition("(")
+    if not bracket:
+        return name, {}
+    if not rest.endswith(")"):
+        raise UnknownNameError(f"cannot read method {text!r}: a closing parenthesis is missing; write 'vcd(alpha=0.5)'.")
+    own = {}
+    for item in filter(None, _split(rest[:-1], ",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UnknownNameError(f"cannot read {item!r} in method {text!r}; write parameter=value.")
+        own[key.strip()] = yaml.safe_load(value)
+    return name, own

@@ -1,0 +1,162 @@
+"""Every private or easily moved ``transformers`` name this library leans on, in one place.
+
+``self_check()`` names what moved; a test calls it, and so does :func:`require` when a model is first attached.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import GenerationMixin, LogitsProcessorList
+
+from ..errors import DependencyError, UnsupportedError
+
+MINIMUM_TRANSFORMERS = "5.23.0"
+MINIMUM_TORCH = "2.11"
+
+#: Loops of ``GenerationMixin`` by generation mode.
+_LOOPS = {
+    "greedy_search": "_sample",
+    "sample": "_sample",
+    "beam_search": "_beam_search",
+    "beam_sample": "_beam_search",
+    "assisted_generation": "_assisted_decoding",
+}
+
+#: What the loops must accept: name -> parameters.
+_SIGNATURES = {
+    "_sample": {"input_ids", "logits_processor", "stopping_criteria", "generation_config", "streamer"},
+    "_beam_search": {"input_ids", "logits_processor", "stopping_criteria", "generation_config"},
+    "_assisted_decoding": {
+        "input_ids",
+        "logits_processor",
+        "stopping_criteria",
+        "generation_config",
+        "inputs_tensor",
+        "assistant_model",
+        "assistant_tokenizer",
+        "tokenizer",
+        "streamer",
+    },
+}
+
+
+@functools.cache
+def require(transformers_version: str | None = None, torch_version: str | None = None) -> None:
+    """Refuse libraries older than this engine was written for.
+
+    Raises:
+        DependencyError: names the installed version, the oldest accepted one and the command that mends it.
+    """
+    have = transformers_version or transformers.__version__
+    if Version(have) < Version(MINIMUM_TRANSFORMERS) or Version(have).major > 5:
+        raise DependencyError(
+            f"transformers {have} is installed, and lvlm_decode needs {MINIMUM_TRANSFORMERS} or a newer 5.x; run: "
+            f"pip install 'transformers>={MINIMUM_TRANSFORMERS},<6'"
+        )
+    have = torch_version or torch.__version__
+    if Version(have.split("+")[0]) < Version(MINIMUM_TORCH):
+        raise DependencyError(
+            f"torch {have} is installed, and lvlm_decode needs {MINIMUM_TORCH} or newer; run: "
+            f"pip install 'torch>={MINIMUM_TORCH}'"
+        )
+    moved = self_check()
+    if moved:
+        raise DependencyError(
+            f"transformers {transformers.__version__} moved names this library uses ({'; '.join(moved)}); install a "
+            f"version it was tested with: pip install 'transformers=={MINIMUM_TRANSFORMERS}'"
+        )
+
+
+def self_check() -> list[str]:
+    """What of the private names is missing or changed; empty when all is as expected."""
+    moved = []
+    for name, expected in _SIGNATURES.items():
+        loop = getattr(GenerationMixin, name, None)
+        if loop is None:
+            moved.append(f"GenerationMixin.{name} is gone")
+            continue
+        missing = expected - set(inspect.signature(loop).parameters)
+        if missing:
+            moved.append(f"GenerationMixin.{name} lost {', '.join(sorted(missing))}")
+    if "is_first_iteration" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
+        moved.append("prepare_inputs_for_generation lost is_first_iteration")
+    for cache in (transformers.DynamicCache, transformers.StaticCache):
+        for name in ("reorder_cache", "crop", "get_seq_length"):
+            if not hasattr(cache, name):
+                moved.append(f"{cache.__name__}.{name} is gone")
+    return moved
+
+
+def generation_mode(generation_config: transformers.GenerationConfig, assistant_model: Any = None) -> str:
+    """The name of the loop ``generate()`` would run, as ``transformers`` spells it."""
+    return generation_config.get_generation_mode(assistant_model).value
+
+
+def run_loop(
+    module: torch.nn.Module,
+    mode: str,
+    input_ids: torch.Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Any,
+    generation_config: transformers.GenerationConfig,
+    streamer: Any = None,
+    assistant: dict[str, Any] | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Run Hugging Face's own decoding loop on ``module``, as its ``generate()`` would.
+
+    Args:
+        input_ids: (B, T) prompt rows, already expanded for beams and return sequences.
+        assistant: ``assistant_model``, ``assistant_tokenizer``, ``tokenizer`` for assisted decoding.
+
+    Raises:
+        UnsupportedError: a mode that no loop of ``transformers`` serves.
+    """
+    if mode not in _LOOPS:
+        raise UnsupportedError(
+            f"generation mode {mode!r} has no loop in transformers that can be mitigated; "
+            "use greedy search, sampling, beams or assisted decoding."
+        )
+    name = _LOOPS[mode]
+    extra: dict[str, Any] = {}
+    if name == "_assisted_decoding":
+        extra.update(assistant or {}, inputs_tensor=input_ids)
+    if name != "_beam_search" and streamer is not None:
+        extra["streamer"] = streamer
+    return getattr(type(module), name)(
+        module,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        **extra,
+        **model_kwargs,
+    )
+
+
+def sdpa(*args: Any, **kwargs: Any) -> Any:
+    """The stock sdpa attention function."""
+    return transformers.AttentionInterface()["sdpa"](*args, **kwargs)
+
+
+def register_attention(name: str, function: Any) -> None:
+    """Register an attention function that wraps :func:`sdpa`; it gets sdpa's masks. Doing it again changes nothing."""
+    transformers.AttentionInterface.register(name, function)
+    transformers.AttentionMaskInterface.register(name, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def attention_of(config: transformers.PreTrainedConfig) -> str | None:
+    """The attention implementation a configuration asks for."""
+    return config._attn_implementation_internal
+
+
+def set_attention(config: transformers.PreTrainedConfig, name: str | None) -> None:
+    """Ask for another implementation, in this configuration alone and without the checks of loading."""
+    config._attn_implementation_internal = name

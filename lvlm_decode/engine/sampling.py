@@ -1,0 +1,57 @@
+"""Randomness that belongs to the sample: keyed generators and Gumbel-max draws.
+
+A draw keyed by (seed, sample id, position) does not depend on the composition or order of a batch, on a resumed run or on
+a drafter; ``torch.multinomial`` depends on all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+
+def key(*parts: Hashable) -> int:
+    """A 63-bit integer from the printed form of ``parts``; equal parts give equal keys in every process."""
+    digest = hashlib.blake2b("\x1f".join(map(repr, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: Hashable) -> torch.Generator:
+    """A CPU generator seeded by ``parts``, for instance (seed, sample id, "views")."""
+    return torch.Generator().manual_seed(key(*parts))
+
+
+def gumbel(seed: int, sample_id: Hashable, position: int, n: int) -> Tensor:
+    """(n,) float32 standard Gumbel noise for the token that is generated at ``position`` (0 is the first).
+
+    The arg max of log-probabilities plus this noise is a draw from them (Gumbel-max).
+    """
+    uniform = torch.rand(n, generator=generator(seed, sample_id, position), dtype=torch.float64)
+    # The open interval: log(0) would make one token win, or lose, for certain.
+    uniform = uniform.clamp(1e-300, 1 - 1e-16)
+    return -(-uniform.log()).log().float()
+
+
+class KeyedDraw(LogitsProcessor):
+    """The last processor of a sampling run: leaves only the token that keyed Gumbel-max draws.
+
+    ``torch.multinomial`` of Hugging Face's loop then has one token to choose from.
+
+    Args:
+        seed: of the run.
+        row_ids: one id per row of ``input_ids``.
+        prompt_length: width of ``input_ids`` before the first generated token.
+    """
+
+    def __init__(self, seed: int, row_ids: Sequence[Hashable], prompt_length: int):
+        self.seed, self.row_ids, self.prompt_length = seed, list(row_ids), prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        position = input_ids.shape[1] - self.prompt_length
+        noise = torch.stack([gumbel(self.seed, row, position, scores.shape[-1]) for row in self.row_ids])
+        drawn = (scores + noise.to(scores.device)).argmax(-1, keepdim=True)
+        return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)

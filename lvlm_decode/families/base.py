@@ -1,0 +1,218 @@
+"""What the engine asks of a model family; the defaults serve LLaVA and most families that follow its conventions."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image as the language model receives it.
+
+    Args:
+        features: (n, D) projected features, one per placeholder.
+        deep: per extra layer (n, D), for families that also feed features into deeper layers (Qwen3-VL).
+    """
+
+    features: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Captured:
+    """A batch of rows as ``generate()`` prepared it for its first forward.
+
+    Args:
+        module: the module whose loop decodes (the language model itself inside InstructBLIP).
+        input_ids: (B, T) prompt rows, left-padded.
+        kwargs: what the first forward receives, without a cache.
+    """
+
+    module: torch.nn.Module
+    input_ids: Tensor
+    kwargs: dict[str, Any]
+
+
+class Family:
+    """How one model family is given its text and its images."""
+
+    #: Text-side inputs, (B, T) each, beside ``input_ids`` and ``attention_mask``.
+    token_keys: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
+    #: Text that the vision side reads (a Q-Former's prompt) and its mask: inputs of the encoder, (B, T) each.
+    prompt_keys: tuple[str, ...] = ()
+    #: ``pixel_values`` has one row per sample even when a sample has several images or none.
+    pixels_per_row: bool = False
+    #: The vision encoder has a CLS token whose attention can be read.
+    has_cls: bool = True
+    #: A Q-Former reads the prompt, so there is a second slot for it.
+    has_qformer: bool = False
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.config = model.config
+        self._encode_keys = tuple(
+            name
+            for name, parameter in inspect.signature(type(model).get_image_features).parameters.items()
+            if name not in ("self", "return_dict") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        return self.config.image_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        for config in (self.model.generation_config, self.config, self.config.get_text_config()):
+            value = getattr(config, "pad_token_id", None)
+            if value is not None:
+                return value if isinstance(value, int) else value[0]
+        return 0
+
+    @property
+    def vision_keys(self) -> tuple[str, ...]:
+        """Inputs of the image encoder: pixels and whatever it needs to read them."""
+        return self._encode_keys
+
+    def tokens_per_image(self, vision: dict[str, Tensor]) -> list[int] | None:
+        """How many placeholders each image takes, where the inputs alone tell; ``None`` means: encode to know."""
+        return None
+
+    def pixel_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
+        """Rows of ``pixel_values`` that each image takes; ``None`` means one."""
+        return None
+
+    def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Vision inputs of several samples as one batch; prompts of the vision side are right-padded."""
+        out = {}
+        for key in parts[0]:
+            rows = [part[key] for part in parts]
+            if key in self.prompt_keys:
+                width = max(row.shape[1] for row in rows)
+                rows = [torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows]
+            out[key] = torch.cat(rows)
+        return out
+
+    def encode(self, vision: dict[str, Tensor]) -> list[Encoded]:
+        """One vision pass: every image of ``vision``, in order.
+
+        Args:
+            vision: ``pixel_values`` and what goes with them, and a Q-Former's prompt where there is one.
+        """
+        kwargs = {key: value for key, value in vision.items() if key in self._encode_keys}
+        kwargs["pixel_values"] = kwargs["pixel_values"].to(self.model.device, self.model.dtype)
+        with torch.no_grad():
+            out = self.model.get_image_features(**kwargs, return_dict=True)
+        self._template = out
+        return self._split(out)
+
+    def _split(self, out: Any) -> list[Encoded]:
+        features = list(out.pooler_output)
+        layers = getattr(out, "deepstack_features", None)
+        if layers is None:
+            return [Encoded(f) for f in features]
+        sizes = [len(f) for f in features]
+        split = [torch.split(layer, sizes) if isinstance(layer, Tensor) else layer for layer in layers]
+        return [Encoded(f, tuple(layer[i] for layer in split)) for i, f in enumerate(features)]
+
+    def pack(self, images: Sequence[Encoded]) -> Any:
+        """The images in the form ``mm_encoder_outputs["image"]`` wants; a fresh object, for ``generate()`` mutates it."""
+        out = copy.copy(self._template)
+        features = [image.features for image in images]
+        stackable = isinstance(self._template.pooler_output, Tensor) and len({f.shape for f in features}) == 1
+        out.pooler_output = torch.stack(features) if stackable else features
+        if getattr(self._template, "deepstack_features", None) is not None:
+            layers = list(zip(*[image.deep for image in images]))
+            whole = isinstance(self._template.deepstack_features[0], Tensor)
+            out.deepstack_features = [torch.cat(layer) if whole else list(layer) for layer in layers]
+        return out
+
+    def generate(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded], **kwargs: Any):
+        """``generate()`` of the model's own class on prepared features: no pixels, no second vision pass."""
+        inputs = dict(text)
+        # Position ids of families with image grids need the grid, not the pixels.
+        inputs.update({key: value for key, value in vision.items() if key.endswith("grid_thw")})
+        if images:
+            inputs["mm_encoder_outputs"] = {"image": self.pack(images)}
+        return type(self.model).generate(self.model, **inputs, **kwargs)
+
+    def capture(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded]) -> Captured:
+        """Let the model's own ``generate()`` prepare a batch, and stop before its first forward."""
+        box: dict[str, Any] = {}
+
+        def stop(module, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+            box.update(module=module, input_ids=input_ids, kwargs=model_kwargs)
+            return input_ids
+
+        self.generate(
+            text,
+            vision,
+            images,
+            custom_generate=stop,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            max_new_tokens=1,
+            use_cache=True,
+            cache_implementation="dynamic",
+            return_dict_in_generate=False,
+        )
+        module, kwargs = box["module"], box["kwargs"]
+        kwargs.pop("past_key_values", None)
+        mask = text["attention_mask"].to(module.device)
+        kwargs = module.prepare_inputs_for_generation(
+            box["input_ids"], is_first_iteration=True, past_key_values=None, **kwargs
+        )
+        kwargs["attention_mask"] = mask
+        return Captured(module, box["input_ids"].to(module.device), kwargs)
+
+    def drop_image(self, input_ids: Tensor) -> Tensor:
+        """(T,) bool: which tokens of a prompt stay when its images are taken away."""
+        return input_ids != self.image_token_id
+
+    def insert_prefix(self, input_ids: Tensor, prefix: Tensor) -> tuple[Tensor, int]:
+        """(T + P,) the prompt with ``prefix`` (P,) after its begin token, and where it was put."""
+        bos = self.config.get_text_config().bos_token_id
+        at = 1 if len(input_ids) and bos is not None and int(input_ids[0]) == bos else 0
+        return torch.cat([input_ids[:at], prefix, input_ids[at:]]), at
+
+    def unpack(self, packed: Any) -> list[Encoded]:
+        """The images of an ``mm_encoder_outputs["image"]`` that the user passed in."""
+        self._template = packed
+        return self._split(packed)
+
+    def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """``noise(pixels)``; a hook for families that hold copies of a picture, which must get the same noise."""
+        return noise(pixels)
+
+    @property
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and standard deviation per channel that the processor normalised by."""
+        if self.config.vision_config.model_type.startswith("siglip"):
+            return (0.5,) * 3, (0.5,) * 3
+        return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    def edit_pictures(self, edit: Callable[[Tensor], Tensor], pixels: Tensor, vision: dict[str, Tensor]) -> Tensor:
+        """``edit`` the pictures behind normalised ``pixels`` (..., 3, H, W): it sees and returns values in [0, 1].
+
+        Args:
+            vision: the inputs ``pixels`` came with, for families that need them to see the pictures.
+        """
+        mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels) for v in self.pixel_statistics)
+        return (edit((pixels * std + mean).float().clamp(0, 1)).to(pixels) - mean) / std
+
+    def check_text(self, text: dict[str, Tensor]) -> None:
+        if text.get("input_ids") is None:
+            raise InputError(
+                "no input_ids were given; this library reads the image placeholders from them, so pass the processor's "
+                "whole output: model.generate(**processor(...))."
+            )
