@@ -173,6 +173,57 @@ class Method:
         """The methods this one is a sum of; itself if it is not a sum."""
         return (self,)
 
+    def processor(self, model: torch.nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
+        """The portable form, for ``generate(**inputs, logits_processor=[...])``; made anew for every call.
+
+        Args:
+            model: the LVLM that generates.
+            inputs: what ``generate()`` is called with.
+            options: ``seed``, ``sample_ids`` and ``processor``, as in :func:`lvlm_decode.attach`.
+        """
+        from .engine.processor import ViewsProcessor
+
+        return ViewsProcessor(self, model, dict(inputs), **options)
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        seed: int | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What ``generate(custom_generate=method)`` calls; not for calling by hand.
+
+        ``generate()`` hands a callable only the inputs its signature names, hence the pixel-side ones here.
+        """
+        from .engine.custom import custom_generate
+
+        vision = {
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "image_grid_thw": image_grid_thw,
+            "pixel_attention_mask": pixel_attention_mask,
+        }
+        return custom_generate(
+            self,
+            model,
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            vision=vision,
+            seed=seed,
+            model_kwargs=model_kwargs,
+        )
+
     def __add__(self, other: Method) -> Method:
         if not isinstance(other, Method):
             return NotImplemented
