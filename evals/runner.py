@@ -1,0 +1,434 @@
+"""The one bridge between evaluators and models: asks the questions of every cell, resumes, spreads over processes.
+
+Answers do not depend on how a run was cut up. Draws and views are keyed by (seed, sample id, position), and batches are
+cut from the whole list of questions, so a run that was killed, sharded or spread over processes asks the same batches
+and ends with the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import lvlm_decode
+
+from .answers import append_answers, resume_answers, write_answers
+from .base import Answer, Evaluator, Question
+from .errors import EvalError, MissingFileError, SettingsError
+from .loaders import Source, fingerprint
+from .plan import Cell, Decoding, Result, Settings, cells, claim, score_cell, write_questions
+
+TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
+# Weights up to this size are hashed, so that answers of retrained small models cannot mix.
+HASHED_BYTES = 200_000_000
+OPERA_BEAMS = 5
+START_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor, and what the settings of a run say about it."""
+
+    model: Any
+    processor: Any
+    settings: Mapping[str, Any]
+
+
+def load(
+    name: str,
+    *,
+    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    device_map: str | None = None,
+) -> Loaded:
+    """A model and its processor by `tiny`, `tiny-instructblip`, folder or hub id.
+
+    dtype: a torch name; by default float32 on a CPU, and on a GPU what the checkpoint was saved in. device_map: "auto"
+    spreads a model over several cards. Raises MissingFileError when a folder or the small weights are not there.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    place = Path(name)
+    if name in TINY:
+        import lvlm_decode_data
+
+        place = lvlm_decode_data.tiny_path(TINY[name])
+    path = str(place) if place.is_dir() else name
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        chosen: Any = torch.float32 if device.type == "cpu" and device_map is None else "auto"
+    else:
+        chosen = getattr(torch, dtype, None)
+        if not isinstance(chosen, torch.dtype):
+            raise SettingsError(f"dtype {dtype!r} is not a torch type; use float32, bfloat16 or float16.")
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=chosen, device_map=device_map)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise MissingFileError(
+            f"model {name!r} cannot be loaded ({reason}); give tiny, a folder or a hub id."
+        ) from error
+    model = model.eval() if device_map else model.eval().to(device)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.padding_side = "left"
+    identity = TINY.get(name, place.name if place.is_dir() else name)
+    settings = {"name": identity, "dtype": str(model.dtype).removeprefix("torch."), "weights": _weights(place, model)}
+    return Loaded(model, processor, settings)
+
+
+def _weights(place: Path, model: Any) -> str | None:
+    """What tells two versions of a model apart: a hash of small local weights, else the hub's commit."""
+    if not place.is_dir():
+        return getattr(model.config, "_commit_hash", None)
+    files = sorted(place.glob("*.safetensors"))
+    if not files or sum(file.stat().st_size for file in files) > HASHED_BYTES:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(fingerprint(file).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How questions are put: the same for all cells of a run.
+
+    max_new_tokens: None takes the evaluator's. suffix: appended to every question (" Please answer this question with
+    one word."). template: the whole prompt around "{question}", image placeholder included; None takes the model's chat
+    template, or the bare question for models without one. drafter: as `attach(drafter=)`. parameters: method
+    parameters for every method that has them.
+    """
+
+    max_new_tokens: int | None = None
+    suffix: str = ""
+    template: str | None = None
+    drafter: str | None = None
+    batch_size: int | str = 16
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.template is not None and "{question}" not in self.template:
+            raise SettingsError(f"template {self.template!r} has no {{question}}; put it where the question belongs.")
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise SettingsError(f"batch size is {self.batch_size!r}; give a positive number or auto.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the batches this process asks: number `index` (from 0) of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """From "2/4": the second of four."""
+        first, _, last = text.partition("/")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise SettingsError(f"--shard is {text!r}; give i/n with 1 <= i <= n, for instance 1/4.")
+        return cls(int(first) - 1, int(last))
+
+    @property
+    def file(self) -> str:
+        return "answers.jsonl" if self.count == 1 else f"answers.part-{self.index + 1}-of-{self.count}.jsonl"
+
+
+def processes() -> tuple[Share, Any]:
+    """This process's share under `accelerate launch`, and accelerate's state (None outside)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Share(), None
+    from accelerate import PartialState
+
+    state = PartialState()
+    return Share(state.process_index, state.num_processes), state
+
+
+def decoding_for(method: str, wanted: Decoding | None, parameters: Mapping[str, Any] | None = None) -> Decoding:
+    """The decoding a method runs with: the wanted one, or sampling at temperature 1 as the papers do where it can, else
+    five beams, else greedy. Raises the method's own sentence when it refuses what was wanted.
+    """
+    parsed = lvlm_decode.parse(method, **_own(method, parameters or {}))
+    refused = {mode: reason for part in parsed.parts() for mode, reason in part.refuses.items()}
+    if wanted is not None:
+        mode = "beam" if wanted.num_beams > 1 else "sample" if wanted.do_sample else "greedy"
+        if mode in refused:
+            raise EvalError(f"{method} cannot run with {wanted.name}: {refused[mode]}")
+        return wanted
+    if "sample" not in refused:
+        return Decoding(do_sample=True)
+    return Decoding(num_beams=OPERA_BEAMS) if "greedy" in refused else Decoding()
+
+
+def _own(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the shared parameters that some part of a method has."""
+    from dataclasses import fields
+
+    known: set[str] = set()
+    for part in lvlm_decode.parse(method).parts():
+        known |= {option.name for option in fields(part)} | set(part.aliases)
+    return {name: value for name, value in parameters.items() if name in known}
+
+
+def _parameters(method: Any) -> dict[str, Any]:
+    """A method's parameters as JSON values, by part."""
+    from dataclasses import fields
+
+    def plain(value: Any) -> Any:
+        return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+    parts = method.parts()
+    own = [{f.name: plain(getattr(part, f.name)) for f in fields(part)} for part in parts]
+    return own[0] if len(parts) == 1 else {part.name: values for part, values in zip(parts, own)}
+
+
+def prompt_of(processor: Any, question: Question, options: Options) -> str:
+    """The text a question becomes, image placeholder included."""
+    text = question.text + options.suffix
+    if options.template is not None:
+        return options.template.format(question=text)
+    if getattr(processor, "chat_template", None) is None:
+        return text
+    content = [{"type": "text", "text": text}]
+    if question.image is not None:
+        content.insert(0, {"type": "image"})
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def batches_of(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """Consecutive questions in batches; questions with and without an image never share one."""
+    made: list[list[Question]] = []
+    for question in questions:
+        if made and len(made[-1]) < size and (made[-1][0].image is None) == (question.image is None):
+            made[-1].append(question)
+        else:
+            made.append([question])
+    return made
+
+
+@dataclass
+class Run:
+    """One evaluation: which cells, on which model, into which folder. `execute` fills them; call it again to
+    continue.
+    """
+
+    evaluator: Evaluator
+    source: Source
+    loaded: Loaded
+    out: Path
+    methods: Sequence[tuple[str, Decoding]]
+    seeds: Sequence[int] = (0,)
+    limit: int | None = None
+    options: Options = Options()
+    share: Share = Share()
+    # accelerate's state when several processes run this together; they wait for one another before parts are merged.
+    state: Any = None
+    quiet: bool = False
+
+    @property
+    def main(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    def cells(self) -> list[Cell]:
+        """All cells, matched controls included and first."""
+        return cells(list(self.source.splits), self.methods, self.seeds)
+
+    def settings(self, cell: Cell) -> Settings:
+        """What decides the answers of a cell, and the machine they were made on."""
+        method = lvlm_decode.parse(cell.method, **_own(cell.method, self.options.parameters))
+        decides = {
+            "evaluator": self.evaluator.name,
+            "evaluator_options": {k: v for k, v in self.evaluator.options().items() if v is not None},
+            "split": cell.split,
+            "method": {"name": cell.method, "parameters": _parameters(method)},
+            "decoding": {"do_sample": cell.decoding.do_sample, "temperature": cell.decoding.temperature}
+            | {"top_p": cell.decoding.top_p, "top_k": cell.decoding.top_k, "num_beams": cell.decoding.num_beams},
+            "seed": cell.seed,
+            "max_new_tokens": self.options.max_new_tokens or self.evaluator.max_new_tokens,
+            "suffix": self.options.suffix,
+            "template": self.options.template,
+            "drafter": self.options.drafter,
+            "model": dict(self.loaded.settings),
+            "data": dict(self.source.settings),
+        }
+        return Settings(decides, environment(self.loaded.model, self.options))
+
+    def execute(self) -> list[Result]:
+        """Ask what is not answered yet, merge, score. Returns the scored cells; empty in other than the main process,
+        and for cells of which other shards still owe a part.
+        """
+        asked = self.source.first(self.limit)
+        plan = self.cells()
+        folders = {cell: cell.folder(self.out, self.evaluator.name) for cell in plan}
+        for cell in plan:
+            claim(folders[cell], self.settings(cell))
+            write_questions(folders[cell].parents[2], asked.splits[cell.split])
+        bar = tqdm(
+            total=sum(len(asked.splits[cell.split]) for cell in plan) // self.share.count,
+            unit="answer",
+            disable=self.quiet or not self.main,
+            smoothing=0.05,
+        )
+        size = self.options.batch_size
+        with bar:
+            for method, decoding in dict.fromkeys((cell.method, cell.decoding) for cell in plan):
+                with self._attached(method):
+                    for cell in plan:
+                        if (cell.method, cell.decoding) != (method, decoding):
+                            continue
+                        bar.set_description(f"{method} {decoding.name} {cell.split} seed {cell.seed}")
+                        questions = asked.splits[cell.split]
+                        if size == "auto":
+                            size = self._ask_auto(cell, folders[cell], questions, bar)
+                        else:
+                            self._ask(cell, folders[cell], questions, int(size), bar)
+                        if self.state is None:
+                            self._merge(cell, folders[cell], questions)
+        if self.state is not None:
+            self.state.wait_for_everyone()
+            if not self.main:
+                return []
+            for cell in plan:
+                self._merge(cell, folders[cell], asked.splits[cell.split])
+        return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+    @contextmanager
+    def _attached(self, method: str) -> Iterator[None]:
+        parsed = lvlm_decode.parse(method, **_own(method, self.options.parameters))
+        # Controls stay what they are: a drafter changes no answer, but a control must not depend on that claim.
+        drafter = {"drafter": self.options.drafter} if self.options.drafter else {}
+        lvlm_decode.attach(self.loaded.model, parsed, processor=self.loaded.processor, **drafter)
+        try:
+            yield
+        finally:
+            lvlm_decode.detach(self.loaded.model)
+
+    def _ask(self, cell: Cell, folder: Path, questions: Sequence[Question], size: int, bar: Any) -> None:
+        """Answer this process's share of a cell, appending after every batch."""
+        own = folder / self.share.file
+        resume_answers(own, repair=True)
+        if self.main:
+            for left in folder.glob("*.partial"):
+                left.unlink()
+        known = {str(a.question_id) for a in _answers(folder) if a.error is None}
+        for number, batch in enumerate(batches_of(questions, size)):
+            if number % self.share.count != self.share.index:
+                continue
+            # The whole batch again even if a part of it is known: the same batch gives the same answers.
+            if any(str(question.id) not in known for question in batch):
+                answers = self._answer(cell, batch)
+                append_answers(own, (answer for answer in answers if str(answer.question_id) not in known))
+            bar.update(len(batch))
+
+    def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any) -> int:
+        """As `_ask`, with the batch size that accelerate's utility finds to fit in memory; returns it."""
+        from accelerate.utils import find_executable_batch_size
+
+        done = bar.n
+
+        @find_executable_batch_size(starting_batch_size=START_BATCH)
+        def attempt(batch_size: int) -> int:
+            bar.update(done - bar.n)
+            self._ask(cell, folder, questions, batch_size, bar)
+            return batch_size
+
+        return attempt()
+
+    def _answer(self, cell: Cell, batch: Sequence[Question]) -> list[Answer]:
+        """The answers of one batch; a question whose image cannot be opened gets an error instead of an answer."""
+        failed: dict[int, Answer] = {}
+        images: list[Any] = []
+        asked: list[Question] = []
+        for i, question in enumerate(batch):
+            try:
+                if question.image is not None:
+                    images.append(self.source.images.open(question.image))
+                asked.append(question)
+            except EvalError as error:
+                failed[i] = Answer.to(question, "", error=str(error))
+        answered = iter(self._generate(cell, asked, images)) if asked else iter(())
+        return [failed[i] if i in failed else next(answered) for i in range(len(batch))]
+
+    def _generate(self, cell: Cell, questions: Sequence[Question], images: Sequence[Any]) -> list[Answer]:
+        processor, model = self.loaded.processor, self.loaded.model
+        prompts = [prompt_of(processor, question, self.options) for question in questions]
+        inputs = processor(
+            text=prompts, padding=True, return_tensors="pt", **({"images": list(images)} if images else {})
+        )
+        inputs = inputs.to(model.device)
+        with torch.inference_mode():
+            generated = model.generate(
+                **inputs,
+                seed=cell.seed,
+                sample_ids=[f"{self.evaluator.name}/{cell.split}/{question.id}" for question in questions],
+                max_new_tokens=self.options.max_new_tokens or self.evaluator.max_new_tokens,
+                **cell.decoding.arguments(),
+            )
+        new = new_tokens(generated, inputs["input_ids"])
+        texts = processor.batch_decode(new, skip_special_tokens=True)
+        lengths = token_counts(new, model.generation_config.eos_token_id)
+        return [Answer.to(q, text.strip(), tokens=n) for q, text, n in zip(questions, texts, lengths)]
+
+    def _merge(self, cell: Cell, folder: Path, questions: Sequence[Question]) -> None:
+        """One answers file in the order of the questions, once all parts are there; the parts are removed."""
+        best: dict[str, Answer] = {}
+        for answer in _answers(folder):
+            name = str(answer.question_id)
+            if name not in best or best[name].error is not None:
+                best[name] = answer
+        if any(str(question.id) not in best for question in questions):
+            return
+        # Answers beyond --limit from an earlier, longer run stay.
+        order = {str(question.id): i for i, question in enumerate(self.source.splits[cell.split])}
+        write_answers(
+            folder / "answers.jsonl", sorted(best.values(), key=lambda a: order.get(str(a.question_id), len(order)))
+        )
+        for part in folder.glob("answers.part-*.jsonl"):
+            part.unlink(missing_ok=True)
+
+
+def _answers(folder: Path) -> list[Answer]:
+    return [answer for path in sorted(folder.glob("answers*.jsonl")) for answer in resume_answers(path)]
+
+
+def new_tokens(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """(B, T) what was generated, without the prompt where `generate` returned it in front."""
+    width = prompt.shape[1]
+    if generated.shape[1] >= width and torch.equal(generated[:, :width], prompt):
+        return generated[:, width:]
+    return generated
+
+
+def token_counts(tokens: torch.Tensor, eos: int | Sequence[int] | None) -> list[int]:
+    """How many tokens each row of (B, T) has up to and including its first end-of-sequence token."""
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    hits = torch.isin(tokens, torch.tensor(ends, device=tokens.device, dtype=tokens.dtype))
+    first = torch.where(hits.any(1), hits.int().argmax(1) + 1, tokens.shape[1])
+    return first.tolist()
+
+
+def environment(model: Any, options: Options) -> dict[str, Any]:
+    """Where answers were made: good to know, not compared when a run is continued."""
+    versions = {}
+    for name in ("lvlm-decode", "torch", "transformers"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    device = model.device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"versions": versions, "device": machine, "batch_size": options.batch_size}
+
+
+def failures(results: Sequence[Result]) -> int:
+    """How many questions could not be asked or were left without an answer, over all cells."""
+    return sum(len(result.audit.failed) + len(result.audit.missing) for result in results)
