@@ -1,0 +1,71 @@
+"""Drafters by name.
+
+>>> drafter = drafters.parse("recycling:rows=8,depth=4", model=model)
+>>> model = lvlm_decode.attach(model, VCD(), drafter=drafter)
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from typing import Any
+
+import torch
+
+from ...errors import ParameterError, UnknownNameError
+from .base import Context, Drafter, Features, Session, Verified
+
+#: name -> "module:Class", relative to this package.
+DRAFTERS: dict[str, str] = {
+    "lookup": ".lookup:PromptLookup",
+    "copyspec": ".lookup:CopySpec",
+    "recycling": ".recycling:Recycling",
+    "automaton": ".automaton:SuffixAutomaton",
+    "early-exit": ".early_exit:EarlyExit",
+    "eagle": ".head:EagleDrafter",
+    "msd": ".head:MsdDrafter",
+    "vispec": ".head:ViSpecDrafter",
+    "replay": ".replay:Replay",
+}
+
+__all__ = ["DRAFTERS", "Context", "Drafter", "Features", "Session", "Verified", "get", "parse"]
+
+
+def get(name: str) -> type[Drafter]:
+    """The drafter class of this name.
+
+    Raises:
+        UnknownNameError: lists the names there are.
+    """
+    if name not in DRAFTERS:
+        raise UnknownNameError(f"unknown drafter {name!r}; choose one of {', '.join(DRAFTERS)}, or none.")
+    module, _, attribute = DRAFTERS[name].partition(":")
+    return getattr(importlib.import_module(module, __name__), attribute)
+
+
+def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> Drafter | None:
+    """The drafter that ``text`` names: ``"recycling"``, ``"recycling:rows=8,depth=4"``, ``"vispec:path=FOLDER"``.
+
+    Args:
+        text: a name with parameters, ``"none"`` or ``None`` for no drafter, or a drafter, which is returned as it is.
+        model: the model it will draft for; draft heads are looked up by it.
+
+    Raises:
+        UnknownNameError: an unknown drafter or parameter.
+        ParameterError: a parameter without a value.
+    """
+    if text is None or isinstance(text, Drafter):
+        return text
+    name, _, rest = text.partition(":")
+    if name == "none":
+        return None
+    parameters: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ParameterError(f"drafter {text!r}: {part!r} has no value; write name:parameter=value,parameter=value.")
+        try:
+            parameters[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[key.strip()] = value
+    return get(name).create(model=model, **parameters)

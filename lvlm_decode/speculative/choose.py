@@ -1,0 +1,177 @@
+"""The target's choice at each row of a draft: processors and warpers with the row's own path, arg max or keyed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from ..engine.sampling import KeyedDraw, gumbel
+from .tree import Tree
+
+#: Processors that look at a row's scores alone, so that all rows of a draft can be processed at once.
+ROW_WISE = frozenset(
+    {
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        InfNanRemoveLogitsProcessor,
+        LogitNormalization,
+        MinPLogitsWarper,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    }
+)
+
+
+class Chooser:
+    """Chooses tokens as the undrafted loop would.
+
+    History-dependent processors are run along the accepted path alone, in order, one call for each committed token, with
+    exactly the tokens that precede it: what they see, and how often they are called, is what they see without a draft.
+
+    Args:
+        processors: as ``generate()`` made them; a :class:`KeyedDraw` at the end is replaced by its noise.
+        prompt: (B, S) prompt ids.
+        sample: whether tokens are drawn. Without a :class:`KeyedDraw` the noise is keyed by a seed from torch's global
+            generator: the law is that of ``torch.multinomial``, the tokens are not.
+        record: keep the scores of committed tokens.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, prompt: Tensor, sample: bool, record: bool = False):
+        processors = LogitsProcessorList(processors)
+        self.noise: KeyedDraw | None = None
+        if processors and isinstance(processors[-1], KeyedDraw):
+            self.noise = processors.pop()
+        elif sample:
+            seed = int(torch.randint(2**62, (1,)))
+            self.noise = KeyedDraw(seed, range(len(prompt)), prompt.shape[1])
+        self.processors = processors
+        self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
+        self.rows = len(prompt)
+        #: (1, S + generated) ids of each row; kept only for processors that read them.
+        self.history = [] if self.row_wise else [prompt[b : b + 1] for b in range(self.rows)]
+        self.record = record
+        self.recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.rows)]
+        self._noise: dict[tuple[int, int], Tensor] = {}
+
+    def at(self, scores: Tensor, tree: Tree, generated: Sequence[int]) -> Callable[[int, int], int]:
+        """The choice at every row of a draft.
+
+        Args:
+            scores: (B, n, N) mitigated scores.
+            tree: the draft.
+            generated: for each sample the number of tokens generated before the one that row 0 chooses.
+
+        Returns:
+            (sample, row) -> token, to be asked along a path, from the root.
+        """
+        if self.row_wise and self.noise is None and not self.record:
+            chosen = self._process_all(scores).argmax(-1).tolist()
+            return lambda sample, row: chosen[sample][row]
+        processed = self._process_all(scores) if self.row_wise else None
+        if self.noise is not None:
+            # Noise of rejected levels serves the next cycle; what lies behind is done with.
+            self._noise = {key: noise for key, noise in self._noise.items() if key[1] >= generated[key[0]]}
+
+        def choose(sample: int, row: int) -> int:
+            if processed is not None:
+                own = processed[sample, row]
+            else:
+                own = self._process_one(sample, scores[sample, row], tree.lists[sample][row] if row else None)
+            if self.noise is not None:
+                drawn = (own + self._gumbel(sample, generated[sample] + tree.shape(sample).depth[row], own)).argmax()
+                token = int(drawn)
+                if self.record:
+                    own = torch.full_like(own, float("-inf")).index_fill_(0, drawn, 0.0)
+            else:
+                token = int(own.argmax())
+            if self.record:
+                self.recorded[sample].append((scores[sample, row].clone(), own.clone()))
+            return token
+
+        return choose
+
+    def commit(self, sample: int, token: int) -> None:
+        """``token`` now ends the text of ``sample``."""
+        if not self.row_wise:
+            text = self.history[sample]
+            self.history[sample] = torch.cat([text, text.new_full((1, 1), token)], 1)
+
+    def _process_all(self, scores: Tensor) -> Tensor:
+        if not self.processors:
+            return scores
+        flat = scores.reshape(-1, scores.shape[-1])
+        ids = torch.zeros(len(flat), 1, dtype=torch.long, device=scores.device)
+        return self.processors(ids, flat).view_as(scores)
+
+    def _process_one(self, sample: int, scores: Tensor, token: int | None) -> Tensor:
+        if token is not None:
+            self.commit(sample, token)
+        # As many rows as the batch has, so that a processor that counts rows finds this one in its place.
+        ids = self.history[sample].expand(self.rows, -1)
+        return self.processors(ids, scores.expand(self.rows, -1).clone())[sample]
+
+    def _gumbel(self, sample: int, position: int, like: Tensor) -> Tensor:
+        key = (sample, position)
+        if key not in self._noise:
+            noise = gumbel(self.noise.seed, self.noise.row_ids[sample], position, like.shape[-1])
+            self._noise[key] = noise.to(like.device)
+        return self._noise[key]
+
+
+class Stopper:
+    """Whether a row ends with a token, as ``generate()``'s stopping criteria say.
+
+    Args:
+        criteria: as ``generate()`` made them.
+        prompt: (B, S) prompt ids.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, prompt: Tensor):
+        self.width = prompt.shape[1]
+        self.most: int | None = None
+        self.ends: set[int] = set()
+        self.other: list[Any] = []
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                limit = criterion.max_length - self.width
+                self.most = limit if self.most is None else min(self.most, limit)
+            elif type(criterion) is EosTokenCriteria:
+                self.ends.update(criterion.eos_token_id.flatten().tolist())
+            else:
+                self.other.append(criterion)
+        self.prompt = prompt
+
+    def room(self, generated: int) -> int:
+        """How many further draft tokens could be committed, given one more is committed anyway."""
+        return 1 << 30 if self.most is None else self.most - generated - 1
+
+    def stops(self, sample: int, generated: list[int]) -> bool:
+        """Whether the text of ``sample`` ends with the last of ``generated``."""
+        if generated[-1] in self.ends or (self.most is not None and len(generated) >= self.most):
+            return True
+        if not self.other:
+            return False
+        text = torch.cat([self.prompt[sample], self.prompt.new_tensor(generated)])[None]
+        return any(bool(criterion(text, None).all()) for criterion in self.other)

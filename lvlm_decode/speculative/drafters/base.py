@@ -1,0 +1,168 @@
+"""What a drafter is: hyper-parameters, and for each call a session that proposes and learns.
+
+A drafter never changes an answer, whatever it proposes; it only changes how many tokens one forward commits. That is why
+a session may keep what it learned from earlier calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ParameterError, UnknownNameError
+from ..tree import Tree
+
+
+@dataclass
+class Context:
+    """What the loop tells a session, kept up to date by the loop.
+
+    Args:
+        module: the module that decodes (the language model, for families whose ``generate`` hands over to it).
+        lanes: the engine's stacked rows (:class:`lvlm_decode.engine.stack.Lanes`), for drafters that read its cache.
+        tokens: for each sample its prompt and everything generated so far, the root last. Padding and image
+            placeholders are -1 there, so that no drafter copies them.
+        prompt_lengths: how many entries of each list are prompt.
+        scores: (B, N) mitigated scores of the first token, before processors.
+        prompt: the prompt as the language model saw it, for drafters with ``features``; else ``None``.
+        device: where proposals are wanted.
+    """
+
+    module: torch.nn.Module
+    lanes: Any
+    tokens: list[list[int]]
+    prompt_lengths: list[int]
+    scores: Tensor
+    prompt: Features | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass
+class Features:
+    """The target's view of a span of rows. ``V`` views, view-major rows ``v * B + b``.
+
+    Args:
+        hidden: (V * B, T, D) last hidden states after the final norm: what the language head reads.
+        embeds: (V * B, T, D) input embeddings, image positions holding the projected image features.
+        image: (V * B, T) bool, image positions.
+        mask: (V * B, T) bool, False at padding.
+        views: V.
+        layers: layer -> (V * B, T, D), hidden states after that layer, for drafters that ask for layers.
+    """
+
+    hidden: Tensor
+    embeds: Tensor | None = None
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    views: int = 1
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Verified:
+    """What one verification showed.
+
+    Args:
+        tree: what was verified.
+        scores: (B, n, N) float32 mitigated scores of every row, before processors.
+        paths: for each sample the accepted rows, the root first.
+        committed: for each sample the tokens it gained: the accepted proposals and the bonus.
+        features: of the verified rows, for drafters with ``features``; else ``None``.
+    """
+
+    tree: Tree
+    scores: Tensor
+    paths: list[list[int]]
+    committed: list[list[int]]
+    features: Features | None = None
+
+
+class Session:
+    """One call of a drafter. Subclasses propose a tree of at most ``room`` levels below the root, and may observe."""
+
+    #: Acceptance that a session assumes of a level before it has seen any.
+    PRIOR = 0.7
+
+    def __init__(self, drafter: Drafter, context: Context):
+        self.drafter, self.context = drafter, context
+        self._tried, self._accepted = 1.0, self.PRIOR
+
+    def propose(self, room: int) -> Tree:
+        """A tree whose roots are the last of ``context.tokens``, no deeper than ``room``."""
+        raise NotImplementedError
+
+    def observe(self, verified: Verified) -> None:
+        """Told after every verification; ``context.tokens`` already holds what was committed."""
+
+    def finish(self) -> None:
+        """Told once, when the call is over."""
+
+    def count(self, verified: Verified) -> None:
+        """Keep the running acceptance that :meth:`levels` needs; old cycles fade."""
+        for sample, path in enumerate(verified.paths):
+            deepest = max(
+                (d for row, d in enumerate(verified.tree.shape(sample).depth) if verified.tree.lists[sample][row] >= 0),
+                default=0,
+            )
+            accepted = len(path) - 1
+            tried = min(accepted + 1, deepest)
+            self._tried = 0.9 * self._tried + tried
+            self._accepted = 0.9 * self._accepted + accepted
+
+    def levels(self, most: int) -> int:
+        """How many levels are worth drafting: until the chance that all are accepted falls below ``drafter.stop``."""
+        stop = self.drafter.stop
+        if stop <= 0:
+            return most
+        chance = min(max(self._accepted / self._tried, 1e-3), 0.999)
+        return max(1, min(most, int(math.log(stop) / math.log(chance))))
+
+
+@dataclass
+class Drafter:
+    """Base of every drafter: hyper-parameters, and whatever it keeps between calls.
+
+    Args:
+        stop: confidence stop, after SpecDec++ (arXiv 2405.19715): drafting goes no deeper once the estimated
+            probability that the whole path is accepted falls below it. The paper trains a head for the estimate; here
+            it is the draft's own cumulative probability where there is one, else the running acceptance. 0 never stops.
+    """
+
+    name: ClassVar[str] = ""
+    #: Whether sessions read the target's features (``Context.prompt``, ``Verified.features``).
+    features: ClassVar[bool] = False
+
+    stop: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stop < 1:
+            raise ParameterError(f"{self.name}: stop = {self.stop!r} is not valid; it must be in [0, 1), 0 for never.")
+
+    @classmethod
+    def create(cls, model: torch.nn.Module | None = None, **parameters: Any) -> Drafter:
+        """The drafter with these parameters, for ``model``.
+
+        Raises:
+            UnknownNameError: a parameter the drafter does not have.
+        """
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        unknown = next((name for name in parameters if name not in known), None)
+        if unknown is not None:
+            raise UnknownNameError(
+                f"drafter {cls.name} has no parameter {unknown!r}; its parameters are: {', '.join(sorted(known))}."
+            )
+        return cls(**parameters)
+
+    def layers(self, module: torch.nn.Module) -> tuple[int, ...]:
+        """Decoder layers whose outputs its sessions read: ``i`` is the state after layer ``i``."""
+        return ()
+
+    def begin(self, context: Context) -> Session:
+        """The session of one call."""
+        raise NotImplementedError

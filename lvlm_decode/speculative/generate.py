@@ -1,0 +1,247 @@
+"""The speculative loop: draft, verify all views of all rows in one stacked forward, keep what the target agrees with.
+
+Called by the engine inside ``generate()``, so prompts, processors, stopping criteria and configuration are Hugging
+Face's own. What comes out is what the engine's undrafted run gives; see ``verify`` for why.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from ..errors import UnsupportedError
+from .cache_ops import check_cache, keep
+from .choose import Chooser, Stopper
+from .drafters.base import Context, Drafter, Features, Verified
+from .features import Watcher, watched
+from .stats import Stats
+from .tree import Tree
+from .verify import walk
+
+
+def check(run: Any, generation_config: GenerationConfig) -> None:
+    """Raise for what this loop cannot honour.
+
+    Raises:
+        UnsupportedError: beams, execution "skip", recorded attentions or hidden states.
+    """
+    if (generation_config.num_beams or 1) > 1:
+        raise UnsupportedError("a drafter and num_beams > 1 exclude each other: drafts follow one path; leave out one.")
+    if run.execution == "skip":
+        raise UnsupportedError(
+            "execution='skip' puts views off from step to step, and verification runs them all; use 'stacked' with a drafter."
+        )
+    if generation_config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise UnsupportedError(f"{name}=True is not supported with a drafter; leave it out, or the drafter.")
+
+
+@torch.no_grad()
+def decode(
+    run: Any,
+    drafter: Drafter,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    cache: Any = None,
+    streamer: Any = None,
+) -> Any:
+    """Decode ``run`` with drafts.
+
+    Args:
+        run: the engine's :class:`~lvlm_decode.engine.attach.Run`.
+        drafter: proposes.
+        input_ids: (B, S) prompt rows as Hugging Face's loop would get them.
+        cache: view 0's cache, dynamic or static; ``None`` for a dynamic one.
+
+    Returns:
+        (B, S + generated) ids, or a ``GenerateDecoderOnlyOutput`` if the configuration asks for one; its ``speculation``,
+        and the run's, hold the :class:`~lvlm_decode.speculative.stats.Stats`.
+
+    Raises:
+        UnsupportedError: see :func:`check` and :func:`~lvlm_decode.speculative.cache_ops.check_cache`.
+    """
+    check(run, generation_config)
+    with ExitStack() as stack:
+        stack.enter_context(run.method.patch(run))
+        watcher = None
+        if drafter.features:
+            watcher = stack.enter_context(watched(run.module, drafter.layers(run.module)))
+        loop = _Loop(run, drafter, input_ids, logits_processor, stopping_criteria, generation_config, cache, streamer)
+        return loop(watcher)
+
+
+class _Loop:
+    """The state of one call."""
+
+    def __init__(
+        self,
+        run: Any,
+        drafter: Drafter,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        cache: Any,
+        streamer: Any,
+    ):
+        self.run, self.drafter, self.input_ids, self.config, self.streamer = run, drafter, input_ids, config, streamer
+        self.lanes = run.open(cache)
+        record = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
+        self.chooser = Chooser(processors, input_ids, bool(config.do_sample), record)
+        self.stopper = Stopper(criteria, input_ids)
+        self.stats = Stats()
+        run.speculation = self.stats
+        rows = len(input_ids)
+        self.generated: list[list[int]] = [[] for _ in range(rows)]
+        self.done = [False] * rows
+        self.synchronise = torch.cuda.synchronize if input_ids.is_cuda else (lambda: None)
+
+    def __call__(self, watcher: Watcher | None) -> Any:
+        stats = self.stats
+        start = self._now()
+        scores, _ = self.lanes.prefill(keep=1)
+        for lane in self.lanes.lanes:
+            check_cache(lane.cache)
+        first = Tree.chain(self.input_ids.new_zeros(len(self.generated), 1))
+        choose = self.chooser.at(scores, first, [0] * len(self.generated))
+        prompts = self._prompts()
+        self.texts = prompts
+        lengths = [len(text) for text in prompts]
+        for b in range(len(self.generated)):
+            token = choose(b, 0)
+            self.done[b] = self._emit(b, token)
+            self.chooser.commit(b, token)
+        now = self._now()
+        stats.prefill_s = now - start
+        if not all(self.done):
+            prompt = None if watcher is None else self._prompt_features(watcher)
+            context = Context(
+                self.run.module, self.lanes, self.texts, lengths, scores[:, -1], prompt, self.input_ids.device
+            )
+            session = self.drafter.begin(context)
+            stats.draft_s += self._now() - now
+            while not all(self.done):
+                self._cycle(session, watcher)
+            session.finish()
+        stats.tokens = sum(map(len, self.generated))
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._output()
+
+    def _cycle(self, session: Any, watcher: Watcher | None) -> None:
+        stats, lanes, began = self.stats, self.lanes, self._now()
+        room = max(self.stopper.room(len(own)) for own, done in zip(self.generated, self.done) if not done)
+        tree = self._fit(session.propose(room), room)
+        drafted = self._now()
+        if watcher is not None:
+            watcher.reset()
+        scores, _ = lanes.extend(tree.tokens.clamp(min=0), ancestors=tree.ancestors(), depth=tree.depths())
+        verified = self._now()
+        choose = self.chooser.at(scores, tree, [len(own) for own in self.generated])
+        paths, committed = [], []
+        for b, own in enumerate(self.generated):
+            if self.done[b]:
+                paths.append([0])
+                committed.append([])
+                continue
+            before, tokens, shape = len(own), tree.lists[b], tree.shape(b)
+            path, self.done[b] = walk(
+                shape, tokens, lambda row, b=b: choose(b, row), lambda token, b=b: self._emit(b, token)
+            )
+            self.chooser.commit(b, own[-1])
+            paths.append(path)
+            committed.append(own[before:])
+            stats.cycles += 1
+            stats.rows += sum(token >= 0 for token in tokens)
+            stats.accepted += len(path) - 1
+            stats.level(max(d for row, d in enumerate(shape.depth) if tokens[row] >= 0), len(path) - 1)
+        if not all(self.done):
+            keep(lanes, paths, tree.rows, tree.is_chain)
+        walked = self._now()
+        if not all(self.done):
+            features = None if watcher is None else self._features(watcher)
+            session.observe(Verified(tree, scores, paths, committed, features))
+        now = self._now()
+        stats.draft_s += drafted - began + now - walked
+        stats.target_s += verified - drafted
+        stats.other_s += walked - verified
+
+    def _now(self) -> float:
+        self.synchronise()
+        return perf_counter()
+
+    def _fit(self, tree: Tree, room: int) -> Tree:
+        """The tree without what the length limit or a static cache has no room for."""
+        tree = tree.limited(max(room, 0))
+        free = min(
+            (
+                lane.cache.layers[0].max_cache_len - lane.length
+                for lane in self.lanes.lanes
+                if getattr(lane.cache, "is_compileable", False)
+            ),
+            default=tree.rows,
+        )
+        if tree.rows <= free:
+            return tree
+        # Parents stand before their children, so any first rows are a tree.
+        shapes = tuple(type(shape)(shape.parents[:free]) for shape in tree.shapes)
+        return Tree(tree.tokens[:, :free], shapes)
+
+    def _emit(self, sample: int, token: int) -> bool:
+        own = self.generated[sample]
+        own.append(token)
+        self.texts[sample].append(token)
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
+        return self.stopper.stops(sample, own)
+
+    def _prompts(self) -> list[list[int]]:
+        """Each sample's prompt without padding, image placeholders as -1."""
+        captured = self.lanes.main.captured[0]
+        ids, mask = captured.input_ids, captured.kwargs["attention_mask"].bool()
+        text = ids.masked_fill(ids == self.run.family.image_token_id, -1).tolist()
+        return [[token for token, seen in zip(row, keep) if seen] for row, keep in zip(text, mask.tolist())]
+
+    def _prompt_features(self, watcher: Watcher) -> Features:
+        lane, image_id = self.lanes.main, self.run.family.image_token_id
+        width = watcher.hidden.shape[1]
+        images, masks = [], []
+        for captured in lane.captured:
+            missing = width - captured.input_ids.shape[1]
+            images.append(torch.nn.functional.pad(captured.input_ids == image_id, (missing, 0)))
+            masks.append(torch.nn.functional.pad(captured.kwargs["attention_mask"].bool(), (missing, 0)))
+        return Features(
+            watcher.hidden, watcher.embeds, torch.cat(images), torch.cat(masks), len(lane.views), dict(watcher.layers)
+        )
+
+    def _features(self, watcher: Watcher) -> Features:
+        return Features(watcher.hidden, views=len(self.lanes.main.views), layers=dict(watcher.layers))
+
+    def _output(self) -> Any:
+        config, ids = self.config, self.input_ids
+        longest = max(map(len, self.generated))
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
+        filled = [[*own, *[pad] * (longest - len(own))] for own in self.generated]
+        sequences = torch.cat([ids, ids.new_tensor(filled)], 1)
+        if not config.return_dict_in_generate:
+            return sequences
+        recorded = self.chooser.recorded
+        steps = [[row[min(t, len(row) - 1)] for row in recorded] for t in range(longest)] if self.chooser.record else []
+        out = GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=tuple(torch.stack([own[1] for own in step]) for step in steps) if config.output_scores else None,
+            logits=tuple(torch.stack([own[0] for own in step]) for step in steps) if config.output_logits else None,
+        )
+        out.speculation = self.stats
+        return out
