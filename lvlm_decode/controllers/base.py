@@ -1,0 +1,104 @@
+"""Controllers: methods with a search of their own, run inside ``generate()`` in place of Hugging Face's loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+
+from ..errors import UnsupportedError
+from ..method import Method
+
+if TYPE_CHECKING:
+    from ..engine.attach import Run
+
+
+@dataclass(frozen=True)
+class Controller(Method):
+    """A method that decides more than one token's scores at a time.
+
+    It has no views; ``attach(model, controller).generate(...)`` calls :meth:`decode` where ``generate()`` would have
+    started its own loop, with everything ``generate()`` prepared.
+    """
+
+    def decode(
+        self,
+        run: Run,
+        input_ids: Tensor,
+        *,
+        cache: Any,
+        streamer: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+    ) -> Any:
+        """Decode; returns what ``generate()`` would: (B, P + T) ids, or an output object.
+
+        Args:
+            run: the samples, their prepared rows, the model and its processor.
+            input_ids: (B, P) the prompts, left-padded.
+            cache: the empty cache that ``generate()`` made.
+            streamer: as given to ``generate()``; the prompt has been put already.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no decode")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an answer ends.
+
+    Args:
+        new_tokens: the most tokens an answer may have.
+        eos: ids of end tokens; empty when there are none.
+        pad: fills shorter answers.
+        other: criteria beside length and end tokens.
+    """
+
+    new_tokens: int
+    eos: tuple[int, ...]
+    pad: int
+    other: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, run: Run, input_ids: Tensor, stopping_criteria: Any, generation_config: GenerationConfig) -> Limits:
+        """What ``generate()`` prepared, taken apart."""
+        eos = generation_config.eos_token_id
+        eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        pad = generation_config.pad_token_id
+        if pad is None:
+            pad = eos[0] if eos else run.family.pad_token_id
+        other = tuple(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria | EosTokenCriteria))
+        return cls(generation_config.max_length - input_ids.shape[1], eos, pad, other)
+
+    def stopped(self, sequences: Tensor) -> list[bool]:
+        """Which of the sequences (n, P + t) one of the other criteria ends."""
+        done = torch.zeros(len(sequences), dtype=torch.bool, device=sequences.device)
+        for criterion in self.other:
+            done |= criterion(sequences, None)
+        return done.tolist()
+
+
+def pad_answers(input_ids: Tensor, answers: list[Tensor], pad: int) -> Tensor:
+    """(B, P + T) prompts with their answers, filled on the right."""
+    width = max(len(answer) for answer in answers)
+    out = input_ids.new_full((len(answers), width), pad)
+    for row, answer in enumerate(answers):
+        out[row, : len(answer)] = answer
+    return torch.cat([input_ids, out], 1)
+
+
+def refuse_outputs(name: str, generation_config: GenerationConfig, why: str) -> None:
+    """Raise if per-step outputs are asked for that a search does not have.
+
+    Raises:
+        UnsupportedError: names the option.
+    """
+    if not generation_config.return_dict_in_generate:
+        return
+    for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, option, False):
+            raise UnsupportedError(f"{name} cannot honour {option}=True: {why}; leave it out.")

@@ -1,0 +1,284 @@
+"""Rows of a language model that live in one cache and may each have a length of their own.
+
+Searches need what ``generate()``'s loops do not: rows that branch, roll back or end at different times. All prompts share
+the slots ``0..P-1`` of the cache (left-padded); slot ``P + j`` holds the row's own token ``j``, so rows of different length
+differ only in which slots are masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..engine.stack import Lane
+from ..errors import UnsupportedError
+from ..families.base import Captured
+
+
+class Rows:
+    """A batch of prompts after their prefill.
+
+    Args:
+        captured: (R, P) prompt rows as ``generate()`` prepared them.
+        pad_token_id: fills the places of tokens that a row does not have.
+
+    Raises:
+        UnsupportedError: a decoder whose layers keep something else than keys and values.
+    """
+
+    def __init__(self, captured: Captured, pad_token_id: int = 0):
+        self.module = captured.module
+        self.config = self.module.config.get_text_config(decoder=True)
+        self._window = _sliding_window(self.config)
+        self._pad = pad_token_id
+        lane = Lane([captured], (0,), cache=DynamicCache(), pad_token_id=pad_token_id)
+        with torch.no_grad():
+            hidden, out = _with_hidden(self.module, lambda: lane.prefill(1))
+        #: (R, N) float32 for the first token of every row.
+        self.first = out.logits[:, -1].float()
+        self.cache = lane.cache
+        if not all(hasattr(layer, "keys") for layer in self.cache.layers):
+            raise UnsupportedError(
+                f"{type(self.module).__name__} keeps recurrent states beside keys and values, which cannot be branched "
+                "or rolled back token by token."
+            )
+        self.prompt = lane.length
+        self._prompt_mask, self._position = lane.mask, lane.position
+        #: Tokens that each row holds after its prompt.
+        self.lengths = [0] * len(self.first)
+        self.forwards = 1
+        self._looked: tuple[int, Tensor | None, Tensor | None] | None = None
+        head = self.module.get_output_embeddings()
+        # Some families scale or cap what their head says; the head alone then does not give the logits.
+        plain = head is not None and torch.allclose(head(hidden[:, -1]).float(), self.first, atol=1e-4, rtol=1e-3)
+        self._head = head if plain else None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(self.lengths)
+
+    def extend(self, tokens: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        """Append tokens to every row in one forward.
+
+        Args:
+            tokens: (R, q).
+            counts: how many of its q tokens each row takes, from the left; all of them when ``None``.
+
+        Returns:
+            (R, N) float32 logits after each row's last token; of a row that took none, unspecified.
+        """
+        q = tokens.shape[1]
+        counts = [q] * len(self) if counts is None else list(counts)
+        even = all(count == q for count in counts)
+        ragged = len(set(self.lengths)) > 1
+        mask = None
+        if ragged or self._prompt_mask is not None or self._window is not None:
+            own = torch.ones(q, q, dtype=torch.bool, device=self.device).tril()
+            mask = self._mask(own, torch.arange(q, device=self.device))
+        keep = 1 if even else q
+        out = self._forward(tokens, torch.arange(q, device=self.device), mask, keep)
+        last = torch.tensor([0 if even else max(count - 1, 0) for count in counts], device=self.device)
+        logits = out.logits[torch.arange(len(self), device=self.device), last].float()
+        self._settle(counts, q)
+        return logits
+
+    def look(self, tokens: Tensor) -> None:
+        """Run C alternatives for the next token of every row, each blind to the others; nothing is appended yet.
+
+        Args:
+            tokens: (R, C).
+        """
+        c = tokens.shape[1]
+        depth = torch.zeros(c, dtype=torch.long, device=self.device)
+        mask = self._mask(torch.eye(c, dtype=torch.bool, device=self.device), depth)
+        if self._head is None:
+            out = self._forward(tokens, depth, mask, c)
+            self._looked = (c, None, out.logits)
+            return
+        # The head is the widest matrix there is; it runs later, for the alternatives that are chosen.
+        none = torch.empty(0, dtype=torch.long, device=self.device)
+        hidden, _ = _with_hidden(self.module, lambda: self._forward(tokens, depth, mask, none))
+        self._looked = (c, hidden, None)
+
+    def take(self, parents: Sequence[int], columns: Sequence[int]) -> Tensor | None:
+        """Row i becomes what row ``parents[i]`` was plus its alternative ``columns[i]``; -1 appends nothing.
+
+        Returns:
+            (R, N) float32 logits after the alternative; of a row that took none, unspecified. ``None`` if none did.
+        """
+        c, hidden, all_logits = self._looked or (0, None, None)
+        start = self.prompt + self._slots() - c
+        index = torch.tensor(parents, device=self.device)
+        taken = [i for i, column in enumerate(columns) if column >= 0]
+        lengths = [self.lengths[p] + (column >= 0) for p, column in zip(parents, columns)]
+        source = (index[taken], torch.tensor([columns[i] for i in taken], dtype=torch.long, device=self.device))
+        to = torch.tensor([self.prompt + lengths[i] - 1 for i in taken], dtype=torch.long, device=self.device)
+        logits = None
+        if taken:
+            picked = (hidden if all_logits is None else all_logits)[source]
+            logits = picked.new_empty(len(parents), picked.shape[-1])
+            logits[taken] = picked
+            logits = (self._head(logits) if all_logits is None else logits).float()
+        same = list(parents) == list(range(len(self)))
+        end = self.prompt + max(lengths)
+        rows = torch.tensor(taken, dtype=torch.long, device=self.device)
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                chosen = states[source[0], :, start + source[1]] if taken else None
+                moved = states if same else states.index_select(0, index)
+                if taken:
+                    moved[rows, :, to] = chosen
+                setattr(layer, name, moved[:, :, :end])
+        self._reorder_prompts(index, same)
+        self.lengths, self._looked = lengths, None
+        return logits
+
+    def select(self, parents: Sequence[int]) -> None:
+        """Row i becomes what row ``parents[i]`` was; rows may be left out or repeated."""
+        self.take(parents, [-1] * len(parents))
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget the newest tokens, so that each row holds ``lengths`` (no more than it had); alternatives go too."""
+        self.lengths, self._looked = list(lengths), None
+        end = self.prompt + max(lengths)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+
+    def prompts(self, rows: Sequence[int]) -> Rows:
+        """The prompts of these rows, as rows of their own; no forward."""
+        out = object.__new__(Rows)
+        out.__dict__.update(self.__dict__)
+        index = torch.tensor(rows, device=self.device)
+        out.cache = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            out.cache.update(
+                layer.keys[:, :, : self.prompt].index_select(0, index),
+                layer.values[:, :, : self.prompt].index_select(0, index),
+                number,
+            )
+        out._reorder_prompts(index, False)
+        out.lengths, out._looked, out.forwards = [0] * len(rows), None, 0
+        return out
+
+    def put(self, rows: Sequence[int], others: Rows) -> None:
+        """Replace the tokens of these rows by those of ``others``: rows of the same prompts, none longer than these are.
+
+        Alternatives that other rows look at stay.
+        """
+        index = torch.tensor(rows, device=self.device)
+        for row, length in zip(rows, others.lengths):
+            self.lengths[row] = length
+        for layer, other in zip(self.cache.layers, others.cache.layers):
+            for name in ("keys", "values"):
+                new = getattr(other, name)[:, :, self.prompt :]
+                getattr(layer, name)[index, :, self.prompt : self.prompt + new.shape[2]] = new
+        self.forwards += others.forwards
+
+    def _slots(self) -> int:
+        """Slots after the prompt that the cache holds at present."""
+        return self.cache.layers[0].keys.shape[2] - self.prompt
+
+    def _reorder_prompts(self, index: Tensor, same: bool) -> None:
+        if same:
+            return
+        self.first = self.first[index]
+        self._position = self._position.index_select(-2, index)
+        if self._prompt_mask is not None:
+            self._prompt_mask = self._prompt_mask[index]
+
+    def _settle(self, counts: Sequence[int], q: int) -> None:
+        """Move the tokens just run next to those each row had."""
+        before, self.lengths = self.lengths, [length + count for length, count in zip(self.lengths, counts)]
+        start = self.prompt + max(before)
+        end = self.prompt + self.width
+        if len(set(before)) == 1:
+            if all(count == q for count in counts):
+                return
+            index = None
+        else:
+            column = torch.arange(end, device=self.device)[None]
+            had = self.prompt + torch.tensor(before, device=self.device)[:, None]
+            # Slots past a row's end hold anything; clamping keeps the index inside the cache.
+            index = torch.where(column < had, column, (start + column - had).clamp(max=start + q - 1))
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name)
+                if index is not None:
+                    shape = (-1, states.shape[1], -1, states.shape[3])
+                    states = states.gather(2, index[:, None, :, None].expand(shape))
+                setattr(layer, name, states[:, :, :end])
+
+    def _mask(self, own: Tensor, depth: Tensor) -> Tensor | dict[str, Tensor]:
+        """(R, 1, q, S + q) additive: the slots each row has, and of the new tokens those that ``own`` (q, q) shows."""
+        slots, q = self._slots(), len(own)
+        lengths = torch.tensor(self.lengths, device=self.device)
+        past = torch.arange(slots, device=self.device) < lengths[:, None]
+        prompt = self._prompt_mask
+        prompt = past.new_ones(len(self), self.prompt) if prompt is None else prompt
+        past = torch.cat([prompt, past], 1)[:, None].expand(-1, q, -1)
+        seen = torch.cat([past, own.expand(len(self), -1, -1)], -1)
+        if self._window is None:
+            return self._additive(seen)
+        at = torch.arange(self.prompt + slots, device=self.device).expand(len(self), -1)
+        new = self.prompt + lengths[:, None] + depth
+        at = torch.cat([at, new], 1)
+        near = new[:, :, None] - at[:, None, :] < self._window
+        return {"full_attention": self._additive(seen), "sliding_attention": self._additive(seen & near)}
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        dtype = self.module.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+    def _forward(self, tokens: Tensor, depth: Tensor, mask: Any, keep: int | Tensor) -> Any:
+        self.forwards += 1
+        lengths = torch.tensor(self.lengths, device=self.device)
+        with torch.no_grad():
+            return self.module(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=self._position + 1 + lengths[:, None] + depth,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                return_dict=True,
+            )
+
+
+def _sliding_window(config: Any) -> int | None:
+    """How far the sliding layers of a decoder see, ``None`` if it has none.
+
+    Raises:
+        UnsupportedError: layers that are neither full nor sliding attention.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise UnsupportedError(
+            f"{config.model_type} has layers of kind {', '.join(sorted(other))}, whose state cannot be branched or "
+            "rolled back token by token; use a model with attention layers only."
+        )
+    return config.sliding_window if "sliding_attention" in kinds else None
+
+
+def _with_hidden(module: torch.nn.Module, run: Any) -> tuple[Tensor, Any]:
+    """What the decoder handed to the head in the forward that ``run`` does, and what ``run`` returned."""
+    box: list[Tensor] = []
+    hook = module.get_decoder().register_forward_hook(lambda _, __, out: box.append(out[0]))
+    try:
+        out = run()
+    finally:
+        hook.remove()
+    return box[-1], out
