@@ -148,10 +148,19 @@ class Sample:
             at += len(image.features)
         return spans
 
-    def without_image(self, weight: float = 0.0) -> View:
-        """The sample with its images and their placeholders taken out of the prompt."""
+    def without_image(self, weight: float = 0.0, instead: int | None = None) -> View:
+        """The sample with its images and their placeholders taken out of the prompt.
+
+        Args:
+            instead: a token id that takes the place of each image.
+        """
         keep = self.family.drop_image(self.input_ids)
-        text = {key: value[:, keep] for key, value in self.text.items()}
+        text = dict(self.text)
+        if instead is not None:
+            first = ~keep & torch.cat([keep.new_ones(1), keep[:-1]])
+            text = {key: value.masked_fill(first, instead if key == "input_ids" else 0) for key, value in text.items()}
+            keep = keep | first
+        text = {key: value[:, keep] for key, value in text.items()}
         return View(dataclasses.replace(self, text=text, vision={}, own_images=()), weight)
 
     def with_ids(self, input_ids: Tensor, weight: float = 0.0, fill: dict[str, int] | None = None) -> View:
@@ -310,6 +319,8 @@ class Batch:
                     row[key] = value
                 elif key == "pixel_values":
                     row[key] = value[pixel : pixel + take]
+                elif key in self.family.count_keys:
+                    row[key] = value.new_tensor([count])
                 else:
                     row[key] = value[image : image + count]
             out.append(row if count else {})

@@ -48,6 +48,8 @@ class Family:
 
     #: Text-side inputs, (B, T) each, beside ``input_ids`` and ``attention_mask``.
     token_keys: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
+    #: Inputs that hold a number of images per row, not something per image.
+    count_keys: tuple[str, ...] = ()
     #: Text that the vision side reads (a Q-Former's prompt) and its mask: inputs of the encoder, (B, T) each.
     prompt_keys: tuple[str, ...] = ()
     #: ``pixel_values`` has one row per sample even when a sample has several images or none.

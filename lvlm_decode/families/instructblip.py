@@ -1,0 +1,81 @@
+"""InstructBLIP: a Q-Former reads the prompt too, and the language model decodes from embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.attach import instance_attribute
+from .base import Encoded, Family
+
+
+class InstructBlip(Family):
+    """Two prompt slots: ``input_ids`` for the language model, ``qformer_input_ids`` for the Q-Former.
+
+    The visual tokens depend on the Q-Former's prompt, so a view with another one has its own. The vision encoder runs once
+    per picture all the same: only the Q-Former runs again.
+    """
+
+    prompt_keys = ("qformer_input_ids", "qformer_attention_mask")
+    pixels_per_row = True
+    has_qformer = True
+
+    def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """As the base, with each picture once; ``picture`` (rows,) says which one each row looks at."""
+        known: dict[tuple[int, torch.Size], int] = {}
+        pictures, index = [], []
+        for part in parts:
+            for picture in part["pixel_values"]:
+                # Views without edits hold the very memory of the batch's pixels.
+                key = (picture.data_ptr(), picture.shape)
+                if key not in known or part is parts[0]:
+                    known[key] = len(pictures)
+                    pictures.append(picture)
+                index.append(known[key])
+        rest = super().cat_vision([{k: v for k, v in part.items() if k in self.prompt_keys} for part in parts])
+        return {
+            **rest,
+            "pixel_values": torch.stack(pictures),
+            "picture": torch.tensor(index, device=pictures[0].device),
+        }
+
+    def encode(self, vision: dict[str, Tensor]) -> list[Encoded]:
+        index = vision["picture"]
+
+        def share(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[index]
+            if output.pooler_output is not None:
+                output.pooler_output = output.pooler_output[index]
+            return output
+
+        hook = self.model.get_encoder(modality="image").register_forward_hook(share)
+        try:
+            return super().encode(vision)
+        finally:
+            hook.remove()
+
+    def generate(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded], **kwargs: Any):
+        rows = len(text["input_ids"])
+        inputs = dict(text, pixel_values=torch.empty(rows, 0, device=self.model.device))
+
+        def encoded(*args: Any, **ignored: Any) -> Any:
+            if images:
+                return self.pack(images)
+            width = self.config.get_text_config().hidden_size
+            return type("NoImages", (), {"pooler_output": torch.empty(0, width, device=self.model.device)})
+
+        # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
+        owner = self.model if hasattr(type(self.model), "get_image_features") else self.model.model
+        with instance_attribute(owner, "get_image_features", encoded):
+            return type(self.model).generate(self.model, **inputs, **kwargs)
+
+    def insert_prefix(self, input_ids: Tensor, prefix: Tensor) -> tuple[Tensor, int]:
+        # The image comes first, then the begin token and the text.
+        at = int((input_ids == self.image_token_id).sum())
+        bos = self.config.get_text_config().bos_token_id
+        if at < len(input_ids) and bos is not None and int(input_ids[at]) == bos:
+            at += 1
+        return torch.cat([input_ids[:at], prefix, input_ids[at:]]), at

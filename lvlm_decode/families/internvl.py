@@ -1,0 +1,18 @@
+"""InternVL: two by two patches are merged into one image token."""
+
+from __future__ import annotations
+
+from .base import Family
+
+#: What its processor normalises by: ImageNet's statistics.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InternVL(Family):
+    """Its encoder has a CLS token, but no token of the prompt is one patch, so none can be picked by CLS attention."""
+
+    has_cls = False
+
+    @property
+    def pixel_statistics(self):
+        return MEAN, STD

@@ -1,0 +1,72 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size as flattened patches, positions in three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import Family
+
+
+class QwenVL(Family):
+    """Patches of all images in one matrix; ``image_grid_thw`` says whose they are.
+
+    A row of ``pixel_values`` is one patch (channels, frames, P, P) flattened, patches ordered by the 2 x 2 group that is
+    merged into one token. A still image fills both frames, so whatever edits pixels must treat the copies alike.
+    """
+
+    has_cls = False
+
+    @property
+    def _merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    def tokens_per_image(self, vision: dict[str, Tensor]) -> list[int] | None:
+        return (vision["image_grid_thw"].prod(-1) // self._merge**2).tolist()
+
+    def pixel_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
+        if "image_grid_thw" not in vision:
+            return None
+        return vision["image_grid_thw"].prod(-1).tolist()
+
+    def drop_image(self, input_ids: Tensor) -> Tensor:
+        marks = (self.image_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id)
+        return ~torch.isin(input_ids, input_ids.new_tensor(marks))
+
+    def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        # Independent noise on the copies of a still image would average out in the temporal convolution.
+        shape = (len(pixels), 3, self.config.vision_config.temporal_patch_size, -1)
+        frames = pixels.view(shape)
+        return noise(frames[:, :, :1]).expand(shape[0], 3, shape[2], -1).reshape(pixels.shape)
+
+    @property
+    def pixel_statistics(self):
+        if self.config.model_type.startswith("qwen3"):
+            return (0.5,) * 3, (0.5,) * 3
+        return super().pixel_statistics
+
+    def edit_pictures(self, edit: Callable[[Tensor], Tensor], pixels: Tensor, vision: dict[str, Tensor]) -> Tensor:
+        out, at = [], 0
+        for frames, height, width in vision["image_grid_thw"].tolist():
+            own = pixels[at : at + frames * height * width]
+            at += len(own)
+            picture = self._to_picture(own, height, width)
+            out.append(self._to_patches(super().edit_pictures(edit, picture, vision), len(own), height, width))
+        return torch.cat(out)
+
+    def _sizes(self) -> tuple[int, int, int]:
+        vision = self.config.vision_config
+        return vision.temporal_patch_size, vision.patch_size, self._merge
+
+    def _to_picture(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """(3, H, W) of the first frame of one still image."""
+        frames, size, merge = self._sizes()
+        grid = patches.view(height // merge, width // merge, merge, merge, 3, frames, size, size)[:, :, :, :, :, 0]
+        return grid.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, height * size, width * size)
+
+    def _to_patches(self, picture: Tensor, rows: int, height: int, width: int) -> Tensor:
+        frames, size, merge = self._sizes()
+        grid = picture.view(3, height // merge, merge, size, width // merge, merge, size).permute(1, 4, 2, 5, 0, 3, 6)
+        return grid[:, :, :, :, :, None].expand(-1, -1, -1, -1, -1, frames, -1, -1).reshape(rows, -1)
