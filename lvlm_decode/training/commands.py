@@ -67,10 +67,39 @@ def tiny_llava(
     scene_cache.build(work / "scenes", "validation", 1000, processes)
     scene_cache.build(work / "scenes", "train", scenes, processes)
     workers.launch(vision.train_vision, processes, work, scenes, vision_steps, 64 // processes, 1.5e-3)
-    report = vision.validate_vision(work)
+    report = vision.validate_tower(vision.VisionTrainer(), work / "vision.pt", work / "scenes")
     typer.echo(f"vision tower on validation scenes: {report}")
     settings = llava.LlavaSettings(scenes=scenes, steps=steps, batch=16 // processes)
     workers.launch(llava.train_llava, processes, work, output, settings)
+    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+@app.command("tiny-instructblip")
+def tiny_instructblip(
+    output: Annotated[Path, typer.Option(help="Folder the model is saved to.")] = Path("data/tiny-instructblip"),
+    llava: Annotated[Path, typer.Option(help="The small LLaVA it starts from.")] = Path("data/tiny-llava"),
+    work: Work = Path("training-work"),
+    scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 500,
+    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 700,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 3_500,
+    processes: Processes = 2,
+) -> None:
+    """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""
+    from . import instructblip, scene_cache, workers
+
+    if not (work / "vision.pt").exists():
+        raise typer.BadParameter(f"{work / 'vision.pt'} is missing; run train tiny-llava with the same --work first")
+    began = time.perf_counter()
+    names = {"scenes": scenes, "vision_steps": vision_steps, "warm_steps": warm_steps, "steps": steps}
+    _start(work, "tiny-instructblip", **names, processes=processes)
+    scene_cache.build(work / "scenes", "train", scenes, processes)
+    workers.launch(instructblip.train_blip_vision, processes, work, scenes, vision_steps, 64 // processes, 6e-4)
+    settings = instructblip.InstructBlipSettings(
+        scenes=scenes, warm_steps=warm_steps, warm_batch=64 // processes, steps=steps, batch=16 // processes
+    )
+    workers.launch(instructblip.train_qformer, processes, work, llava, settings)
+    workers.launch(instructblip.train_joint, processes, work, llava, output, settings)
     typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
 
 

@@ -120,31 +120,43 @@ def pixels(cache: SceneCache, indices: np.ndarray, flip: bool = False, jitter: b
 
 
 class VisionTrainer(nn.Module):
-    """The tower with its read-outs."""
+    """A tower with its read-outs; subclasses say which layer the language model reads."""
 
-    def __init__(self):
+    def __init__(self, tower: nn.Module | None = None):
         super().__init__()
-        self.tower = CLIPVisionModel(vision_config())
+        self.tower = CLIPVisionModel(vision_config()) if tower is None else tower
         self.heads = DenseHeads()
         self.present = nn.Linear(WIDTH, BACKGROUND)
+
+    def features(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch features (B, 64, D) that get the dense labels, and the pooled class token (B, D)."""
+        out = self.tower(pixel_values=x, output_hidden_states=True)
+        return out.hidden_states[-2][:, 1:], out.pooler_output
 
     def losses(
         self, x: torch.Tensor, target: dict[str, torch.Tensor], present: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        """Losses and accuracies of pixels (B, 3, H, W) against the truth."""
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.tower(pixel_values=x, output_hidden_states=True)
-        losses = dense_loss(self.heads, out.hidden_states[-2][:, 1:], target)
-        logits = self.present(out.pooler_output.float())
+            features, pooled = self.features(x)
+        losses = dense_loss(self.heads, features, target)
+        logits = self.present(pooled.float())
         losses["present"] = F.binary_cross_entropy_with_logits(logits, present) * BACKGROUND / 4
         return losses
 
 
-def train_vision(rank: int, world: int, work: Path, train: int, steps: int, batch: int, peak: float) -> None:
-    """Train the tower; resumes from ``vision.pt`` in ``work``, which holds the finished tower at the end."""
-    path = work / "vision.pt"
-    cache = SceneCache(work / "scenes", "train", train)
-    torch.manual_seed(0)
-    model = VisionTrainer()
+def fit_tower(
+    rank: int,
+    world: int,
+    model: VisionTrainer,
+    cache: SceneCache,
+    path: Path,
+    log_path: Path,
+    steps: int,
+    batch: int,
+    peak: float,
+) -> None:
+    """Train a tower on dense labels; resumes from ``path``, which holds the finished tower at the end."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.05), lr=peak, betas=(0.9, 0.98))
     start = 0
@@ -154,8 +166,8 @@ def train_vision(rank: int, world: int, work: Path, train: int, steps: int, batc
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     same_start(parameters)
-    log = Log(work / "log.jsonl", rank, "vision")
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc="vision tower", disable=rank > 0):
+    log = Log(log_path, rank, path.stem)
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=path.stem, disable=rank > 0):
         rng = np.random.default_rng((step, rank))
         torch.manual_seed(step * world + rank)
         for group in optimizer.param_groups:
@@ -171,20 +183,27 @@ def train_vision(rank: int, world: int, work: Path, train: int, steps: int, batc
         norm = average_gradients(parameters, world)
         optimizer.step()
         log.add(**{name: value.item() for name, value in losses.items()}, norm=norm)
-        if (step + 1) % 50 == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if (step + 1) % 50 == 0 or last:
             record = log.report(step + 1)
             if rank == 0:
                 tqdm.write(str(record))
-        if rank == 0 and ((step + 1) % 200 == 0 or step + 1 == steps):
+        if rank == 0 and ((step + 1) % 200 == 0 or last):
             save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
 
 
+def train_vision(rank: int, world: int, work: Path, train: int, steps: int, batch: int, peak: float) -> None:
+    """Train the LLaVA's tower from scratch; ends in ``vision.pt``."""
+    cache = SceneCache(work / "scenes", "train", train)
+    torch.manual_seed(0)
+    fit_tower(rank, world, VisionTrainer(), cache, work / "vision.pt", work / "log.jsonl", steps, batch, peak)
+
+
 @torch.no_grad()
-def validate_vision(work: Path, count: int = 1000) -> dict[str, float]:
-    """Accuracy of the trained read-outs on validation scenes."""
-    cache = SceneCache(work / "scenes", "validation", count)
-    model = VisionTrainer()
-    model.load_state_dict(torch.load(work / "vision.pt")["model"])
+def validate_tower(model: VisionTrainer, path: Path, scenes: Path, count: int = 1000) -> dict[str, float]:
+    """Losses and accuracies of the trained read-outs in ``path`` on validation scenes."""
+    cache = SceneCache(scenes, "validation", count)
+    model.load_state_dict(torch.load(path)["model"])
     model.eval()
     sums: dict[str, list[float]] = {}
     for first in range(0, count, 100):
