@@ -244,7 +244,7 @@ class Method:
 class Contrast(Method):
     """A method whose views add up with fixed signed weights.
 
-        out = (1 + sum a_neg) * l0 - sum a_neg * l_neg + sum a_pos * l_pos
+    out = (1 + sum a_neg) * l0 - sum a_neg * l_neg + sum a_pos * l_pos
     """
 
     def combine(self, step: Step) -> Tensor:

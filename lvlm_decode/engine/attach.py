@@ -121,7 +121,10 @@ class Run:
         groups: dict[Any, list[int]] = {}
         for number in range(len(captured)):
             view = self.views[number - 1] if number else None
-            key: Any = (id(view.patch) if view and view.patch else None, id(view.module) if view and view.module else None)
+            key: Any = (
+                id(view.patch) if view and view.patch else None,
+                id(view.module) if view and view.module else None,
+            )
             if self.execution == "sequential" or (self.execution == "skip" and number == 0):
                 key = (*key, number)
             groups.setdefault(key, []).append(number)
@@ -333,7 +336,14 @@ def decode(
             model_kwargs = {**model_kwargs, "mm_encoder_outputs": {"image": run.family.pack(images)}}
     with mitigated(run, cache, input_ids.shape[1], record=mode == "assisted_generation"):
         out = hf.run_loop(
-            module, mode, input_ids, streamer=streamer, assistant=assistant, past_key_values=cache, **common, **model_kwargs
+            module,
+            mode,
+            input_ids,
+            streamer=streamer,
+            assistant=assistant,
+            past_key_values=cache,
+            **common,
+            **model_kwargs,
         )
     if hasattr(out, "past_key_values") and len(run.samples) > 1:
         # Its rows are those of every view; a caller who continues from it would continue all of them.
@@ -391,7 +401,9 @@ class _Attachment:
                 f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
             )
         if kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedError("inputs_embeds hide the image placeholders; pass input_ids and pixel_values instead.")
+            raise UnsupportedError(
+                "inputs_embeds hide the image placeholders; pass input_ids and pixel_values instead."
+            )
         if inputs is not None:
             kwargs["input_ids"] = inputs
         family = self.family

@@ -60,9 +60,7 @@ def custom_generate(
                 "use lvlm_decode.attach."
             )
         features = family.unpack(given)
-    run = Run(
-        model, method, inputs, seed=seed, rows_per_sample=expand, family=family, features=features
-    )
+    run = Run(model, method, inputs, seed=seed, rows_per_sample=expand, family=family, features=features)
     cache = model_kwargs.pop("past_key_values", None)
     return decode(
         run,

@@ -409,7 +409,9 @@ class Batch:
             elif id(sample) in encoded:
                 out.append(dataclasses.replace(sample, own_images=encoded[id(sample)]))
             else:
-                out.append(dataclasses.replace(sample, own_images=self._images[sample.index] if sample.has_image else ()))
+                out.append(
+                    dataclasses.replace(sample, own_images=self._images[sample.index] if sample.has_image else ())
+                )
         return out
 
     def capture(self, samples: Sequence[Sample]) -> Captured:
@@ -419,9 +421,7 @@ class Batch:
         for name in samples[0].text:
             fill = self.family.pad_token_id if name == "input_ids" else 0
             text[name] = torch.cat([left_pad(s.text[name], width, fill) for s in samples])
-        text["attention_mask"] = torch.cat(
-            [left_pad(torch.ones_like(s.text["input_ids"]), width, 0) for s in samples]
-        )
+        text["attention_mask"] = torch.cat([left_pad(torch.ones_like(s.text["input_ids"]), width, 0) for s in samples])
         parts = [sample.vision for sample in samples if sample.vision]
         vision = self.family.cat_vision(parts) if parts else {}
         images = [image for sample in samples for image in sample.images]
@@ -463,5 +463,7 @@ def views_of(method: Method, batch: Batch, seed: int) -> tuple[Method, list[list
         else:
             per_sample.append(method.views(sample, rng_of(method.name)))
     if len({len(views) for views in per_sample}) != 1:
-        raise InputError(f"{method.name} made unequal numbers of views for the samples of one batch; this is a bug in it.")
+        raise InputError(
+            f"{method.name} made unequal numbers of views for the samples of one batch; this is a bug in it."
+        )
     return method, [list(column) for column in zip(*per_sample)]

@@ -60,7 +60,6 @@ class ViewsProcessor(LogitsProcessor):
         first = 0 if self.run.probes.hidden else 1
         self._views = list(range(first, len(captured)))
         self._samples = len(captured[0].input_ids)
-        self._captured = captured
         self._lanes: list[Lane] | None = None
         self._tokens: Tensor | None = None
         self._project = project_of(self.run.module)

@@ -167,7 +167,9 @@ class Lane:
         if capacity is not None and getattr(self.cache, "is_compileable", False):
             seen = torch.nn.functional.pad(seen, (0, capacity - seen.shape[-1]))
         dtype = self.module.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         self.forwards += 1

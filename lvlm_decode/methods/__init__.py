@@ -44,7 +44,9 @@ def parse(text: str, **parameters: Any) -> Method:
         name, own = _call(piece, text)
         cls = load(name)
         known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases)
-        shared = {key: value for key, value in parameters.items() if key in known and cls.aliases.get(key, key) in known}
+        shared = {
+            key: value for key, value in parameters.items() if key in known and cls.aliases.get(key, key) in known
+        }
         unused -= set(shared)
         parts.append(cls.create(**{**shared, **own}))
     if unused:
@@ -71,7 +73,9 @@ def _call(piece: str, text: str) -> tuple[str, dict[str, Any]]:
     if not bracket:
         return name, {}
     if not rest.endswith(")"):
-        raise UnknownNameError(f"cannot read method {text!r}: a closing parenthesis is missing; write 'vcd(alpha=0.5)'.")
+        raise UnknownNameError(
+            f"cannot read method {text!r}: a closing parenthesis is missing; write 'vcd(alpha=0.5)'."
+        )
     own = {}
     for item in filter(None, _split(rest[:-1], ",")):
         key, equals, value = item.partition("=")

@@ -1,0 +1,504 @@
+"""The engine: every mode of generate(), every entry, the same tokens; the model left as it was."""
+
+import copy
+import itertools
+import threading
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+from transformers.generation import LogitsProcessor
+from zoo import tiny
+
+import lvlm_decode as ld
+from lvlm_decode.engine import hf
+from lvlm_decode.engine.attach import Run
+from lvlm_decode.engine.sampling import KeyedDraw, gumbel
+from lvlm_decode.errors import DependencyError, InputError, UnsupportedError
+
+METHODS = {
+    "plain": ld.Plain(),
+    "mask": ld.Mask(),
+    "vcd": ld.VCD(),
+    "ritual": ld.RITUAL(),
+    "vcd+ritual": ld.VCD() + ld.RITUAL(),
+}
+NEW = 8
+MODES = {
+    "greedy": {},
+    "sample": {"do_sample": True, "temperature": 0.8, "top_p": 0.95},
+    "beams": {"num_beams": 3},
+    "returns": {"do_sample": True, "num_return_sequences": 2},
+    "beam_returns": {"num_beams": 3, "num_return_sequences": 2},
+    "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return tiny("llava")
+
+
+@pytest.fixture(scope="module")
+def batch(zoo):
+    """Three prompts of unequal length, left-padded."""
+    return zoo.inputs(("is it", "is it a dog or a cat", "no"), seed=3)
+
+
+def generate(model, inputs, method=None, execution="stacked", torch_seed=0, **kwargs):
+    """Tokens of one call; ``method=None`` is the model untouched."""
+    kwargs = {"do_sample": False, "max_new_tokens": NEW, **kwargs}
+    torch.manual_seed(torch_seed)
+    if method is None:
+        return model.generate(**inputs, **kwargs)
+    ld.attach(model, method, execution=execution)
+    try:
+        return model.generate(**inputs, **kwargs)
+    finally:
+        ld.detach(model)
+
+
+def alone(zoo, inputs, row):
+    """Row ``row`` of a batch without its padding."""
+    keep = inputs["attention_mask"][row].bool()
+    return {
+        "input_ids": inputs["input_ids"][row : row + 1, keep],
+        "attention_mask": inputs["attention_mask"][row : row + 1, keep],
+        "pixel_values": inputs["pixel_values"][row : row + 1],
+    }
+
+
+def test_fixture_reacts_to_its_image_and_to_each_method(zoo, batch):
+    other = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    base = generate(zoo.model, batch)
+    assert not torch.equal(base, generate(zoo.model, other))
+    for name, method in METHODS.items():
+        if name not in ("plain", "mask"):
+            assert not torch.equal(base, generate(zoo.model, batch, method)), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_zero_strength_equals_plain(zoo, batch, mode):
+    base = generate(zoo.model, batch, **MODES[mode])
+    for method in (ld.Plain(), ld.VCD(alpha=0, beta=None), ld.RITUAL(alpha=0, beta=None)):
+        assert torch.equal(base, generate(zoo.model, batch, method, **MODES[mode])), method
+
+
+@pytest.mark.parametrize(("mode", "name"), itertools.product(MODES, METHODS))
+def test_entries_and_executions_agree(zoo, batch, mode, name):
+    method, settings = METHODS[name], MODES[mode]
+    stacked = generate(zoo.model, batch, method, **settings)
+    assert torch.equal(stacked, generate(zoo.model, batch, method, "sequential", **settings))
+    assert torch.equal(stacked, generate(zoo.model, batch, custom_generate=method, **settings))
+    if method.plausible is not None:
+        assert torch.equal(stacked, generate(zoo.model, batch, method, "skip", **settings))
+    if mode != "processors":
+        # A repetition penalty acts before the contrast in this form; see the module's docstring.
+        form = method.processor(zoo.model, batch)
+        assert torch.equal(stacked, generate(zoo.model, batch, logits_processor=[form], **settings))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stacked_logits_equal_sequential(zoo, batch, name):
+    """Not only the tokens: every view's logits, at the prompt and after it."""
+    tokens = torch.randint(4, 90, (3, 4), generator=torch.Generator().manual_seed(0))
+    steps = {}
+    for execution in ("stacked", "sequential"):
+        lanes = Run(zoo.model, METHODS[name], batch, seed=0, execution=execution).open()
+        lanes.prefill()
+        first = lanes.last_step.logits
+        lanes.extend(tokens[:, :1])
+        lanes.extend(tokens[:, 1:])
+        steps[execution] = torch.cat([first, lanes.last_step.logits], 2)
+    assert steps["stacked"].shape[0] == 1 + len(Run(zoo.model, METHODS[name], batch, seed=0).views)
+    torch.testing.assert_close(steps["stacked"], steps["sequential"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "seed": 5}], ids=["greedy", "seeded"])
+def test_row_in_a_batch_equals_the_row_alone(zoo, batch, name, settings):
+    method = METHODS[name]
+    if not settings and name != "plain":
+        settings = {"seed": 5}
+    if name == "plain" and not settings:
+        settings = {}
+    together = generate(zoo.model, batch, method, **settings)
+    width = batch["input_ids"].shape[1]
+    for row in range(3):
+        single = alone(zoo, batch, row)
+        out = generate(zoo.model, single, method, **settings)
+        new = out[0, single["input_ids"].shape[1] :]
+        assert torch.equal(together[row, width : width + len(new)], new)
+        assert bool((together[row, width + len(new) :] == 0).all())
+
+
+def test_order_of_the_batch_does_not_matter(zoo, batch):
+    settings = {"do_sample": True, "seed": 1}
+    order = torch.tensor([2, 0, 1])
+    turned = {key: value[order] for key, value in batch.items()}
+    straight = generate(zoo.model, batch, METHODS["vcd+ritual"], **settings)
+    assert torch.equal(straight[order], generate(zoo.model, turned, METHODS["vcd+ritual"], **settings))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "seed": 2}], ids=["greedy", "seeded"])
+def test_drafts_are_verified_against_the_mitigated_model(zoo, name, settings):
+    single = zoo.inputs(("abcabcabc",), seed=4)
+    method = METHODS[name]
+    draft = copy.deepcopy(zoo.model)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.003)
+    base = generate(zoo.model, single, method, max_new_tokens=16, **settings)
+    for assistant in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": draft}):
+        out = generate(zoo.model, single, method, max_new_tokens=16, **settings, **assistant)
+        assert torch.equal(base, out), assistant
+    if not settings:
+        form = method.processor(zoo.model, single)
+        lookup = generate(zoo.model, single, logits_processor=[form], max_new_tokens=16, prompt_lookup_num_tokens=3)
+        assert torch.equal(base, lookup)
+
+
+def test_a_good_draft_saves_forwards(zoo):
+    single = zoo.inputs(("abcabcabc",), seed=4)
+    ld.attach(zoo.model, METHODS["vcd"])
+    try:
+        zoo.model.generate(**single, max_new_tokens=16, do_sample=False)
+        plain = ld.last_run(zoo.model).lanes.forwards
+        same = copy.deepcopy(ld.detach(zoo.model))
+        ld.attach(zoo.model, ld.VCD(alpha=0))
+        zoo.model.generate(**single, max_new_tokens=16, do_sample=False, assistant_model=same)
+        assert ld.last_run(zoo.model).lanes.forwards < plain
+    finally:
+        ld.detach(zoo.model)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_static_cache(zoo, batch, name):
+    base = generate(zoo.model, batch, METHODS[name])
+    assert torch.equal(base, generate(zoo.model, batch, METHODS[name], cache_implementation="static"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_streamer(zoo, name):
+    single = zoo.inputs(("is it",), seed=4)
+    base = generate(zoo.model, single, METHODS[name])
+    streamer = TextIteratorStreamer(zoo.tokenizer, skip_prompt=True)
+    ld.attach(zoo.model, METHODS[name])
+    try:
+        thread = threading.Thread(
+            target=zoo.model.generate,
+            kwargs={**single, "streamer": streamer, "max_new_tokens": NEW, "do_sample": False},
+        )
+        thread.start()
+        text = "".join(streamer)
+        thread.join()
+    finally:
+        ld.detach(zoo.model)
+    assert text == zoo.tokenizer.decode(base[0, single["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_differs_at_near_ties_only(zoo, batch, name):
+    """Stacked against sequential in bfloat16: where a token differs, both candidates scored nearly the same."""
+    model = copy.deepcopy(zoo.model).to(torch.bfloat16)
+    method = METHODS[name]
+    runs = {}
+    for execution in ("stacked", "sequential"):
+        ld.attach(model, method, execution=execution)
+        out = model.generate(
+            **batch, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        ld.detach(model)
+        runs[execution] = out
+    width = batch["input_ids"].shape[1]
+    for row in range(3):
+        a, b = (runs[e].sequences[row, width:] for e in ("stacked", "sequential"))
+        differing = (a[: min(len(a), len(b))] != b[: min(len(a), len(b))]).nonzero()
+        if len(differing) == 0:
+            continue
+        step = int(differing[0])
+        scores = runs["stacked"].logits[step][row]
+        gap = (scores[a[step]] - scores[b[step]]).abs()
+        # Weights up to 4 multiply a rounding error of 2^-8 of logits around 8.
+        assert gap < 0.25, f"row {row}, step {step}: {gap}"
+
+
+def test_outputs_keep_the_shape_of_plain_generate(zoo, batch):
+    ask = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
+    base = generate(zoo.model, batch, **ask)
+    mixed = generate(zoo.model, batch, METHODS["vcd+ritual"], **ask)
+    assert type(base) is type(mixed)
+    assert len(mixed.scores) == NEW or mixed.sequences.shape[1] < base.sequences.shape[1] + 1
+    assert mixed.scores[0].shape == base.scores[0].shape
+    assert [h.shape for h in mixed.hidden_states[1]] == [h.shape for h in base.hidden_states[1]]
+    assert mixed.past_key_values is None, "its rows are those of all views"
+
+
+def test_pipeline(tmp_path):
+    import lvlm_decode_data
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+    path = lvlm_decode_data.tiny_path("tiny-llava")
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(path)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    picture = Image.open(lvlm_decode_data.load_scenes()[0].path)
+    question = [{"type": "image", "image": picture}, {"type": "text", "text": "Please describe this image in detail."}]
+    messages = [{"role": "user", "content": question}]
+
+    def ask():
+        return pipe(text=messages, max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
+
+    base = ask()
+    ld.attach(model, ld.VCD(alpha=0, beta=None))
+    assert ask() == base
+    ld.detach(model)
+    ld.attach(model, ld.VCD(alpha=3.0, noise_step=900))
+    assert ask() != base
+    ld.detach(model)
+    assert ask() == base
+
+
+@pytest.fixture(scope="module")
+def certain(zoo):
+    """The tiny model with a sharper head: often the mask leaves one token."""
+    model = copy.deepcopy(zoo.model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(4.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3}, {"prompt_lookup_num_tokens": 3}],
+    ids=["greedy", "beams", "seeded", "lookup"],
+)
+@pytest.mark.parametrize("name", ["vcd", "ritual", "vcd+ritual"])
+def test_skipping_certain_steps_changes_no_token(zoo, certain, name, settings):
+    inputs = zoo.inputs(("abcabcabc",), seed=4) if "prompt_lookup_num_tokens" in settings else zoo.inputs(seed=3)
+    settings = {"max_new_tokens": 20, "do_sample": False, **settings}
+    base = generate(certain, inputs, METHODS[name], **settings)
+    ld.attach(certain, METHODS[name], execution="skip")
+    try:
+        assert torch.equal(base, certain.generate(**inputs, **settings))
+        lanes = ld.last_run(certain).lanes
+        assert lanes.skipped > 0
+        assert lanes.lanes[1].forwards < lanes.lanes[0].forwards
+    finally:
+        ld.detach(certain)
+
+
+# --- the model is left as it was -------------------------------------------------------------------------------------
+
+
+def state(model):
+    """What an attachment could change: instance attributes and the class."""
+    return (
+        {key: value for key, value in model.__dict__.items() if key != "_previous_max_cache_length"},
+        dict(vars(type(model))),
+        model.config._attn_implementation,
+    )
+
+
+class Interrupt(LogitsProcessor):
+    """Raises in the middle of a generation."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+        return scores
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("stop"), KeyboardInterrupt()], ids=["end", "exception", "ctrl-c"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["bare", "accelerate"])
+def test_detached_equals_untouched(zoo, batch, error, hooked):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = copy.deepcopy(zoo.model)
+    if hooked:
+        add_hook_to_module(model, ModelHook())
+    base = generate(model, batch)
+    before = state(model)
+    ld.attach(model, METHODS["vcd+ritual"])
+    processors = [Interrupt(error)] if error is not None else []
+    if error is None:
+        model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+    else:
+        with pytest.raises(type(error)):
+            model.generate(**batch, max_new_tokens=NEW, do_sample=False, logits_processor=processors)
+    assert "forward" in model.__dict__ if hooked else "forward" not in model.__dict__
+    ld.detach(model)
+    after = state(model)
+    assert before[0].keys() == after[0].keys()
+    assert all(before[0][key] is after[0][key] for key in before[0])
+    assert before[1:] == after[1:]
+    assert torch.equal(base, generate(model, batch))
+    if hooked:
+        remove_hook_from_module(model)
+
+
+def test_one_call_leaves_nothing(zoo, batch):
+    before = state(zoo.model)
+    generate(zoo.model, batch, custom_generate=METHODS["vcd"])
+    after = state(zoo.model)
+    assert before[0].keys() == after[0].keys() and all(before[0][k] is after[0][k] for k in before[0])
+
+
+def test_attaching_twice_is_refused_and_detaching_twice_is_not(zoo):
+    ld.attach(zoo.model, "vcd")
+    try:
+        assert ld.attached(zoo.model) == ld.VCD()
+        with pytest.raises(UnsupportedError, match="already attached"):
+            ld.attach(zoo.model, "ritual")
+    finally:
+        ld.detach(zoo.model)
+    assert ld.detach(zoo.model) is zoo.model
+    assert ld.attached(zoo.model) is None
+
+
+def test_a_second_thread_is_refused(zoo, batch):
+    """forward is the instance's own for the length of a call, so two calls would mix their views."""
+    seen = []
+
+    class Nested(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if not seen:
+                with pytest.raises(UnsupportedError, match="already running"):
+                    zoo.model.generate(**batch, max_new_tokens=2)
+                seen.append(True)
+            return scores
+
+    ld.attach(zoo.model, "vcd")
+    try:
+        zoo.model.generate(**batch, max_new_tokens=2, do_sample=False, logits_processor=[Nested()])
+    finally:
+        ld.detach(zoo.model)
+    assert seen
+
+
+# --- randomness ------------------------------------------------------------------------------------------------------
+
+
+def test_keyed_draw_follows_the_distribution():
+    probabilities = torch.tensor([0.5, 0.3, 0.2])
+    draws = torch.stack([probabilities.log() + gumbel(0, "sample", position, 3) for position in range(4000)]).argmax(-1)
+    share = torch.bincount(draws, minlength=3) / 4000
+    torch.testing.assert_close(share, probabilities, atol=0.03, rtol=0)
+
+
+def test_keyed_draw_depends_on_seed_sample_and_position():
+    noise = {(s, i, p): gumbel(s, i, p, 5) for s in (0, 1) for i in ("a", "b") for p in (0, 1)}
+    for (k1, v1), (k2, v2) in itertools.combinations(noise.items(), 2):
+        assert not torch.equal(v1, v2), (k1, k2)
+    assert torch.equal(noise[0, "a", 1], gumbel(0, "a", 1, 5))
+
+
+def test_keyed_draw_never_draws_what_is_masked():
+    scores = torch.full((1, 6), float("-inf"))
+    scores[0, 4] = -30.0
+    draw = KeyedDraw(0, ["x"], 0)
+    for position in range(20):
+        assert int(draw(torch.zeros(1, position, dtype=torch.long), scores).argmax()) == 4
+
+
+def test_seeds_change_views_and_draws(zoo, batch):
+    method = METHODS["vcd"]
+    outs = [generate(zoo.model, batch, method, do_sample=True, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+    runs = [Run(zoo.model, method, batch, seed=seed) for seed in (0, 0, 1)]
+    pixels = [run.samples[1][0].vision["pixel_values"] for run in runs]
+    assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
+
+
+def test_a_sum_draws_what_its_parts_draw_alone(zoo, batch):
+    both = Run(zoo.model, METHODS["vcd+ritual"], batch, seed=7)
+    for number, part in enumerate((ld.VCD(), ld.RITUAL()), start=1):
+        one = Run(zoo.model, part, batch, seed=7)
+        for a, b in zip(both.samples[number], one.samples[1]):
+            assert torch.equal(a.vision["pixel_values"], b.vision["pixel_values"])
+
+
+# --- bad input and limits --------------------------------------------------------------------------------------------
+
+
+def refuses(zoo, inputs, match, error=InputError, method="vcd", **kwargs):
+    ld.attach(zoo.model, method)
+    try:
+        with pytest.raises(error, match=match) as caught:
+            zoo.model.generate(**inputs, max_new_tokens=2, **kwargs)
+        assert "\n" not in str(caught.value)
+    finally:
+        ld.detach(zoo.model)
+
+
+def test_inputs_that_contradict_each_other(zoo, batch):
+    no_image = {k: v for k, v in batch.items() if k != "pixel_values"}
+    refuses(zoo, no_image, "row 0 has .* image placeholders and no pixel_values")
+    text = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 159, 9)}
+    refuses(zoo, text, "no prompt has an image token")
+    refuses(zoo, {**batch, "pixel_values": batch["pixel_values"][:2]}, "row 2 has .* image placeholders")
+    refuses(zoo, {**batch, "pixel_values": batch["pixel_values"].repeat(2, 1, 1, 1)}, "6 images .* places for 3")
+    right = {k: v.flip(1) if v.dim() == 2 else v for k, v in batch.items()}
+    refuses(zoo, right, "right-padded")
+    refuses(zoo, {"pixel_values": batch["pixel_values"]}, "no input_ids")
+    refuses(zoo, {**batch, "attention_mask": batch["attention_mask"][:, 1:]}, "they must be equal")
+
+
+def test_settings_that_cannot_be_honoured(zoo, batch):
+    refuses(zoo, batch, "prefill_chunk_size", UnsupportedError, prefill_chunk_size=4)
+    refuses(zoo, batch, "use_cache=False", UnsupportedError, use_cache=False)
+    refuses(zoo, batch, "beam sampling", UnsupportedError, do_sample=True, num_beams=2, seed=0)
+    refuses(zoo, batch, "detach it first", UnsupportedError, custom_generate=ld.VCD())
+    refuses(zoo, {"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds", UnsupportedError)
+
+
+def test_unknown_family_and_execution(zoo):
+    with pytest.raises(UnsupportedError, match="'llama' is not supported"):
+        ld.attach(zoo.model.model.language_model, "vcd")
+    ld.attach(zoo.model, ld.VCD(beta=None), execution="skip")
+    try:
+        with pytest.raises(UnsupportedError, match="no plausibility mask"):
+            zoo.model.generate(**zoo.inputs(), max_new_tokens=2)
+    finally:
+        ld.detach(zoo.model)
+
+
+def test_features_instead_of_pixels(zoo, batch):
+    """Views that need no pixels run on features the caller encoded; those that do say so."""
+    encoded = zoo.model.get_image_features(batch["pixel_values"], return_dict=True)
+    given = {k: v for k, v in batch.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": encoded}}
+    assert torch.equal(generate(zoo.model, batch, ld.Mask()), generate(zoo.model, given, ld.Mask()))
+    refuses(zoo, given, "edits pixels")
+
+
+def test_private_names_are_where_we_expect_them():
+    assert hf.self_check() == []
+
+
+def test_private_names_sit_in_one_file():
+    import re
+    from pathlib import Path
+
+    package = Path(ld.__file__).parent
+    private = re.compile(
+        r"GenerationMixin\b|\._(sample|beam_search|assisted_decoding|prefill|get_candidate_generator)\("
+    )
+    found = [p.name for p in package.rglob("*.py") if p.name != "hf.py" and private.search(p.read_text())]
+    assert found == []
+
+
+def test_old_libraries_are_refused():
+    with pytest.raises(DependencyError, match=r"transformers 5\.2\.0 is installed.*pip install"):
+        hf.require(transformers_version="5.2.0")
+    with pytest.raises(DependencyError, match=r"transformers 6\.0\.0 is installed"):
+        hf.require(transformers_version="6.0.0")
+    with pytest.raises(DependencyError, match=r"torch 2\.1\.0.* is installed"):
+        hf.require(torch_version="2.1.0+cu121")
+    hf.require(transformers_version="5.99.0", torch_version="2.11.0+cu130")
