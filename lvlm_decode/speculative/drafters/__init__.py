@@ -1,6 +1,6 @@
 """Drafters by name.
 
->>> drafter = drafters.parse("recycling:rows=8,depth=4", model=model)
+>>> drafter = drafters.parse("recycling(rows=8,depth=4)", model=model)
 >>> model = lvlm_decode.attach(model, VCD(), drafter=drafter)
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def get(name: str) -> type[Drafter]:
 
 
 def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> Drafter | None:
-    """The drafter that ``text`` names: ``"recycling"``, ``"recycling:rows=8,depth=4"``, ``"vispec:path=FOLDER"``.
+    """The drafter that ``text`` names: ``"recycling"``, ``"recycling(rows=8,depth=4)"``, ``"vispec(path=FOLDER)"``.
 
     Args:
         text: a name with parameters, ``"none"`` or ``None`` for no drafter, or a drafter, which is returned as it is.
@@ -56,16 +57,19 @@ def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> D
     """
     if text is None or isinstance(text, Drafter):
         return text
-    name, _, rest = text.partition(":")
+    name, bracket, rest = text.strip().partition("(")
     if name == "none":
         return None
+    if bracket and not rest.endswith(")"):
+        raise ParameterError(f"drafter {text!r}: the bracket is not closed; write name(parameter=value,parameter=value).")
     parameters: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
+    # Commas inside a tuple of numbers do not separate parameters.
+    for part in filter(None, re.split(r",(?![^(\[]*[)\]])", rest[:-1])):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ParameterError(f"drafter {text!r}: {part!r} has no value; write name:parameter=value,parameter=value.")
+            raise ParameterError(f"drafter {text!r}: {part!r} has no value; write name(parameter=value,parameter=value).")
         try:
-            parameters[key.strip()] = ast.literal_eval(value)
+            parameters[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):
-            parameters[key.strip()] = value
+            parameters[key.strip()] = value.strip()
     return get(name).create(model=model, **parameters)

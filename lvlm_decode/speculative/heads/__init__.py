@@ -30,5 +30,5 @@ def shipped(model: nn.Module, kind: str) -> Path:
             return path.parent
     raise InputError(
         f"no {kind} head ships for this model ({getattr(model, 'name_or_path', '') or type(model).__name__}); train one "
-        f"with: lvlm-decode train draft-head --kind {kind} --target MODEL, and pass it as drafter='{kind}:path=FOLDER'."
+        f"with: lvlm-decode train draft-head --kind {kind} --target MODEL, and pass it as drafter='{kind}(path=FOLDER)'."
     )

@@ -40,11 +40,11 @@ from ...errors import InputError, ParameterError, UnknownNameError
 
 ImageMode = Literal["fuse", "direct", "compress", "drop"]
 
-#: The flags of each kind of head.
+#: The flags of each kind of head, and the draft tree of its authors' code, sized for a GPU.
 KINDS: dict[str, dict[str, Any]] = {
-    "eagle": {"image": "fuse", "use_global": False},
-    "msd": {"image": "direct", "use_global": False},
-    "vispec": {"image": "compress", "use_global": True},
+    "eagle": {"image": "fuse", "use_global": False, "rows": 60, "depth": 8, "top_k": 10},
+    "msd": {"image": "direct", "use_global": False, "rows": 60, "depth": 6, "top_k": 10},
+    "vispec": {"image": "compress", "use_global": True, "rows": 30, "depth": 4, "top_k": 8},
 }
 
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
@@ -61,6 +61,8 @@ class HeadConfig:
         queries: adaptor queries q; q - 1 of them stand for an image, the last one is the global vector.
         bias: whether ``fc`` (and ``img_fc``) have a bias.
         qkv_bias: whether the projections to queries, keys and values have one.
+        rows, depth, top_k: how it drafts unless the drafter says otherwise: rows verified at most, root included; deepest
+            level (one more than the authors' D, which does not count the first); branching. ``top_k`` 1 drafts a chain.
         target, fingerprint: the model it was trained for: a name for people, and :func:`fingerprint` of its head.
     """
 
@@ -78,6 +80,9 @@ class HeadConfig:
     qkv_bias: bool = False
     rms_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rows: int = 60
+    depth: int = 6
+    top_k: int = 10
     target: str = ""
     fingerprint: str = ""
 

@@ -1,0 +1,334 @@
+"""Drafting with a trained head: EAGLE, MSD and ViSpec, as a chain or as EAGLE-2's dynamic tree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import InputError, ParameterError, UnsupportedError
+from ...method import Step
+from ..heads import DraftHead, shipped
+from ..heads.runner import HeadRunner
+from ..tree import PAD, Tree, rerank, shape_of
+from .base import Context, Drafter, Features, Session, Verified
+
+
+@dataclass
+class HeadDrafter(Drafter):
+    """Drafts with a :class:`~lvlm_decode.speculative.heads.DraftHead`.
+
+    Every cycle runs the head on the true features of what was committed, then on its own guesses, level by level. With
+    ``top_k`` 1 it drafts a chain; else EAGLE-2's tree (arXiv 2406.16858): each level runs the ``top_k`` most probable
+    rows, each of them offers ``top_k`` continuations, and the most probable ``rows`` of all are verified.
+
+    Args:
+        head: the head; loaded from ``path`` or from what ships for the model when ``None``.
+        path: folder of a saved head.
+        rows, depth, top_k: of the draft; the head's own values when ``None``.
+        contrast: contrast-aware drafting: the head runs on the features of all views and drafts from the method's
+            scores of its guesses, not from view 0's.
+    """
+
+    features: ClassVar[bool] = True
+    kind: ClassVar[str] = ""
+
+    head: DraftHead | None = field(default=None, repr=False)
+    path: str | Path | None = None
+    rows: int | None = None
+    depth: int | None = None
+    top_k: int | None = None
+    contrast: bool = False
+    runner: HeadRunner | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rows", "depth", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ParameterError(f"{self.name}: {name} = {value} is not valid; it must be at least 1.")
+        if self.head is None and self.path is not None:
+            self.head = DraftHead.from_pretrained(self.path)
+        if self.head is not None and self.kind and self.head.config.kind != self.kind:
+            raise InputError(
+                f"the head given to drafter {self.name} is of kind {self.head.config.kind!r}; use that drafter instead."
+            )
+
+    @classmethod
+    def create(cls, model: nn.Module | None = None, **parameters: Any) -> Drafter:
+        if model is not None and parameters.get("head") is None and parameters.get("path") is None:
+            parameters["path"] = shipped(model, cls.kind)
+        return super().create(model=model, **parameters)
+
+    def begin(self, context: Context) -> Session:
+        target = context.module
+        if self.head is None:
+            self.head = DraftHead.from_pretrained(shipped(target, self.kind))
+        text = target.config.get_text_config(decoder=True)
+        vocabulary = target.get_output_embeddings().weight.shape[0]
+        config = self.head.config
+        if (config.hidden_size, config.vocab_size) != (text.hidden_size, vocabulary):
+            raise InputError(
+                f"the {config.kind} head is for width {config.hidden_size} and {config.vocab_size} tokens, and the model has "
+                f"{text.hidden_size} and {vocabulary}; use a head trained for it."
+            )
+        weight = target.get_output_embeddings().weight
+        if self.runner is None or self.runner.target_weight is not weight:
+            self.runner = HeadRunner(self.head, target)
+        return _HeadSession(self, context)
+
+
+@dataclass
+class EagleDrafter(HeadDrafter):
+    """An EAGLE head: image slots as text slots."""
+
+    name: ClassVar[str] = "eagle"
+    kind: ClassVar[str] = "eagle"
+
+
+@dataclass
+class MsdDrafter(HeadDrafter):
+    """An MSD head: image slots hold the projected image features."""
+
+    name: ClassVar[str] = "msd"
+    kind: ClassVar[str] = "msd"
+
+
+@dataclass
+class ViSpecDrafter(HeadDrafter):
+    """A ViSpec head: images compressed, a global vector in every text slot."""
+
+    name: ClassVar[str] = "vispec"
+    kind: ClassVar[str] = "vispec"
+
+
+class _HeadSession(Session):
+    drafter: HeadDrafter
+
+    def __init__(self, drafter: HeadDrafter, context: Context):
+        super().__init__(drafter, context)
+        self.runner, config = drafter.runner, drafter.head.config
+        self.rows = drafter.rows or config.rows
+        self.depth = drafter.depth or config.depth
+        self.top_k = min(drafter.top_k or config.top_k, self.runner.out_weight.shape[0])
+        self.samples = len(context.tokens)
+        self.views = 1
+        if drafter.contrast:
+            lanes = context.lanes
+            if lanes.probes.hidden or len(lanes.lanes) > 1:
+                raise UnsupportedError(
+                    f"{lanes.method.name} needs more than the last features of one forward, so the head cannot draft from "
+                    "its scores; leave out contrast."
+                )
+            self.views = len(lanes.main.views)
+        self._log_stop = math.log(drafter.stop) if drafter.stop > 0 else None
+        self._read(context.prompt)
+
+    def _own(self, states: Tensor) -> Tensor:
+        """The rows of the views this session drafts from."""
+        return states[: self.views * self.samples]
+
+    def _read(self, prompt: Features) -> None:
+        """Run the head over the prompt, whose last slot is followed by the root."""
+        runner, head = self.runner, self.runner.head
+        roots = torch.tensor([text[-1] for text in self.context.tokens], device=runner.device).repeat(self.views)
+        embeds = torch.cat([self._own(prompt.embeds)[:, 1:], runner.embed(roots)[:, None]], 1)
+        image = F.pad(self._own(prompt.image)[:, 1:], (0, 1))
+        mask = self._own(prompt.mask)
+        slots = head.slots(embeds.to(runner.dtype), self._own(prompt.hidden), image, mask)
+        self.constant = runner.constant(slots)
+        # Slots that were left out are taken out, the others moved to the right end.
+        width = int(slots.seen.sum(1).max())
+        order = slots.seen.long().argsort(dim=1, stable=True)[:, -width:]
+        z = slots.z.gather(1, order[..., None].expand(-1, -1, slots.z.shape[2]))
+        seen = slots.seen.gather(1, order)
+        out, k, v = head.run_layer(z, slots.positions.gather(1, order), seen)
+        capacity = width + 256
+        shape = (*k.shape[:2], capacity, k.shape[3])
+        self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        self.keys[:, :, :width], self.values[:, :, :width] = k, v
+        self.length = width
+        self.seen = None if bool(seen.all()) else seen
+        #: (R,) position of the next slot.
+        self.next = mask.sum(1)
+        self.guess = out[:, -1:]
+        self.fresh: tuple[list[list[int]], Tensor] | None = None
+
+    def _reserve(self, more: int) -> None:
+        missing = self.length + more - self.keys.shape[2]
+        if missing > 0:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, missing + 256)) for x in (self.keys, self.values))
+
+    def observe(self, verified: Verified) -> None:
+        self.count(verified)
+        hidden = self._own(verified.features.hidden)
+        if self.samples == 1:
+            path = verified.paths[0]
+            if not verified.tree.is_chain:
+                features = hidden[:, path]
+            else:
+                features = hidden[:, : len(path)]
+            self._extend(torch.tensor([verified.committed[0][: len(path)]], device=hidden.device), features, None)
+            return
+        # Rows that committed less are padded on the left; finished ones get one unseen slot.
+        longest = max(len(tokens) for tokens in verified.committed)
+        tokens = torch.zeros(self.samples, longest, dtype=torch.long, device=hidden.device)
+        index, seen = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+        for b, (path, own) in enumerate(zip(verified.paths, verified.committed)):
+            if own:
+                count = len(own)
+                tokens[b, -count:] = torch.tensor(own)
+                index[b, -count:] = torch.tensor(path[:count])
+                seen[b, -count:] = True
+        index = index.repeat(self.views, 1)
+        features = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
+        self._extend(tokens, features, seen.repeat(self.views, 1))
+
+    def _extend(self, tokens: Tensor, features: Tensor, seen: Tensor | None) -> None:
+        """Slots of committed tokens, with true features: these stay."""
+        t = tokens.shape[1]
+        self._reserve(t + self.top_k * self.depth)
+        z = self.runner.inputs(tokens.repeat(self.views, 1) if self.views > 1 else tokens, features, self.constant)
+        start, stop = self.length, self.length + t
+        if seen is None:
+            first = int(self.next[0]) if self.samples == 1 else None
+            cos, sin = self._turn_from(t) if first is None else self._turn_slice(first, t)
+            mask = None if t == 1 and self.seen is None else self.runner.causal(start, stop)
+            if self.seen is not None:
+                self.seen = F.pad(self.seen, (0, t), value=True)
+                mask = self.seen[:, None, None] & mask
+            moved = t
+        else:
+            count = seen.sum(1)
+            offset = (torch.arange(t, device=seen.device) - (t - count)[:, None]).clamp(min=0)
+            cos, sin = self._turn(self.next[:, None] + offset)
+            before = self.seen if self.seen is not None else seen.new_ones(len(seen), start)
+            self.seen = torch.cat([before, seen], 1)
+            causal = self.runner.causal(start, stop)
+            own = F.pad(torch.eye(t, dtype=torch.bool, device=seen.device), (start, 0))
+            mask = (self.seen[:, None] & causal | own)[:, None]
+            moved = count
+        self.guess = self.runner.step(z, cos, sin, self.keys, self.values, start, mask)[:, -1:]
+        self.length, self.next = stop, self.next + moved
+
+    def _turn_slice(self, first: int, t: int) -> tuple[Tensor, Tensor]:
+        cos, sin = self.runner.rotary(first + t)
+        return cos[first : first + t], sin[first : first + t]
+
+    def _turn_from(self, t: int) -> tuple[Tensor, Tensor]:
+        return self._turn(self.next[:, None] + torch.arange(t, device=self.next.device))
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin (R, 1, t, head_dim) at ``positions`` (R, t)."""
+        cos, sin = self.runner.rotary(int(positions.max()) + 1)
+        return cos[positions][:, None], sin[positions][:, None]
+
+    def _scores(self, guess: Tensor, level: int) -> Tensor:
+        """(B, t, N') draft scores of guessed features (R, t, D), ``level`` levels below the root."""
+        logits = self.runner.logits(guess)
+        if self.views == 1:
+            return logits
+        lanes = self.context.lanes
+        stacked = logits.view(self.views, self.samples, *logits.shape[1:])
+        positions = (lanes.generated + 1 + level)[:, None].expand(-1, logits.shape[1])
+        return lanes.method.scores(Step(stacked, positions, lanes.weights))
+
+    def propose(self, room: int) -> Tree:
+        depth = min(self.depth, room)
+        roots = torch.tensor([text[-1:] for text in self.context.tokens], device=self.runner.device)
+        if depth < 1:
+            return Tree.chain(roots)
+        if self.top_k == 1:
+            return self._chain(roots, min(depth, max(self.rows - 1, 1)))
+        return self._tree(roots, depth)
+
+    def _chain(self, roots: Tensor, depth: int) -> Tree:
+        runner, guess, tokens = self.runner, self.guess, [roots]
+        self._reserve(depth)
+        cumulative = 0.0
+        for level in range(depth):
+            scores = self._scores(guess, level)[:, -1]
+            token = runner.token_ids(scores.argmax(-1, keepdim=True))
+            tokens.append(token)
+            if self._log_stop is not None:
+                best = scores.amax(-1) - scores.logsumexp(-1)
+                cumulative = cumulative + best
+                if bool((cumulative < self._log_stop).all()):
+                    # This token is drafted already and costs one row; what would follow it is not drafted.
+                    break
+            if level + 1 < depth:
+                guess = self._level(token, guess, level)
+        return Tree.chain(torch.cat(tokens, 1))
+
+    def _level(self, token: Tensor, guess: Tensor, level: int) -> Tensor:
+        z = self.runner.inputs(token.repeat(self.views, 1) if self.views > 1 else token, guess, self.constant)
+        if self.samples == 1:
+            cos, sin = self._turn_slice(int(self.next[0]) + level, 1)
+        else:
+            cos, sin = self._turn((self.next + level)[:, None])
+        mask = None
+        if self.seen is not None:
+            mask = F.pad(self.seen, (0, level + 1), value=True)[:, None, None]
+        return self.runner.step(z, cos, sin, self.keys, self.values, self.length + level, mask)
+
+    def _tree(self, roots: Tensor, depth: int) -> Tree:
+        """EAGLE-2: expand the ``top_k`` best rows of every level, then rerank all of them."""
+        runner, k, samples = self.runner, self.top_k, self.samples
+        self._reserve(depth * k)
+        scores = F.log_softmax(self._scores(self.guess, 0)[:, -1], -1)
+        values, chosen = scores.topk(k, -1)  # (B, k)
+        tokens = runner.token_ids(chosen)
+        pool_tokens, pool_values = [tokens], [values]
+        pool_parents = [torch.full_like(tokens, -1)]
+        # Of the frontier: its place in the pool, and which drafted slots each row sees, itself last.
+        place = torch.arange(k, device=tokens.device).expand(samples, k)
+        guess = self.guess.expand(-1, k, -1)
+        seen = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(samples, k, k)
+        size = k
+        for level in range(depth - 1):
+            if self._log_stop is not None and bool((values[:, 0] < self._log_stop).all()):
+                break
+            z = runner.inputs(tokens.repeat(self.views, 1), guess, self.constant)
+            cos, sin = self._turn((self.next + level)[:, None].expand(-1, k))
+            past = seen.new_ones(samples * self.views, k, self.length)
+            if self.seen is not None:
+                past = past & self.seen[:, None]
+            mask = torch.cat([past, seen.repeat(self.views, 1, 1)], -1)[:, None]
+            out = runner.step(z, cos, sin, self.keys, self.values, self.length + level * k, mask)
+            scores = values[..., None] + F.log_softmax(self._scores(out, level + 1), -1)
+            best, chosen = scores.topk(k, -1)  # (B, k, k)
+            pool_tokens.append(runner.token_ids(chosen).flatten(1))
+            pool_values.append(best.flatten(1))
+            pool_parents.append(place.repeat_interleave(k, 1))
+            values, kept = best.flatten(1).topk(k, -1)  # (B, k) of the k * k
+            parent = kept // k
+            tokens = pool_tokens[-1].gather(1, kept)
+            place = size + kept
+            size += k * k
+            rows = parent.repeat(self.views, 1)
+            guess = out.gather(1, rows[..., None].expand(-1, -1, out.shape[2]))
+            seen = torch.cat(
+                [
+                    seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2])),
+                    torch.eye(k, dtype=torch.bool, device=seen.device).expand(samples, k, k),
+                ],
+                -1,
+            )
+        return self._rerank(roots, *(torch.cat(pool, 1).tolist() for pool in (pool_tokens, pool_parents, pool_values)))
+
+    def _rerank(
+        self, roots: Tensor, tokens: list[list[int]], parents: list[list[int]], values: list[list[float]]
+    ) -> Tree:
+        drafts = []
+        for b, root in enumerate(roots[:, 0].tolist()):
+            # What the plausibility mask removed has no chance at all.
+            entries = [e for e in rerank(values[b], self.rows - 1) if values[b][e] > float("-inf")]
+            row_of = {entry: row for row, entry in enumerate(entries, start=1)} | {-1: 0}
+            shape = shape_of((-1, *(row_of[parents[b][entry]] for entry in entries)))
+            drafts.append(([root, *(tokens[b][entry] for entry in entries)], shape))
+        return Tree.of(drafts, self.runner.device)
