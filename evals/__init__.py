@@ -13,8 +13,10 @@ EVALUATORS: dict[str, str] = {
     "chair": ".chair:Chair",
     "hallusionbench": ".hallusionbench:HallusionBench",
     "mme": ".mme:MME",
+    "mmhal": ".judges:MMHal",
     "pope": ".pope:Pope",
     "sycophancy": ".sycophancy:Sycophancy",
+    "vallu": ".judges:VaLLu",
 }
 
 

@@ -205,13 +205,13 @@ class Amber(Evaluator):
     """AMBER scores.
 
     data: AMBER's data folder, None for the emoji scenes (whose objects are found by CHAIR's pattern parser).
-    nouns: how nouns are found, "pattern" (no language library) or "nltk-pos" (official).
+    parser: how nouns are found, "pattern" (no language library) or "nltk-pos" (official).
     similarity: "none" (exact match) or "spacy" (official, needs en_core_web_lg).
     rule: how yes or no is read, "amber-exact" (official) or a name of `parsers.RULES` for a lenient reading.
     """
 
     data: str | None = None
-    nouns: str = "pattern"
+    parser: str = "pattern"
     similarity: str = "none"
     rule: str = "amber-exact"
 
@@ -236,8 +236,8 @@ class Amber(Evaluator):
     def __post_init__(self) -> None:
         if self.rule != "amber-exact":
             parsers.rule(self.rule)
-        if self.nouns not in NOUNS:
-            raise UnknownNameError.of("way to find nouns", self.nouns, NOUNS)
+        if self.parser not in NOUNS:
+            raise UnknownNameError.of("AMBER parser", self.parser, NOUNS)
         if self.similarity not in SIMILARITY:
             raise UnknownNameError.of("similarity", self.similarity, SIMILARITY)
 
@@ -332,14 +332,14 @@ class Amber(Evaluator):
             # Objects of the emoji scenes may be two words; CHAIR's synonym table for them knows which.
             nouns = chair.Chair().table().objects(chair.PARSERS["pattern"].reduce(answer.answer))[1]
         else:
-            nouns = NOUNS[self.nouns](answer.answer, tables.vocabulary)
+            nouns = NOUNS[self.parser](answer.answer, tables.vocabulary)
         truth, hallu = list(answer.label), list(answer.meta.get("hallu", ()))
         scored = score_nouns(nouns, truth, hallu, tables, SIMILARITY[self.similarity]())
         return Row.of(
             answer,
             parsed=sorted(set(nouns)),
             correct=not scored["hallucinated"],
-            rule=f"{self.nouns}, similarity {self.similarity}",
+            rule=f"{self.parser}, similarity {self.similarity}",
             clear=bool(answer.answer.strip()),
             type="generative",
             nouns=nouns,

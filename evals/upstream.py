@@ -1,0 +1,275 @@
+"""Where the benchmarks' own files live: owner, pinned commit, size, sha256, licence. Facts only; no file is shipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of somebody else's. name: path below the data set's folder. sha256: None where nobody has pinned one."""
+
+    dataset: str
+    name: str
+    url: str
+    licence: str
+    what: str
+    bytes: int | None = None
+    sha256: str | None = None
+    # Fetched only when asked for by name: large, and many have it already.
+    on_request: bool = False
+
+
+def _github(repository: str, commit: str, licence: str, files: list[tuple]) -> list[Source]:
+    """files: (data set, local name, path in the repository, bytes, sha256, what it is)."""
+    base = f"https://raw.githubusercontent.com/{repository}/{commit}"
+    return [
+        Source(dataset, name, f"{base}/{path}", licence, what, size, digest)
+        for dataset, name, path, size, digest, what in files
+    ]
+
+
+SOURCES: tuple[Source, ...] = (
+    *_github(
+        "AoiDragon/POPE",
+        "08d957b917e5a378a2f99d35b6293c536a66298b",
+        "MIT",
+        [
+            (
+                "pope",
+                "coco_pope_random.json",
+                "output/coco/coco_pope_random.json",
+                368166,
+                "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994",
+                "POPE on COCO, 3,000 questions",
+            ),
+            (
+                "pope",
+                "coco_pope_popular.json",
+                "output/coco/coco_pope_popular.json",
+                370190,
+                "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753",
+                "POPE on COCO, 3,000 questions",
+            ),
+            (
+                "pope",
+                "coco_pope_adversarial.json",
+                "output/coco/coco_pope_adversarial.json",
+                370401,
+                "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8",
+                "POPE on COCO, 3,000 questions",
+            ),
+        ],
+    ),
+    *_github(
+        "AoiDragon/POPE",
+        "e3e39262c85a6a83f26cf5094022a782cb0df58d",
+        "MIT",
+        [
+            (
+                "pope",
+                "coco_pope_random_2910.json",
+                "output/coco/coco_pope_random.json",
+                360212,
+                "c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35",
+                "legacy random file, 2,910 questions (LLaVA, OPERA)",
+            ),
+        ],
+    ),
+    *_github(
+        "DAMO-NLP-SG/VCD",
+        "d6568ff81b8fd306a49e630df44f2db5c2300191",
+        "Apache-2.0",
+        [
+            (
+                "pope",
+                "aokvqa_pope_random.json",
+                "experiments/data/POPE/aokvqa/aokvqa_pope_random.json",
+                366825,
+                "900c244605e8d43626b9579a110e3631e534cddc2aff27fe91e3f080e15d4446",
+                "POPE on A-OKVQA, SEEM objects",
+            ),
+            (
+                "pope",
+                "aokvqa_pope_popular.json",
+                "experiments/data/POPE/aokvqa/aokvqa_pope_popular.json",
+                363595,
+                "792d586a875c197362256b25e9252cc97df6fa1dca5aca72a53eba560414d6b7",
+                "POPE on A-OKVQA, SEEM objects",
+            ),
+            (
+                "pope",
+                "aokvqa_pope_adversarial.json",
+                "experiments/data/POPE/aokvqa/aokvqa_pope_adversarial.json",
+                365037,
+                "87f9acb460fcb690f9120c6d69eb05cfedadab5af5eb385b5201fd48bfc6670c",
+                "POPE on A-OKVQA, SEEM objects",
+            ),
+            (
+                "pope",
+                "gqa_pope_random.json",
+                "experiments/data/POPE/gqa/gqa_pope_random.json",
+                312270,
+                "1c1117ce33df2eae0d7b04827896caff1f79dac7b99b9e1b0c87a415066cff98",
+                "POPE on GQA, SEEM objects",
+            ),
+            (
+                "pope",
+                "gqa_pope_popular.json",
+                "experiments/data/POPE/gqa/gqa_pope_popular.json",
+                309332,
+                "e48e138bd61dd3bc4ec35cc8d4357b4dbfc68f0e704283a92217325585a17653",
+                "POPE on GQA, SEEM objects",
+            ),
+            (
+                "pope",
+                "gqa_pope_adversarial.json",
+                "experiments/data/POPE/gqa/gqa_pope_adversarial.json",
+                310784,
+                "64a3bdeb8d24c02d175eafa5e1b24bc7fd611efa95bb87a031c880e548aef094",
+                "POPE on GQA, SEEM objects",
+            ),
+        ],
+    ),
+    *_github(
+        "LisaAnne/Hallucination",
+        "6e4d33c4bedf6dfcd24c61bf527f40714717be47",
+        "BSD-2-Clause (README)",
+        [
+            (
+                "chair",
+                "synonyms.txt",
+                "data/synonyms.txt",
+                3577,
+                "b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
+                "CHAIR synonym table",
+            ),
+        ],
+    ),
+    *_github(
+        "sangminwoo/RITUAL",
+        "52065a663927bff2da370837f0290343dc14a643",
+        "MIT (questions: research use)",
+        [
+            (
+                "mme",
+                "mme_hallucination.jsonl",
+                "experiments/data/MME_Benchmark_release_version/mme_hallucination.jsonl",
+                49472,
+                "2ac54845262359db1531534d65ec8befe2d41077182242146ba8a6fb381a05f4",
+                "MME hallucination subset, 240 questions",
+            ),
+        ],
+    ),
+    *_github(
+        "junyangwang0410/AMBER",
+        "534babf6bbfcce2e735c26289dedfb21cef3c939",
+        "Apache-2.0",
+        [
+            (
+                "amber",
+                "annotations.json",
+                "data/annotations.json",
+                1813301,
+                "db22a436c4836fbb295e60b4e80d519573077579fb7032f01b193c1bd022b797",
+                "what each image contains and lacks",
+            ),
+            (
+                "amber",
+                "relation.json",
+                "data/relation.json",
+                12699,
+                "c4c1491e9bbc3209abc1888c12a1bf8413bdbab8a0d8be04b990a2e7680cf23e",
+                "words that stand for each other",
+            ),
+            (
+                "amber",
+                "safe_words.txt",
+                "data/safe_words.txt",
+                57,
+                "f92cf1123f4578a2630832fac3e6ac4de36212ea55859d3bed4fd233723f4043",
+                "words never held against a description",
+            ),
+            (
+                "amber",
+                "metrics.txt",
+                "data/metrics.txt",
+                899,
+                "2fbe2ee584d10e7ce0a568a4902d3d2296727d45f761bf091dd35c4e4b5bc6ac",
+                "counters of the official scorer",
+            ),
+            (
+                "amber",
+                "query/query_generative.json",
+                "data/query/query_generative.json",
+                106220,
+                "b7e4c36596126ee36d2c3922638b7fa98743c26efda78fea2315f4425258d087",
+                "1,004 descriptions to ask for",
+            ),
+            (
+                "amber",
+                "query/query_discriminative.json",
+                "data/query/query_discriminative.json",
+                1738529,
+                "1502887ac020f4bb7ea564af4e37bddcb030d61b78490d00f9da492a2307abb8",
+                "14,216 yes/no questions",
+            ),
+            (
+                "amber",
+                "query/query_all.json",
+                "data/query/query_all.json",
+                1844750,
+                "127680ae61f7d4a92d2f7f07a8deaec07f0689b194d2c7c0f41ead7bd2c5bcf5",
+                "both kinds of questions",
+            ),
+        ],
+    ),
+    *_github(
+        "tianyi-lab/HallusionBench",
+        "744007c232c292942c7f80eb61edb2465482da31",
+        "BSD-3-Clause",
+        [
+            (
+                "hallusionbench",
+                "HallusionBench.json",
+                "HallusionBench.json",
+                431987,
+                "ca6e0fb677dd56e5fb0e2700d06c58d01f8a6ae66e0f1773b2ac48c0a095d051",
+                "HallusionBench questions",
+            ),
+        ],
+    ),
+    Source(
+        "coco",
+        "annotations_trainval2014.zip",
+        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        "CC-BY-4.0 (annotations)",
+        "COCO 2014 instances and captions; no checksum is pinned",
+    ),
+    Source(
+        "coco",
+        "val2014.zip",
+        "http://images.cocodataset.org/zips/val2014.zip",
+        "Flickr terms (images)",
+        "COCO val2014 images, about 6 GB; no checksum is pinned",
+        on_request=True,
+    ),
+)
+
+# What cannot be fetched: the owner hands it out, or a person must agree to something first.
+NOTES = {
+    "mme": "MME's images and the other ten tasks are given out by its authors on request (github.com/BradyFU/"
+    "Awesome-Multimodal-Large-Language-Models, branch Evaluation); put a folder per task under mme/.",
+    "amber": "AMBER's 1,004 images are linked from github.com/junyangwang0410/AMBER; put them under amber/image/.",
+    "pope": "POPE on COCO asks about val2014 images (data get coco --images); A-OKVQA shares them, GQA has its own.",
+    "hallusionbench": "HallusionBench's figures are linked from github.com/tianyi-lab/HallusionBench; put VD/ and VS/ "
+    "under hallusionbench/.",
+    "chair": "CHAIR also needs what each image contains: data get coco, then data objects.",
+}
+
+DATASETS = tuple(dict.fromkeys(source.dataset for source in SOURCES))
+
+
+def sources(dataset: str) -> list[Source]:
+    """The files of a data set, in order."""
+    return [source for source in SOURCES if source.dataset == dataset]
