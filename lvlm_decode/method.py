@@ -37,12 +37,14 @@ class View:
         patch: changes the model for the rows of this view only, as a context manager around its forwards. Views that
             share a patch (the same object) run in one forward; a patched view cannot ride with the others.
         module: another model (an amateur) that runs this view; ``None`` is the attached model.
+        mark: a name by which :meth:`Method.patch` finds the rows of this view, ``run.view_number(mark)``.
     """
 
     sample: Sample
     weight: float = 0.0
     patch: Callable[[torch.nn.Module], AbstractContextManager] | None = None
     module: torch.nn.Module | None = None
+    mark: str = ""
 
 
 @dataclass(frozen=True)

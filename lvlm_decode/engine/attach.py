@@ -104,6 +104,10 @@ class Run:
         """The module whose loop decodes."""
         return self.captured()[0].module
 
+    def view_number(self, mark: str) -> int:
+        """The number of the view that was made with this mark; 0 is the sample itself."""
+        return next(number for number, view in enumerate(self.views, 1) if view.mark == mark)
+
     @property
     def extra_width(self) -> int:
         """By how much the longest view's prompt exceeds the samples' own."""

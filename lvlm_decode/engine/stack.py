@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from ..method import Method, Probes, Step, plausible
 from .prepare import left_pad
 
 EXECUTIONS = ("stacked", "sequential", "skip")
+
+_running: ContextVar[Lane] = ContextVar("lvlm_decode_lane")
+
+
+def running_lane() -> Lane:
+    """The lane whose forward is running: what hooks inside the model know their rows by."""
+    return _running.get()
 
 
 class Lane:
@@ -174,8 +182,24 @@ class Lane:
     def _run(self, kwargs: dict[str, Any]) -> Any:
         self.forwards += 1
         kwargs.update(past_key_values=self.cache, use_cache=True, return_dict=True)
-        with self._patch(self.module):
-            return self._forward(**kwargs)
+        token = _running.set(self)
+        try:
+            with self._patch(self.module):
+                return self._forward(**kwargs)
+        finally:
+            _running.reset(token)
+
+    def rows_of(self, view: int) -> slice | None:
+        """Where the rows of view ``view`` stand among this lane's, or ``None`` if it runs elsewhere."""
+        if view not in self.views:
+            return None
+        at = self.views.index(view) * self.rows
+        return slice(at, at + self.rows)
+
+    @property
+    def prefilling(self) -> bool:
+        """The forward that is running is the prompts'."""
+        return self.forwards == 1
 
     def crop(self, n: int) -> None:
         """Forget the newest ``n`` tokens of every row; those put off first."""
