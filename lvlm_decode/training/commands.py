@@ -33,19 +33,20 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _start(work: Path, command: str, **settings: object) -> None:
-    """Make the working folder and write the circumstances of the run into its log."""
-    work.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record = {
-        "stage": "start",
+def _circumstances() -> dict[str, object]:
+    return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "settings": settings,
         "commit": _commit(),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "numpy", "pillow")},
     }
+
+
+def _start(work: Path, command: str, **settings: object) -> None:
+    """Make the working folder and write the circumstances of the run into its log."""
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    record = {"stage": "start", "command": command, "settings": settings} | _circumstances()
     with (work / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -101,6 +102,26 @@ def tiny_instructblip(
     workers.launch(instructblip.train_qformer, processes, work, llava, settings)
     workers.launch(instructblip.train_joint, processes, work, llava, output, settings)
     typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+@app.command("check")
+def check(
+    models: Annotated[list[Path], typer.Argument(help="Folders of small models.")],
+    record: Annotated[Path | None, typer.Option(help="Folder that gets one JSON file a model.")] = None,
+) -> None:
+    """Ask small models about the held-out scenes and print what they know as a table."""
+    from . import facts
+
+    measured = []
+    for folder in models:
+        began = time.perf_counter()
+        result = facts.measure(facts.TinyModel.load(folder)) | _circumstances()
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        measured.append(result)
+        if record is not None:
+            record.mkdir(parents=True, exist_ok=True)
+            (record / f"{result['model']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    typer.echo(facts.table(measured))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,448 @@
+"""Training draft heads: EAGLE, MSD and ViSpec, with the target's features computed on the fly.
+
+Stored features take terabytes at full scale, so only generated token ids are kept; a frozen forward of the target gives
+features and embeddings for every batch. Answers are the target's own: the head drafts what the *target* will say.
+
+What the kinds differ in, after their authors' code:
+
+    kind     data                                              losses at slot t, p the target's next distribution
+    eagle    pictures from the start                           smooth L1 of the feature + 0.1 * cross entropy with p
+    msd      text only for half the steps, then a share of     the same
+             pictures that grows linearly to all
+    vispec   text only for a first stage, then pictures        first stage as eagle; then 10 * |q - p|_1 + 0.1 * ListMLE
+                                                               of p's ten best, averaged over an unrolled pass whose
+                                                               features are the head's own guesses
+
+ViSpec's answers are sampled (``temperature``): a head trained on greedy answers learns to read the next-but-one token off
+the true feature instead of looking at the context. The authors flip MSD's coin for every sample, here for every batch.
+Learning rates are theirs by default and suit a 7B target; a small head from scratch needs a larger one.
+
+Letters: ``R`` rows, ``T`` positions, ``D`` width, ``N`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ..engine.attach import attach, detach, last_run
+from ..errors import InputError, ParameterError
+from ..families import family_of
+from ..methods.plain import Plain
+from ..speculative.drafters import get as drafter_class
+from ..speculative.features import watched
+from ..speculative.heads import KINDS, DraftHead, HeadConfig
+from ..speculative.stats import Stats
+
+CHECKPOINT = "training.pt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Args:
+        target: folder or name of the model to draft for.
+        output: folder the head is written to.
+        kind: "eagle", "msd" or "vispec".
+        data: JSON lines with ``prompt``, ``image`` (a path; left out for text) and optionally ``answer``; emoji scenes
+            when ``None``.
+        samples, text_samples: how many scenes, and texts without a picture, the built-in data has.
+        steps, batch: optimiser steps, and samples per step and process.
+        lr: peak learning rate; warmed up over ``warmup`` of the steps, then falling linearly to 0.
+        text_share: share of the steps that see text only before pictures come (ViSpec's first stage, half for MSD).
+        temperature: of the sampled answers; 0 is greedy.
+        unroll: further passes on the head's own guesses (ViSpec).
+        noise: uniform noise on features, ``noise * 512 / T``.
+        vocabulary: keep only this many of the target's most frequent answer tokens in the draft; ``None`` keeps all.
+        evaluate_every, checkpoint_every: in steps.
+        held_out: prompts whose acceptance is measured.
+        rows, depth, top_k: how the head drafts by default; the authors' values when ``None``.
+        resume: go on from the checkpoint in ``output``.
+    """
+
+    target: str
+    output: Path
+    kind: str = "vispec"
+    data: Path | None = None
+    samples: int = 2000
+    text_samples: int = 1000
+    steps: int = 1000
+    batch: int = 16
+    lr: float = 3e-5
+    warmup: float = 0.05
+    text_share: float | None = None
+    temperature: float = 1.0
+    max_new_tokens: int = 96
+    unroll: int = 1
+    noise: float = 0.1
+    vocabulary: int | None = None
+    evaluate_every: int = 250
+    checkpoint_every: int = 250
+    held_out: int = 24
+    rows: int | None = None
+    depth: int | None = None
+    top_k: int | None = None
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ParameterError(f"kind = {self.kind!r} is not valid; it is one of {', '.join(KINDS)}.")
+
+    @property
+    def text_until(self) -> float:
+        """Share of the run before the first picture."""
+        return {"eagle": 0.0, "msd": 0.5, "vispec": 0.25}[self.kind] if self.text_share is None else self.text_share
+
+    def picture_share(self, progress: float) -> float:
+        """Probability that a batch has pictures, at ``progress`` in [0, 1] of the run."""
+        if progress < self.text_until:
+            return 0.0
+        if self.kind == "msd":
+            return min(1.0, (progress - self.text_until) / max(1 - self.text_until, 1e-9))
+        return 1.0
+
+
+@dataclass
+class Item:
+    """One prompt with its answer.
+
+    Args:
+        load: the picture, or ``None`` for text.
+        answer: given answer; generated when ``None``.
+        ids: prompt and answer once known; ``start`` is where the answer starts.
+    """
+
+    prompt: str
+    load: Callable[[], Image.Image] | None = None
+    answer: str | None = None
+    ids: list[int] | None = None
+    start: int = 0
+
+
+def scene_items(samples: int, text_samples: int, held_out: int, seed: int) -> tuple[list[Item], list[Item], list[Item]]:
+    """Emoji scenes: pictures with a caption prompt, captions without picture, held-out pictures."""
+    from lvlm_decode_data import render, scene_seed
+    from lvlm_decode_data.texts import CAPTION_PROMPTS, caption
+
+    rng = random.Random(seed)
+
+    def picture(split: str, index: int) -> Item:
+        return Item(rng.choice(CAPTION_PROMPTS), lambda: render(scene_seed(split, index))[0])
+
+    pictures = [picture("train", index) for index in range(samples)]
+    held = [picture("validation", index) for index in range(held_out)]
+    texts = []
+    for index in range(samples, samples + text_samples):
+        _, scene, _ = render(scene_seed("train", index))
+        texts.append(Item(rng.choice(CAPTION_PROMPTS), None, caption(rng, scene)))
+    return pictures, texts, held
+
+
+def file_items(path: Path, held_out: int) -> tuple[list[Item], list[Item], list[Item]]:
+    """Items of a JSON lines file; the last ``held_out`` with a picture are held out.
+
+    Raises:
+        InputError: a line without a prompt, or a file without pictures.
+    """
+    pictures, texts = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        record = json.loads(line)
+        if "prompt" not in record:
+            raise InputError(
+                f"{path}:{number}: the record has no field 'prompt'; each line needs prompt, and image for pictures."
+            )
+        image = record.get("image")
+        load = None if image is None else (lambda file=path.parent / image: Image.open(file).convert("RGB"))
+        (texts if image is None else pictures).append(Item(record["prompt"], load, record.get("answer")))
+    if len(pictures) <= held_out:
+        raise InputError(
+            f"{path} has {len(pictures)} records with an image; more than held_out = {held_out} are needed."
+        )
+    return pictures[:-held_out], texts, pictures[-held_out:]
+
+
+class Target:
+    """The frozen target with its processor: prepares items, answers them, gives features."""
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.family = family_of(model)
+        self._vision: dict[int, dict[str, Tensor]] = {}
+
+    def inputs(self, item: Item) -> dict[str, Tensor]:
+        """The processor's output for one item's prompt."""
+        text = item.prompt
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": "text", "text": item.prompt}]
+            if item.load is not None:
+                content.insert(0, {"type": "image"})
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+        images = {} if item.load is None else {"images": item.load()}
+        return dict(self.processor(text=text, return_tensors="pt", **images))
+
+    def vision(self, item: Item) -> dict[str, Tensor]:
+        """The encoder's inputs of one item, kept in half precision: pictures are used many times."""
+        key = id(item)
+        if key not in self._vision:
+            inputs = self.inputs(item)
+            self._vision[key] = {
+                name: value.half() if value.is_floating_point() else value
+                for name in self.family.vision_keys
+                if (value := inputs.get(name)) is not None
+            }
+        return self._vision[key]
+
+    def complete(self, items: Sequence[Item], settings: Settings, batch: int = 32) -> None:
+        """Fill in ``ids`` of every item, answering those without an answer."""
+        tokenizer = self.processor.tokenizer
+        end = self.model.generation_config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        if end is None:
+            end = tokenizer.eos_token_id
+        open_items = []
+        for item in items:
+            prompt = self.inputs(item)["input_ids"][0].tolist()
+            item.start = len(prompt)
+            if item.answer is None:
+                item.ids = prompt
+                open_items.append(item)
+            else:
+                answer = tokenizer(item.answer, add_special_tokens=False).input_ids
+                item.ids = [*prompt, *answer[: settings.max_new_tokens], end]
+        for at in range(0, len(open_items), batch):
+            block = open_items[at : at + batch]
+            sampled = settings.temperature > 0
+            how = {"do_sample": True, "temperature": settings.temperature} if sampled else {"do_sample": False}
+            out = self.model.generate(
+                **self._stack(block, left=True),
+                max_new_tokens=settings.max_new_tokens,
+                top_k=0 if sampled else None,
+                **how,
+            )
+            answers = out[:, -(out.shape[1] - max(item.start for item in block)) :]
+            for item, answer in zip(block, answers.tolist()):
+                item.ids = item.ids + (answer[: answer.index(end) + 1] if end in answer else answer)
+
+    def _stack(self, items: Sequence[Item], left: bool = False) -> dict[str, Tensor]:
+        width = max(len(item.ids) for item in items)
+        pad = self.family.pad_token_id
+        rows, masks = [], []
+        for item in items:
+            fill = width - len(item.ids)
+            rows.append([pad] * fill + item.ids if left else item.ids + [pad] * fill)
+            masks.append([0] * fill + [1] * len(item.ids) if left else [1] * len(item.ids) + [0] * fill)
+        device, dtype = self.model.device, self.model.dtype
+        inputs = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
+        pictures = [self.vision(item) for item in items if item.load is not None]
+        if pictures:
+            inputs.update(self.family.cat_vision(pictures))
+        if "mm_token_type_ids" in self.family.token_keys and any(k.endswith("grid_thw") for k in inputs):
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.family.image_token_id).long()
+        return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
+
+    @torch.no_grad()
+    def features(self, items: Sequence[Item]) -> dict[str, Tensor]:
+        """One teacher-forced forward: ``ids``, ``mask``, ``image``, ``answer`` (R, T); ``embeds``, ``hidden`` (R, T, D)."""
+        inputs = self._stack(items)
+        with watched(self.model) as watcher:
+            self.model(**inputs, use_cache=False, logits_to_keep=1)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        starts = torch.tensor([item.start for item in items], device=ids.device)
+        answer = mask & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])
+        image = ids == self.family.image_token_id
+        return {"mask": mask, "image": image, "answer": answer, "embeds": watcher.embeds, "hidden": watcher.hidden}
+
+
+class Objective(nn.Module):
+    """The head with its losses as one forward, so that gradients are shared between processes as they should be."""
+
+    def __init__(self, head: DraftHead, out: nn.Module, settings: Settings):
+        super().__init__()
+        self.head, self.settings = head, settings
+        # In a list, so that the target's head is no parameter of this module.
+        self._out = [out]
+
+    def forward(self, batch: dict[str, Tensor], pictures: bool) -> dict[str, Tensor]:
+        """Loss of one batch of :meth:`Target.features`, and what to report beside it."""
+        head, settings = self.head, self.settings
+        dtype = head.fc.weight.dtype
+        embeds, hidden = batch["embeds"].to(dtype), batch["hidden"].to(dtype)
+        mask, image = batch["mask"][:, 1:], batch["image"][:, 1:]
+        truth = hidden[:, :-1]
+        if settings.noise:
+            truth = truth + (torch.rand_like(truth) * 2 - 1) * settings.noise * 512 / truth.shape[1]
+        # Slot t guesses f_{t+1}, which predicts token t + 2: that one must belong to the answer.
+        supervised = F.pad(batch["answer"][:, 2:], (0, 1))
+        wanted = hidden[:, 1:][supervised]
+        out_head = self._out[0]
+        with torch.no_grad():
+            target = F.softmax(out_head(wanted.to(out_head.weight.dtype)).float(), -1)
+        text = settings.kind != "vispec" or not pictures
+        features, losses, overlaps = truth, [], []
+        for _ in range(1 if text else 1 + settings.unroll):
+            slots = head.slots(embeds[:, 1:], features, image, mask)
+            guess = head(slots)
+            own = guess[supervised]
+            logits = F.linear(own.float(), out_head.weight.float())
+            losses.append(eagle_loss(own, wanted, logits, target) if text else vispec_loss(logits, target))
+            overlaps.append(torch.minimum(F.softmax(logits.detach(), -1), target).sum(-1).mean())
+            # The next pass reads guesses where a slot of text made one, and the truth elsewhere.
+            guessed = F.pad(slots.seen & ~image, (1, 0))[:, :-1, None]
+            features = torch.where(guessed, F.pad(guess, (0, 0, 1, 0))[:, :-1], truth)
+        return {"loss": torch.stack(losses).mean(), "overlap": torch.stack(overlaps).mean()}
+
+
+def eagle_loss(guess: Tensor, wanted: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 of the feature + 0.1 * cross entropy with the target's distribution; (S, D), (S, D), (S, N), (S, N)."""
+    soft = -(target * F.log_softmax(logits, -1)).sum(-1).mean()
+    return F.smooth_l1_loss(guess.float(), wanted.float()) + 0.1 * soft
+
+
+def vispec_loss(logits: Tensor, target: Tensor, best: int = 10) -> Tensor:
+    """10 * L1 between distributions + 0.1 * ListMLE of the target's ``best`` tokens; (S, N), (S, N).
+
+    The L1 term starts near 10 * 2 (nothing in common) and is twice the chance that a drafted sample is refused.
+    """
+    apart = (F.softmax(logits, -1) - target).abs().sum(-1).mean()
+    order = target.topk(min(best, target.shape[-1]), -1).indices
+    scores = logits.gather(-1, order)
+    rest = scores.flip(-1).logcumsumexp(-1).flip(-1)
+    return 10 * apart + 0.1 * (rest - scores).sum(-1).mean()
+
+
+def acceptance(target: Target, head: DraftHead, items: Sequence[Item], settings: Settings) -> Stats:
+    """What the head brings in greedy decoding of ``items``, by the library's own loop."""
+    drafter = drafter_class(head.config.kind)(head=copy.deepcopy(head))
+    attach(target.model, Plain(), processor=target.processor, drafter=drafter)
+    try:
+        total = Stats()
+        for item in items:
+            inputs = {k: v.to(target.model.device) for k, v in target.inputs(item).items()}
+            target.model.generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
+            total = total + last_run(target.model).speculation
+    finally:
+        detach(target.model)
+    return total
+
+
+def frequent_tokens(items: Sequence[Item], count: int, vocabulary: int) -> Tensor:
+    """(count,) the tokens most frequent in the answers, in order of id; unseen ones by id."""
+    counts = torch.zeros(vocabulary, dtype=torch.long)
+    for item in items:
+        counts += torch.bincount(torch.tensor(item.ids[item.start :]), minlength=vocabulary)
+    return counts.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train a head and write it to ``settings.output``; returns the report that is written beside it."""
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(settings.target, dtype=dtype).to(accelerator.device)
+    target = Target(model, AutoProcessor.from_pretrained(settings.target))
+    torch.manual_seed(settings.seed)
+    drafting = {name: value for name in ("rows", "depth", "top_k") if (value := getattr(settings, name)) is not None}
+    head = DraftHead(HeadConfig.for_target(model, settings.kind, **drafting))
+
+    if settings.data is None:
+        pictures, texts, held = scene_items(settings.samples, settings.text_samples, settings.held_out, settings.seed)
+    else:
+        pictures, texts, held = file_items(settings.data, settings.held_out)
+    # Every process answers and trains on its own share.
+    rank, world = accelerator.process_index, accelerator.num_processes
+    pictures, texts = pictures[rank::world], texts[rank::world]
+    if settings.text_until > 0 and not texts:
+        raise InputError(
+            f"{settings.kind} starts with text, and the data has no record without an image; add some or set text_share = 0."
+        )
+    torch.manual_seed(settings.seed + rank)
+    if settings.text_until < 1:
+        target.complete(pictures, settings)
+    target.complete(texts, settings)
+    if settings.vocabulary is not None:
+        head.trim = frequent_tokens(pictures, settings.vocabulary, head.config.vocab_size)
+    say(f"{len(pictures)} answered pictures and {len(texts)} texts on process {rank} of {world}")
+
+    objective = Objective(head.to(accelerator.device), model.get_output_embeddings(), settings)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    warm = max(1, int(settings.steps * settings.warmup))
+    rate = lambda step: min((step + 1) / warm, (settings.steps - step) / max(settings.steps - warm, 1))  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    first, curve = 0, []
+    checkpoint = settings.output / CHECKPOINT
+    if settings.resume and checkpoint.is_file():
+        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        first, curve = state["step"], state["curve"]
+        say(f"resumed at step {first}")
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+
+    for step in range(first, settings.steps):
+        # The batch is a function of the step, so that a resumed run sees what an unbroken one would have seen.
+        rng = random.Random(f"{settings.seed} {rank} {step}")
+        torch.manual_seed(rng.randrange(2**31))
+        coin = random.Random(f"{settings.seed} {step}").random()
+        with_pictures = coin < settings.picture_share(step / settings.steps)
+        chosen = rng.sample(pool := pictures if with_pictures else texts, min(settings.batch, len(pool)))
+        with accelerator.autocast():
+            result = objective(target.features(chosen), with_pictures)
+        accelerator.backward(result["loss"])
+        accelerator.clip_grad_value_(objective.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        done = step + 1
+        if accelerator.is_main_process and (done % settings.evaluate_every == 0 or done == settings.steps):
+            head.eval()
+            stats = acceptance(target, head, held, settings)
+            head.train()
+            curve.append(
+                {
+                    "step": done,
+                    "loss": round(float(result["loss"]), 4),
+                    "overlap": round(float(result["overlap"]), 4),
+                    "tau": round(stats.tau, 3),
+                    "acceptance_per_level": [round(a, 3) for a in stats.acceptance],
+                }
+            )
+            say(json.dumps(curve[-1]))
+        if accelerator.is_main_process and (done % settings.checkpoint_every == 0 or done == settings.steps):
+            head.save_pretrained(settings.output)
+            torch.save(
+                {
+                    "head": head.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                    "step": done,
+                    "curve": curve,
+                },
+                checkpoint,
+            )
+    report = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "curve": curve,
+    }
+    if accelerator.is_main_process:
+        (settings.output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        checkpoint.unlink(missing_ok=True)
+    return report

@@ -1,0 +1,127 @@
+"""What the shipped small models are: real, self-contained, and fair miniatures of large ones.
+
+The facts are measured on held-out scenes with greedy decoding and stock ``generate``; one fixture per model asks all
+questions once.
+"""
+
+import json
+
+import lvlm_decode_data
+import pytest
+import torch
+
+from lvlm_decode.training import facts as measurement
+from lvlm_decode.training.facts import TinyModel
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+@pytest.fixture(scope="module", params=lvlm_decode_data.TINY_MODELS)
+def tiny(request):
+    return TinyModel.load(lvlm_decode_data.tiny_path(request.param))
+
+
+@pytest.fixture(scope="module")
+def facts(tiny):
+    return measurement.measure(tiny)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return measurement.pictures()
+
+
+def test_files_are_small_and_whole(tiny):
+    folder = lvlm_decode_data.tiny_path(tiny.name)
+    assert (folder / "model.safetensors").stat().st_size < 20_000_000
+    expected = {
+        "tiny-llava": "LlavaForConditionalGeneration",
+        "tiny-instructblip": "InstructBlipForConditionalGeneration",
+    }
+    assert type(tiny.model).__name__ == expected[tiny.name]
+    assert tiny.model.dtype == torch.float32
+    assert type(tiny.processor).__name__ == expected[tiny.name].replace("ForConditionalGeneration", "Processor")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 96
+    tokenizer = tiny.processor.tokenizer
+    generation = tiny.model.generation_config
+    assert (generation.eos_token_id, generation.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert tokenizer.padding_side == "left"
+
+
+def test_tokenizer_encodes_any_text(tiny):
+    tokenizer = tiny.processor.tokenizer
+    for text in ("Zürich 東京 🐘 {}", "You are a confused objects detector.", "x\n\ty"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert tokenizer.unk_token_id not in ids
+    for category in lvlm_decode_data.CATEGORIES:
+        ids = tokenizer(f" {category}", add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(category.split())
+
+
+def test_greedy_pope_falls_from_random_to_adversarial(tiny, facts):
+    pope = facts["pope"]["greedy"]
+    random, popular, adversarial = (pope[split]["accuracy"] for split in SPLITS)
+    assert all(1000 <= pope[split]["n"] <= 1010 for split in SPLITS)
+    assert random >= (0.85 if tiny.name == "tiny-llava" else 0.80)
+    assert adversarial >= 0.68
+    assert random > popular > adversarial
+    assert all(pope[split]["unparsed"] < 0.01 for split in SPLITS)
+    assert pope["random"]["yes_ratio"] < pope["adversarial"]["yes_ratio"]
+
+
+def test_sampling_is_worse_than_greedy(facts):
+    for split in SPLITS:
+        assert facts["pope"]["sampled"][split]["accuracy"] < facts["pope"]["greedy"][split]["accuracy"]
+
+
+def test_captions_hallucinate_what_co_occurs(facts):
+    captions = facts["captions"]
+    assert captions["captions"] == measurement.CAPTIONS
+    assert 0.30 <= captions["chair_s"] <= 0.65
+    assert captions["recall"] > 0.5
+    assert captions["invented_typical"] > 0.5 * captions["invented"]
+    assert captions["typical_by_chance"] < 0.25
+
+
+def test_captions_are_detailed_and_end(facts):
+    assert facts["captions"]["mean_tokens"] > 45
+    assert facts["captions"]["ended"] > 0.95 * measurement.CAPTIONS
+
+
+@pytest.mark.parametrize(("task", "least"), [("existence", 75), ("color", 75), ("count", 65), ("position", 65)])
+def test_questions_about_attributes(facts, task, least):
+    assert facts["pairs"][task]["questions"] >= 100
+    assert facts["pairs"][task]["acc"] >= least
+
+
+def test_answers_follow_the_image(facts):
+    swap = facts["swap"]
+    assert swap["changed"] > 0.7 * swap["pairs"]
+    assert swap["right"] > 0.8 * 2 * swap["pairs"]
+
+
+def test_a_row_in_a_batch_equals_the_row_alone(tiny, pictures):
+    images = list(pictures.values())[:3]
+    questions = [
+        "Is there a dog in the image?",
+        "Please describe this image in detail.",
+        "Where is the cup in the image?",
+    ]
+    together = tiny.answers(list(zip(images, questions)), 24)
+    alone = [tiny.answers([pair], 24)[0] for pair in zip(images, questions)]
+    assert together == alone
+
+
+def test_prompts_without_an_image_and_with_a_system_text_are_answered():
+    """Blind passes and instruction-contrastive prompts stay in the distribution: yes or no, not noise."""
+    tiny = TinyModel.load(lvlm_decode_data.tiny_path("tiny-llava"))
+    tokenizer = tiny.processor.tokenizer
+    question = "Is there a person in the image? Please answer this question with one word."
+    prompts = [f"USER: {question} ASSISTANT:", f"You are a helpful assistant. USER: {question} ASSISTANT:"]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        tokens = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    said = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert all(word.strip() in ("Yes", "No") for word in said), said
