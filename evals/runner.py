@@ -144,12 +144,20 @@ class Share:
 
 
 def processes() -> tuple[Share, Any]:
-    """This process's share under `accelerate launch`, and accelerate's state (None outside)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """This process's share under `accelerate launch` or torchrun, and accelerate's state (None for a single
+    process).
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world < 2:
         return Share(), None
     from accelerate import PartialState
 
-    state = PartialState()
+    # Without cpu=True accelerate takes processes on a machine without cards for so many separate runs.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != world:
+        raise SettingsError(
+            f"accelerate sees {state.num_processes} processes and WORLD_SIZE says {world}; use one launcher."
+        )
     return Share(state.process_index, state.num_processes), state
 
 
@@ -167,6 +175,14 @@ def decoding_for(method: str, wanted: Decoding | None, parameters: Mapping[str, 
     if "sample" not in refused:
         return Decoding(do_sample=True)
     return Decoding(num_beams=OPERA_BEAMS) if "greedy" in refused else Decoding()
+
+
+def check_parameters(methods: Sequence[str], parameters: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a shared parameter that no method of a run has."""
+    used = {name for method in methods for name in _own(method, parameters)}
+    for name in parameters:
+        if name not in used:
+            raise SettingsError(f"--param {name} belongs to none of {', '.join(methods)}; see lvlm-decode methods.")
 
 
 def _own(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -133,15 +133,16 @@ def _title(column: Column) -> str:
     return f"{column.title}{' %' if column.kind == 'percent' else ''}{arrow}"
 
 
+def wanted_controls(method: Method) -> list[tuple[str, Decoding]]:
+    """What a line is compared with. A control is compared with the plain model alone."""
+    pairs = controls(method.name, method.decoding)
+    return [pair for pair in pairs if pair[0] == "plain"] if method.name in CONTROLS else pairs
+
+
 def matched(method: Method, methods: Sequence[Method]) -> list[Method]:
     """The controls of a method that were run, in the order of `plan.controls`."""
     there = {other.pair: other for other in methods}
-    return [there[pair] for pair in controls(method.name, method.decoding) if pair in there]
-
-
-def compared(method: Method) -> bool:
-    """Whether a line of differences is due: any method, and the controls that are not themselves the baseline."""
-    return method.pair != ("plain", Decoding())
+    return [there[pair] for pair in wanted_controls(method) if pair in there]
 
 
 def differences_block(
@@ -151,8 +152,6 @@ def differences_block(
     columns = [column for column in evaluator.columns if column.paired]
     lines, missing = [], []
     for method in methods:
-        if not compared(method):
-            continue
         for control in matched(method, methods):
             try:
                 found = compare(evaluator, method.runs, control.runs, replicates=replicates)
@@ -161,8 +160,8 @@ def differences_block(
                 continue
             lines.append((method.label, control.label, *_difference_values(found, columns)))
         there = {other.pair for other in methods}
-        absent = [f"{name}, {d.name}" for name, d in controls(method.name, method.decoding) if (name, d) not in there]
-        if absent:
+        absent = [f"{name}, {d.name}" for name, d in wanted_controls(method) if (name, d) not in there]
+        if absent and method.name not in CONTROLS:
             missing.append(
                 f"{method.label} lacks its matched controls {'; '.join(absent)}: run lvlm-decode eval again."
             )

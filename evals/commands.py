@@ -1,0 +1,321 @@
+"""`lvlm-decode eval | score | table | data`: what the command line does with evaluators. torch is imported by eval
+alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from . import EVALUATORS, evaluator, evaluator_class
+from .answers import audit
+from .base import Evaluator
+from .errors import EvalError, SettingsError, UnknownNameError
+from .metrics import REPLICATES
+
+# Exit status of a run or table that finished although some questions could not be asked or answered.
+FINISHED_WITH_FAILURES = 3
+
+
+def one_sentence(command: Callable) -> Callable:
+    """Errors this project raises on purpose become one line on stderr and exit status 1."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except EvalError as error:
+            message = str(error)
+        except KeyboardInterrupt:
+            typer.echo("Stopped; the same command continues where this one was.", err=True)
+            raise typer.Exit(130) from None
+        except ValueError as error:
+            # Looked for by name: scoring must not import the package that needs torch.
+            if not any(cls.__name__ == "LvlmDecodeError" for cls in type(error).__mro__):
+                raise
+            message = str(error)
+        typer.echo(f"error: {message}", err=True)
+        raise typer.Exit(1)
+
+    return guarded
+
+
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, Any]:
+    """{"alpha": 0.5} from ["alpha=0.5"]; values are read as YAML."""
+    found: dict[str, Any] = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise SettingsError(f"{option} is {item!r}; write {option} name=value.")
+        found[name.strip()] = yaml.safe_load(value)
+    return found
+
+
+def evaluator_from(name: str, given: Sequence[str] | None, **shortcuts: Any) -> Evaluator:
+    """An evaluator with the options of the command line; `shortcuts` that are None were not given."""
+    options = pairs(given, "--option") | {key: value for key, value in shortcuts.items() if value is not None}
+    return evaluator(name, **{key: str(v) if isinstance(v, Path) else v for key, v in options.items()})
+
+
+Rule = Annotated[str | None, typer.Option(help="Rule that reads yes or no out of an answer; see evals.parsers.")]
+OptionList = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Any other option of the evaluator, name=value; may repeat.")
+]
+
+
+@one_sentence
+def eval_command(
+    benchmark: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(EVALUATORS))}.")],
+    model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method, e.g. vcd, 'vcd(alpha=0.5)', vcd+ritual; may repeat.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the answers; the same folder continues a run.")] = Path("runs"),
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of draws and views; may repeat. Default 0.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Only these splits; may repeat.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N questions of each split.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: only this share; the last share to finish merges.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Questions a batch, or auto: as many as fit in memory.")] = "16",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over several cards.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images that the questions name.")] = None,
+    questions: Annotated[
+        str | None, typer.Option(help="Question file or folder of the real benchmark, or hub:NAME.")
+    ] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--no-do-sample", help="Default: sample where the method can.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Top k; default all tokens.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the benchmark's.")] = None,
+    suffix: Annotated[str, typer.Option(help="Text after every question, leading blank included.")] = "",
+    template: Annotated[
+        str | None, typer.Option(help="Whole prompt around {question}; default: the model's chat template.")
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Drafter of speculative decoding.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", help="Parameter of every method that has it, name=value.")
+    ] = None,
+    option: OptionList = None,
+    rule: Rule = None,
+) -> None:
+    """Ask a model the questions of a benchmark with one or several methods; matched controls always run too.
+
+    Killed at any moment and started again with the same options it continues, and ends with the same files. Without
+    --questions it asks about the emoji scenes that ship with the project. Exit status 3: finished, but some questions
+    could not be asked (a missing or corrupt image); they are named.
+    """
+    from .loaders import HUB_PREFIX, file_source, hub_source, scene_source
+    from .plan import Decoding
+    from .runner import Options, Run, Share, check_parameters, decoding_for, failures, load, processes
+    from .tables import blocks, render
+
+    chosen = evaluator_from(benchmark, option, rule=rule)
+    size = int(batch_size) if batch_size.isdecimal() else batch_size
+    options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"))
+    share, state = processes()
+    if shard is not None:
+        if state is not None:
+            raise SettingsError("--shard and accelerate both divide the questions; use one of them.")
+        share = Share.parse(shard)
+
+    wanted = None
+    sampling = (temperature, top_p, top_k)
+    if do_sample is False and any(value is not None for value in sampling):
+        raise SettingsError("--temperature, --top-p and --top-k need sampling; leave out --no-do-sample.")
+    if do_sample is not None or num_beams is not None or any(value is not None for value in sampling):
+        drawn = do_sample if do_sample is not None else any(value is not None for value in sampling)
+        wanted = Decoding(drawn, 1.0 if temperature is None else temperature, top_p, top_k, num_beams or 1)
+    given = dict.fromkeys(method or ["plain"])
+    check_parameters(list(given), options.parameters)
+    methods = [(name, decoding_for(name, wanted, options.parameters)) for name in given]
+
+    if questions is None:
+        if images is not None:
+            raise SettingsError("--images needs --questions: the emoji scenes bring their own images.")
+        source = scene_source(chosen)
+    elif questions.startswith(HUB_PREFIX):
+        source = hub_source(chosen, questions.removeprefix(HUB_PREFIX))
+    else:
+        source = file_source(chosen, Path(questions), images)
+    if split:
+        source = source.only(split)
+
+    device = None if state is None else state.device
+    loaded = load(model, dtype=dtype, device=device, device_map=device_map)
+    run = Run(chosen, source, loaded, out, methods, seed or [0], limit, options, share, state)
+    results = run.execute()
+    if not results:
+        if run.main:
+            typer.echo(f"Share {shard} is done; the table comes with the last share.")
+        return
+    typer.echo(render(blocks(results)))
+    if bad := failures(results):
+        typer.echo(f"{bad} questions have no answer; they are named above and in summary.json.", err=True)
+        raise typer.Exit(FINISHED_WITH_FAILURES)
+
+
+@one_sentence
+def score_command(
+    target: Annotated[list[str], typer.Argument(help="A run's folder; or a benchmark and a file of answers.")],
+    rule: Rule = None,
+    parser: Annotated[str | None, typer.Option(help="Word parser of chair: pattern or wordnet-pos.")] = None,
+    objects: Annotated[Path | None, typer.Option(help="chair: JSON object, image id to object names.")] = None,
+    vocabulary: Annotated[Path | None, typer.Option(help="chair: synonym table.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="What was asked, to find missing and unknown ids.")] = None,
+    option: OptionList = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    rows: Annotated[Path | None, typer.Option(help="Also write the scored rows with their evidence here.")] = None,
+) -> None:
+    """Score answers, without a model: of a run (score DIR), or made elsewhere (score pope FILE)."""
+    shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
+    if len(target) == 1:
+        from .plan import found_cells, score_cell
+
+        given = pairs(option, "--option") | {k: str(v) for k, v in shortcuts.items() if v is not None}
+        if target[0] in EVALUATORS and not Path(target[0]).exists():
+            raise SettingsError(f"score {target[0]} needs a file of answers: lvlm-decode score {target[0]} FILE.")
+        scored = [score_cell(folder, **given) for folder in found_cells(Path(target[0]))]
+        if as_json:
+            summaries = [
+                {"method": r.method, "decoding": r.decoding.name, "split": r.split, "seed": r.seed}
+                | _report(r.evaluator, r)
+                for r in scored
+            ]
+            typer.echo(json.dumps(summaries, indent=1))
+        for result in scored:
+            label = f"{result.method}, {result.decoding.name}, {result.split}, seed {result.seed}"
+            if not as_json:
+                typer.echo(f"{label}: {_line(result.evaluator, result.rows)}")
+            for sentence in result.audit.sentences():
+                typer.echo(f"warning: {label}: {sentence}", err=True)
+        return
+    if len(target) != 2:
+        raise SettingsError("score takes a run's folder, or a benchmark and a file: lvlm-decode score pope FILE.")
+    from .answers import write_rows
+
+    name, path = target
+    evaluator_class(name)
+    chosen = evaluator_from(name, option, **shortcuts)
+    answers = chosen.read_answers(Path(path))
+    asked = None
+    if questions is not None:
+        splits = chosen.file_questions(questions)
+        asked = [question for split in splits.values() for question in split]
+    usable, trouble = audit(answers, asked)
+    if not usable:
+        raise EvalError(f"{path} has no answer that can be scored. {' '.join(trouble.sentences())}")
+    scored_rows = chosen.rows(usable)
+    if rows is not None:
+        write_rows(rows, scored_rows)
+    problems = {"problems": trouble.counts()} if trouble else {}
+    if as_json:
+        report = {"benchmark": name, **chosen.options(), **chosen.report(scored_rows), **problems}
+        typer.echo(json.dumps(report, indent=1))
+    else:
+        typer.echo(_line(chosen, scored_rows))
+    for sentence in trouble.sentences():
+        typer.echo(f"warning: {sentence}", err=True)
+
+
+def _report(chosen: Evaluator, result: Any) -> dict[str, Any]:
+    report = chosen.report(result.rows) if result.rows else {}
+    return report | ({"problems": result.audit.counts()} if result.audit else {})
+
+
+def _line(chosen: Evaluator, scored_rows: Sequence) -> str:
+    """The columns of a summary in one line."""
+    from .tables import Value
+
+    if not scored_rows:
+        return "no answer to score"
+    summary = chosen.summary(scored_rows)
+    shown = [(c, Value(summary[c.key], c.kind).text()) for c in chosen.columns if c.key in summary]
+    return ", ".join(f"{c.title} {text}{'%' if c.kind == 'percent' else ''}" for c, text in shown)
+
+
+@one_sentence
+def table_command(
+    target: Annotated[Path, typer.Argument(help="A run's folder, or a file of configs/.")],
+    format: Annotated[str, typer.Option(help="markdown, csv or latex.")] = "markdown",
+    plot: Annotated[Path | None, typer.Option(help="Also write pictures into this folder.")] = None,
+    replicates: Annotated[int, typer.Option(min=100, help="Bootstrap replicates.")] = REPLICATES,
+    rule: Rule = None,
+    model: Annotated[
+        str | None, typer.Option(help="For a config: run on this model instead; tiny works offline.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For a config: folder of its answers.")] = None,
+    limit: Annotated[int | None, typer.Option(help="For a config: first N questions of each split.")] = None,
+    images: Annotated[Path | None, typer.Option(help="For a config: folder of images.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="For a config: question file or folder.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="For a config: only the first N of its seeds.")] = None,
+    rerun: Annotated[bool, typer.Option("--run/--no-run", help="For a config: run rows that are missing.")] = True,
+) -> None:
+    """Tables of a run, every method beside its matched controls; or a paper's table beside its published values."""
+    from .plan import found_cells, read_cell
+    from .tables import FORMATS, blocks, render
+
+    if format not in FORMATS:
+        raise UnknownNameError.of("table format", format, FORMATS)
+    extra: list = []
+    status = 0
+    if target.suffix in (".yaml", ".yml"):
+        from .configs import paper_blocks, read_config, run_config
+
+        config = read_config(target)
+        overrides = {
+            "model": model,
+            "out": out,
+            "limit": limit,
+            "images": images,
+            "questions": questions,
+            "seeds": seeds,
+        }
+        results, tiny = run_config(config, rerun=rerun, **overrides)
+        extra = paper_blocks(config, results, tiny, replicates)
+    else:
+        given = {"rule": rule} if rule is not None else {}
+        results = [read_cell(folder, **given) for folder in found_cells(target)]
+    results = [result for result in results if result.rows]
+    if not results:
+        raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
+    typer.echo(render([*extra, *blocks(results, replicates)], format), nl=False)
+    if any(result.audit.failed or result.audit.missing for result in results):
+        status = FINISHED_WITH_FAILURES
+    if plot is not None:
+        from .plots import write_pictures
+
+        for path in write_pictures(results, plot, replicates):
+            typer.echo(f"wrote {path}", err=True)
+    if status:
+        raise typer.Exit(status)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands of this package on the command line's app."""
+    from .data_commands import data_app
+
+    app.command("eval")(eval_command)
+    app.command("score")(score_command)
+    app.command("table")(table_command)
+    app.add_typer(data_app, name="data")
+
+
+def main() -> None:
+    """The commands on their own, for `python -m evals.commands` and tests."""
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    add_to(app)
+    app(prog_name="lvlm-decode")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,453 @@
+"""The runner: keyed answers, resume after a kill, shards and processes end with the files of one uninterrupted run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lvlm_decode_data
+import psutil
+import pytest
+import torch
+from conftest import ROOT, shared_path
+from PIL import Image
+from typer.testing import CliRunner
+
+import lvlm_decode
+from evals import evaluator
+from evals.answers import append_answers, line_of, resume_answers
+from evals.base import Question
+from evals.errors import EvalError, MissingFileError, SettingsError
+from evals.loaders import Source, file_source, folder_images, scene_source
+from evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
+from evals.runner import Options, Run, Share, batches_of, check_parameters, decoding_for, load, new_tokens, token_counts
+
+SAMPLE = Decoding(do_sample=True)
+METHODS = [("vcd", SAMPLE)]
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def model_folder():
+    try:
+        return lvlm_decode_data.tiny_path("tiny-llava")
+    except FileNotFoundError:
+        return shared_path("prototypes/tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder):
+    return load(str(model_folder))
+
+
+@pytest.fixture(scope="module")
+def source():
+    whole = scene_source(evaluator("pope"), lvlm_decode_data.load_scenes("heldout")[:12])
+    return whole.only(["adversarial"]).first(20)
+
+
+def run_of(loaded, source, out, **how):
+    options = how.pop("options", Options(batch_size=BATCH))
+    return Run(
+        evaluator("pope"), source, loaded, Path(out), how.pop("methods", METHODS), options=options, quiet=True, **how
+    )
+
+
+def files_of(folder):
+    """relative path -> content of every file below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(loaded, source, tmp_path_factory):
+    """The folder of one uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole")
+    run_of(loaded, source, out).execute()
+    return out
+
+
+def cell_folder(out, method="vcd", decoding=SAMPLE, seed=0):
+    return Cell("adversarial", method, decoding, seed).folder(out, "pope")
+
+
+# --- the plan
+
+
+def test_controls_always_come_along():
+    assert controls("vcd", SAMPLE) == [("plain", GREEDY), ("plain", SAMPLE), ("mask", SAMPLE)]
+    sharp = ("mask", Decoding(do_sample=True, temperature=0.25))
+    assert controls("vcd(alpha=0.5)+ritual", SAMPLE)[-1] == sharp
+    assert controls("ritual", SAMPLE)[-1] == sharp
+    assert controls("vcd", GREEDY) == [("plain", GREEDY)]
+    assert controls("opera", Decoding(num_beams=5)) == [("plain", GREEDY), ("plain", Decoding(num_beams=5))]
+    assert controls("plain", GREEDY) == []
+
+
+def test_cells_are_controls_first_and_greedy_plain_has_one_seed():
+    plan = cells(["a", "b"], [("vcd", SAMPLE)], [0, 1])
+    assert [c.method for c in plan[:2]] == ["plain", "plain"] and plan[0].decoding == GREEDY
+    assert sum(c.method == "plain" and c.decoding == GREEDY for c in plan) == 2
+    assert sum(c.method == "vcd" for c in plan) == 4
+    assert len(set(plan)) == len(plan)
+
+
+def test_decodings_have_unique_names_and_sane_ranges():
+    different = [
+        GREEDY,
+        SAMPLE,
+        Decoding(True, 0.25),
+        Decoding(True, top_p=0.9),
+        Decoding(True, top_k=50),
+        Decoding(num_beams=5),
+    ]
+    assert [d.name for d in different] == ["greedy", "sample", "sample-t0.25", "sample-p0.9", "sample-k50", "beam5"]
+    assert SAMPLE.arguments()["top_k"] == 0  # Hugging Face's default of 50 would not be the model's distribution
+    for wrong in ({"do_sample": True, "temperature": 0}, {"num_beams": 0}, {"top_p": 1.5}):
+        with pytest.raises(SettingsError):
+            Decoding(**wrong)
+
+
+def test_method_names_are_safe_folders():
+    assert slug("vcd(alpha=0.5)+ritual") == "vcd_alpha=0.5_+ritual"
+    assert slug("../x") == ".._x"
+
+
+def test_default_decoding_is_sampling_and_wishes_are_honoured():
+    assert decoding_for("vcd", None) == SAMPLE
+    assert decoding_for("vcd", GREEDY) == GREEDY
+    with pytest.raises(SettingsError, match="--param gamma belongs to none of vcd, plain"):
+        check_parameters(["vcd", "plain"], {"gamma": 1})
+    check_parameters(["vcd", "plain"], {"cd_alpha": 0.5})
+
+
+def test_settings_are_compared_but_the_machine_is_not(loaded, source, tmp_path):
+    run = run_of(loaded, source, tmp_path)
+    cell = run.cells()[0]
+    claim(tmp_path, run.settings(cell))
+    claim(tmp_path, run_of(loaded, source, tmp_path, options=Options(batch_size=9)).settings(cell))
+    other = run_of(loaded, source, tmp_path, options=Options(suffix=" One word."))
+    with pytest.raises(SettingsError, match=r"suffix was '', is ' One word\.'\); give another --out"):
+        claim(tmp_path, other.settings(cell))
+
+
+def test_batches_are_cut_from_the_list_and_do_not_mix_images_with_none():
+    questions = [Question(i, "Q", None if i in (2, 3) else "a") for i in range(8)]
+    assert [[q.id for q in batch] for batch in batches_of(questions, 3)] == [[0, 1], [2, 3], [4, 5, 6], [7]]
+
+
+def test_prompt_is_stripped_only_where_it_is_and_counts_stop_at_the_end():
+    prompt = torch.tensor([[5, 6], [7, 8]])
+    with_prompt = torch.tensor([[5, 6, 1, 2], [7, 8, 3, 9]])
+    assert new_tokens(with_prompt, prompt).tolist() == [[1, 2], [3, 9]]
+    assert new_tokens(torch.tensor([[1, 2, 4], [3, 9, 4]]), prompt).tolist() == [[1, 2, 4], [3, 9, 4]]
+    assert token_counts(torch.tensor([[1, 2, 2], [3, 9, 4]]), 2) == [2, 3]
+    assert token_counts(torch.tensor([[1, 2, 2]]), None) == [3]
+
+
+def test_shards_parse():
+    assert Share.parse("2/4") == Share(1, 4) and Share.parse("1/1").file == "answers.jsonl"
+    for wrong in ("0/2", "3/2", "x", "1/", "-1/2"):
+        with pytest.raises(SettingsError, match="--shard is"):
+            Share.parse(wrong)
+
+
+# --- answers on the small model
+
+
+def test_a_run_writes_answers_settings_rows_and_summary_for_method_and_controls(finished, source):
+    folder = cell_folder(finished)
+    assert {p.name for p in folder.iterdir()} == {"answers.jsonl", "settings.json", "rows.jsonl", "summary.json"}
+    answers = resume_answers(folder / "answers.jsonl")
+    assert [a.question_id for a in answers] == [q.id for q in source.splits["adversarial"]]
+    assert all(a.answer and a.tokens >= 1 for a in answers)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["method"] == {"name": "vcd", "parameters": settings["method"]["parameters"]}
+    assert settings["method"]["parameters"]["alpha"] == 1.0 and settings["decoding"]["do_sample"] is True
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["n"] == 20 and summary["problems"] == {} and summary["options"] == {"rule": "pope-official"}
+    ran = {(p.parents[1].name, p.parent.name) for p in finished.rglob("seed-0")}
+    assert ran == {("vcd", "sample"), ("plain", "sample"), ("plain", "greedy"), ("mask", "sample")}
+
+
+def test_answers_do_not_depend_on_the_batch(loaded, source, finished, tmp_path):
+    run_of(loaded, source, tmp_path, options=Options(batch_size=7)).execute()
+    for method, decoding in (("vcd", SAMPLE), ("plain", GREEDY), ("plain", SAMPLE)):
+        name = cell_folder("", method, decoding) / "answers.jsonl"
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_another_seed_draws_other_answers_and_the_same_seed_the_same(loaded, source, finished, tmp_path):
+    run_of(loaded, source, tmp_path, methods=[("plain", Decoding(True, temperature=3.0))], seeds=(0, 1)).execute()
+    hot = Decoding(True, temperature=3.0)
+    first, second = ((cell_folder(tmp_path, "plain", hot, seed) / "answers.jsonl").read_bytes() for seed in (0, 1))
+    assert first != second
+
+
+def test_a_model_is_left_as_it_was(loaded):
+    assert lvlm_decode.engine.attach.attached(loaded.model) is None
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 6, 13])
+def test_stopped_anywhere_and_continued_it_ends_with_the_same_files(
+    loaded, source, finished, tmp_path, monkeypatch, stop_after
+):
+    written = []
+
+    def dying(path, answers):
+        written.append(path)
+        if len(written) > stop_after:
+            # Half of what would have been appended reaches the disk, the last line torn.
+            content = b"".join(line_of(answer.record()) for answer in answers)
+            with open(path, "ab") as file:
+                file.write(content[: len(content) * 2 // 3])
+            raise KeyboardInterrupt
+        append_answers(path, answers)
+
+    monkeypatch.setattr("evals.runner.append_answers", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_of(loaded, source, tmp_path).execute()
+    assert lvlm_decode.engine.attach.attached(loaded.model) is None
+    monkeypatch.undo()
+    assert files_of(tmp_path) != files_of(finished)
+    run_of(loaded, source, tmp_path).execute()
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_a_finished_run_asks_nothing_again(loaded, source, finished, monkeypatch):
+    monkeypatch.setattr(Run, "_generate", lambda *a: pytest.fail("asked again"))
+    before = files_of(finished)
+    run_of(loaded, source, finished).execute()
+    assert files_of(finished) == before
+
+
+def test_shards_in_any_order_end_with_the_same_files(loaded, source, finished, tmp_path):
+    for index in (2, 0, 1):
+        results = run_of(loaded, source, tmp_path, share=Share(index, 3)).execute()
+        assert bool(results) == (index == 1)
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_a_run_continues_with_another_number_of_shards(loaded, source, finished, tmp_path):
+    run_of(loaded, source, tmp_path, share=Share(1, 3)).execute()
+    run_of(loaded, source, tmp_path, share=Share(0, 2)).execute()
+    run_of(loaded, source, tmp_path).execute()
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_a_longer_run_keeps_what_a_shorter_one_answered(loaded, source, finished, tmp_path):
+    run_of(loaded, source, tmp_path, limit=8).execute()
+    run_of(loaded, source, tmp_path).execute()
+    assert files_of(tmp_path) == files_of(finished)
+    run_of(loaded, source, tmp_path, limit=8).execute()
+    assert files_of(tmp_path) == files_of(finished)
+
+
+def test_batch_size_auto_finds_one_that_fits(loaded, source, finished, tmp_path, monkeypatch):
+    sizes = []
+    generate = Run._generate
+
+    def small_card(self, cell, questions, images):
+        sizes.append(len(questions))
+        if len(questions) > 8:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return generate(self, cell, questions, images)
+
+    monkeypatch.setattr(Run, "_generate", small_card)
+    run_of(loaded, source, tmp_path, options=Options(batch_size="auto")).execute()
+    assert max(sizes) == 20 and 1 <= sizes[-1] <= 8
+    name = cell_folder("", "plain", GREEDY) / "answers.jsonl"
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+# --- bad samples
+
+
+@pytest.fixture
+def bad_images(tmp_path):
+    """Four questions about three images: fine, corrupt, missing, fine again."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (60, 60), (90, 160, 90)).save(folder / "fine.jpg")
+    (folder / "corrupt.jpg").write_bytes((folder / "fine.jpg").read_bytes()[:300])
+    file = tmp_path / "questions.jsonl"
+    images = ["fine.jpg", "corrupt.jpg", "missing.jpg", "fine.jpg"]
+    lines = [
+        {"question_id": i, "image": n, "text": "Is there a dog in the image?", "label": "no"}
+        for i, n in enumerate(images)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file, folder
+
+
+def cli(*arguments):
+    from evals.commands import add_to, typer
+
+    app = typer.Typer()
+    add_to(app)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_bad_images_are_reported_not_scored_and_retried(bad_images, model_folder, tmp_path):
+    file, folder = bad_images
+    out = tmp_path / "out"
+    arguments = ("eval", "pope", "--model", model_folder, "--questions", file, "--images", folder, "--out", out)
+    done = cli(*arguments, "--no-do-sample")
+    assert done.exit_code == 3, done.output
+    assert "2 questions that could not be asked (not scored): 1, 2." in done.output
+    assert "2 questions have no answer" in done.output
+    cell = Cell("questions", "plain", GREEDY, 0).folder(out, "pope")
+    errors = [a.error for a in resume_answers(cell / "answers.jsonl")]
+    assert errors[0] is errors[3] is None
+    assert "corrupt.jpg cannot be read" in errors[1] and "missing.jpg is missing" in errors[2]
+    assert json.loads((cell / "summary.json").read_text())["problems"]["failed"] == {"count": 2, "ids": ["1", "2"]}
+    assert json.loads((cell / "summary.json").read_text())["n"] == 2
+
+    Image.new("RGB", (60, 60)).save(folder / "missing.jpg")
+    again = cli(*arguments, "--no-do-sample")
+    assert again.exit_code == 3 and "1 questions that could not be asked (not scored): 1." in again.output
+    assert [a.question_id for a in resume_answers(cell / "answers.jsonl")] == [0, 1, 2, 3]
+
+
+def test_missing_pieces_get_one_sentence(bad_images, tmp_path, model_folder):
+    file, _ = bad_images
+    with pytest.raises(EvalError, match="give the folder that holds them with --images FOLDER"):
+        file_source(evaluator("pope"), file, None)
+    with pytest.raises(MissingFileError, match="is not a folder"):
+        folder_images(tmp_path / "nowhere")
+    with pytest.raises(MissingFileError, match="nothing-here' cannot be loaded"):
+        load(str(tmp_path / "nothing-here"))
+    with pytest.raises(SettingsError, match="dtype 'half-ish' is not a torch type"):
+        load(str(model_folder), dtype="half-ish")
+    with pytest.raises(EvalError, match="split 'hard' is unknown here; there are: x"):
+        Source({"x": []}, None, {}).only(["hard"])
+    with pytest.raises(SettingsError, match=r"has no \{question\}"):
+        Options(template="USER: hello")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("eval", "poppe"), "evaluator 'poppe' is unknown; known: amber, chair"),
+        (("eval", "pope", "--method", "vcdd"), "unknown method 'vcdd'; known methods: "),
+        (("eval", "pope", "--method", "vcd(alpha=-1)"), "vcd: alpha = -1 is not valid"),
+        (("eval", "pope", "--rule", "loose"), "parsing rule 'loose' is unknown; known: code"),
+        (("eval", "pope", "--limit", "0"), "--limit is 0"),
+        (("eval", "pope", "--images", "."), "--images needs --questions"),
+        (("eval", "pope", "-p", "gamma=3"), "--param gamma belongs to none of plain"),
+        (("eval", "pope", "--no-do-sample", "--temperature", "0.5"), "need sampling"),
+        (("score", "pope"), "needs a file of answers"),
+        (("score", "no-such-folder"), "no-such-folder is not a folder"),
+        (("table", "tests"), "tests holds no evaluation"),
+        (("table", "tests", "--format", "html"), "table format 'html' is unknown; known: csv, latex, markdown"),
+    ],
+)
+def test_wrong_command_lines_get_one_sentence(arguments, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "--limit" in arguments:
+        monkeypatch.setattr("evals.runner.load", lambda *a, **k: None)
+        monkeypatch.setattr(Run, "settings", lambda *a: None)
+    done = cli(*arguments)
+    assert done.exit_code == 1
+    assert sentence in done.output and len(done.output.strip().splitlines()) == 1
+
+
+def test_scoring_and_tables_of_a_run_from_the_command_line(finished, tmp_path):
+    done = cli("score", finished, "--json")
+    assert done.exit_code == 0, done.output
+    scored = json.loads(done.output)
+    assert {entry["method"] for entry in scored} == {"plain", "mask", "vcd"} and all(e["n"] == 20 for e in scored)
+    assert cli("score", finished, "--rule", "strict").exit_code == 0
+    before = (cell_folder(finished) / "summary.json").read_text()
+    assert '"strict"' in before
+    assert cli("score", finished).exit_code == 0
+    for format, sign in (("markdown", "| vcd "), ("csv", '"pope, adversarial",vcd;'), ("latex", r"\toprule")):
+        done = cli("table", finished, "--format", format, "--replicates", "200", "--plot", tmp_path)
+        assert done.exit_code == 0 and sign in done.output, done.output
+    assert (tmp_path / "pope-adversarial.png").stat().st_size > 5000
+
+
+def test_template_and_suffix_reach_the_prompt(loaded):
+    from evals.runner import prompt_of
+
+    question = Question(1, "Is it?", "a.jpg")
+    assert (
+        prompt_of(loaded.processor, question, Options(template="<image> {question} A:", suffix=" Now."))
+        == "<image> Is it? Now. A:"
+    )
+    own = prompt_of(loaded.processor, question, Options(suffix=" One word."))
+    assert "<image>" in own and "Is it? One word." in own
+    assert "<image>" not in prompt_of(loaded.processor, Question(1, "Is it?", None), Options())
+
+
+def test_scenes_in_a_run_are_the_ones_asked_about(source):
+    assert source.images.open(source.splits["adversarial"][0].image).size == (lvlm_decode_data.SIZE,) * 2
+    with pytest.raises(MissingFileError, match="image nowhere is missing"):
+        source.images.open("nowhere")
+
+
+# --- real kills and real processes
+
+
+def command_line(model_folder, out, launcher=()):
+    return [sys.executable, *launcher, "pope", "--model", str(model_folder), "--method", "vcd", "--split", "adversarial",
+            "--limit", "24", "--batch-size", "3", "--out", str(out)]  # fmt: skip
+
+
+def start(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_answers(process, out, pattern="answers*.jsonl", lines=1, seconds=90):
+    """Until some answers file has so many lines."""
+    for _ in range(seconds * 50):
+        if any(p.read_bytes().count(b"\n") >= lines for p in Path(out).rglob(pattern)):
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.kill()
+    pytest.fail("no answer was written in time")
+
+
+@pytest.fixture(scope="module")
+def whole(loaded, tmp_path_factory):
+    """What the command line of `command_line` ends with, made in this process."""
+    out = tmp_path_factory.mktemp("whole-cli")
+    source = scene_source(evaluator("pope")).only(["adversarial"])
+    run_of(loaded, source, out, limit=24, options=Options(batch_size=3)).execute()
+    return out, source
+
+
+def test_killed_with_sigkill_and_started_again_it_ends_with_the_same_files(loaded, model_folder, whole, tmp_path):
+    process = start(command_line(model_folder, tmp_path, ("-m", "evals.run")))
+    wait_for_answers(process, tmp_path, lines=6)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    out, source = whole
+    assert files_of(tmp_path) != files_of(out)
+    run_of(loaded, source, tmp_path, limit=24, options=Options(batch_size=3)).execute()
+    assert files_of(tmp_path) == files_of(out)
+
+
+def test_two_processes_end_with_the_files_of_one_also_after_either_is_killed(model_folder, whole, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "evals.run")  # fmt: skip
+    for rank in ("1", "0"):
+        process = start(command_line(model_folder, tmp_path, launcher))
+        wait_for_answers(process, tmp_path, lines=3 if rank == "1" else 6)
+        ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}
+        ranks[rank].kill()
+        process.wait(timeout=60)
+        assert process.returncode != 0
+    out, _ = whole
+    assert files_of(tmp_path) != files_of(out)
+    process = start(command_line(model_folder, tmp_path, launcher))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert files_of(tmp_path) == files_of(out)
+    assert output.count("pope, adversarial: method minus control") == 1
