@@ -1,0 +1,296 @@
+"""``lvlm-decode demo``: a LLaVA hallucinates, VCD and RITUAL change that; measured on this machine, in two minutes."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from evals import evaluator
+from evals.base import Answer
+from evals.loaders import scene_source
+from evals.plan import Decoding, Result
+from evals.runner import Options, Run, load, prompt_of
+from evals.tables import Value, gather, rate_values
+
+from .engine.attach import attach, detach
+from .errors import InputError
+from .methods import parse
+
+#: What is shown, in this order; POPE samples at temperature 1, as the papers' tables do, captions are greedy.
+METHODS = ("vcd", "ritual", "vcd+ritual")
+CAPTION_SCENES = 32
+SHOWN_CAPTIONS = 3
+TIMED_TOKENS = 32
+TIMED_ROUNDS = 9
+SPLITS = ("random", "popular", "adversarial")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the POPE table: split -> accuracy with its interval, and the share of yes."""
+
+    method: str
+    decoding: str
+    accuracy: dict[str, Value]
+    yes: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What one method said about one scene; ``pieces`` are (text, is it hallucinated)."""
+
+    method: str
+    text: str
+    hallucinated: tuple[str, ...]
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A scene with its captions."""
+
+    path: Path
+    truth: tuple[str, ...]
+    captions: tuple[Caption, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Everything the demo measured."""
+
+    model: str
+    questions: int
+    images: int
+    table: list[Line]
+    pictures: list[Picture]
+    captioned: int
+    caption_rates: dict[str, dict[str, float]]
+    times: dict[str, float]
+    milliseconds: float
+    seconds: float
+    seed: int
+
+
+def run(model: str, page: Path, images: int, seed: int) -> Shown:
+    """Measure, print, and write ``page``.
+
+    Raises:
+        InputError: more scenes asked for than ship.
+    """
+    import lvlm_decode_data
+
+    started = time.perf_counter()
+    scenes = lvlm_decode_data.load_scenes()
+    if images > len(scenes):
+        raise InputError(f"--images is {images}, and {len(scenes)} scenes ship; ask for fewer.")
+    loaded = load(model)
+    _say(f"POPE on {images} scenes, {images * 6} questions a split, {len(SPLITS)} splits ...")
+    table = pope(loaded, scenes[:images], seed)
+    _say(f"Captions of {CAPTION_SCENES} scenes ...")
+    pictures, rates = captions(loaded, scenes[:CAPTION_SCENES], seed)
+    _say("Time per token ...")
+    milliseconds, times = time_per_token(loaded, scenes[0], seed)
+    shown = Shown(
+        model=str(loaded.settings["name"]),
+        questions=images * 6,
+        images=images,
+        table=table,
+        pictures=pictures,
+        captioned=min(CAPTION_SCENES, len(scenes)),
+        caption_rates=rates,
+        times=times,
+        milliseconds=milliseconds,
+        seconds=time.perf_counter() - started,
+        seed=seed,
+    )
+    print_shown(shown)
+    from .demo_page import write
+
+    write(shown, page)
+    _say(f"\nThe same with pictures: {page}   ({shown.seconds:.0f} s)")
+    return shown
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def pope(loaded: Any, scenes: Sequence, seed: int) -> list[Line]:
+    """POPE with every method and its matched controls."""
+    chosen = evaluator("pope")
+    sampling = Decoding(do_sample=True)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Run(
+            evaluator=chosen,
+            source=scene_source(chosen, scenes),
+            loaded=loaded,
+            out=Path(folder),
+            methods=[(name, sampling) for name in METHODS],
+            seeds=[seed],
+            options=Options(batch_size=48),
+        ).execute()
+    return table_lines(results)
+
+
+def table_lines(results: Sequence[Result]) -> list[Line]:
+    """One line per method and decoding, from the scored cells of all splits."""
+    lines: dict[tuple[str, str], Line] = {}
+    for (_, split), methods in gather(results).items():
+        for method in methods:
+            line = lines.setdefault(
+                (method.name, method.decoding.name), Line(method.name, method.decoding.name, {}, {})
+            )
+            values = rate_values(results[0].evaluator, method)
+            line.accuracy[split], line.yes[split] = values["accuracy"], values["yes_ratio"]
+    return list(lines.values())
+
+
+def captions(loaded: Any, scenes: Sequence, seed: int) -> tuple[list[Picture], dict[str, dict[str, float]]]:
+    """Greedy captions of ``scenes``; the first few on which plain decoding hallucinates, and CHAIR over all of them."""
+    import lvlm_decode_data
+
+    chair, words = evaluator("chair"), lvlm_decode_data.synonyms()
+    questions = scene_source(chair, scenes).splits["captions"]
+    texts = {
+        name: generate(loaded, name, questions, [scene.path for scene in scenes], seed, 96)
+        for name in ("plain", *METHODS)
+    }
+    rates, rows = {}, {}
+    for name, said in texts.items():
+        rows[name] = [chair.row(Answer.to(question, text)) for question, text in zip(questions, said)]
+        rates[name] = chair.summary(rows[name])
+    pictures = []
+    for i, scene in enumerate(scenes):
+        if len(pictures) == SHOWN_CAPTIONS or not rows["plain"][i].evidence["hallucinated"]:
+            continue
+        own = []
+        for name in texts:
+            wrong = tuple(dict.fromkeys(rows[name][i].evidence["hallucinated"]))
+            own.append(Caption(name, texts[name][i], wrong, mark(texts[name][i], wrong, words)))
+        pictures.append(Picture(scene.path, tuple(sorted(scene.categories)), tuple(own)))
+    return pictures, rates
+
+
+def generate(
+    loaded: Any, method: str, questions: Sequence, paths: Sequence[Path], seed: int, new_tokens: int, **settings: Any
+) -> list[str]:
+    """Greedy answers to ``questions`` about the pictures at ``paths``, in batches of 16."""
+    from PIL import Image
+
+    answers: list[str] = []
+    attach(loaded.model, parse(method), processor=loaded.processor)
+    try:
+        for at in range(0, len(questions), 16):
+            part = questions[at : at + 16]
+            pictures = [Image.open(path).convert("RGB") for path in paths[at : at + 16]]
+            prompts = [prompt_of(loaded.processor, question, Options()) for question in part]
+            inputs = loaded.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+            inputs = inputs.to(loaded.model.device)
+            out = loaded.model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, seed=seed, **settings)
+            new = out[:, inputs["input_ids"].shape[1] :]
+            answers += [text.strip() for text in loaded.processor.batch_decode(new, skip_special_tokens=True)]
+    finally:
+        detach(loaded.model)
+    return answers
+
+
+def mark(text: str, wrong: Sequence[str], words: dict[str, list[str]]) -> tuple[tuple[str, bool], ...]:
+    """``text`` in pieces, those that name one of the categories ``wrong`` marked."""
+    forms = sorted({form for name in wrong for form in words.get(name, [name])}, key=len, reverse=True)
+    if not forms:
+        return ((text, False),)
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, forms))})\b", re.IGNORECASE)
+    pieces = pattern.split(text)
+    return tuple((piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece)
+
+
+def time_per_token(loaded: Any, scene: Any, seed: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds per token of plain decoding, and each method's time relative to it.
+
+    One sample, a fixed number of tokens, the methods in turn within each round; the median over rounds of the paired
+    ratio. The prompt's forward and the vision pass are taken off by timing one token too.
+    """
+    from PIL import Image
+
+    question = scene_source(evaluator("chair"), [scene]).splits["captions"][0]
+    prompt = prompt_of(loaded.processor, question, Options())
+    inputs = loaded.processor(images=[Image.open(scene.path).convert("RGB")], text=[prompt], return_tensors="pt")
+    inputs = inputs.to(loaded.model.device)
+
+    def seconds(method: str, tokens: int) -> float:
+        attach(loaded.model, parse(method), processor=loaded.processor)
+        try:
+            start = time.perf_counter()
+            loaded.model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, seed=seed)
+            if loaded.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            detach(loaded.model)
+
+    def per_token(method: str) -> float:
+        return (seconds(method, TIMED_TOKENS + 1) - seconds(method, 1)) / TIMED_TOKENS
+
+    names = ("plain", *METHODS)
+    for name in names:
+        per_token(name)
+    rounds = paired(per_token, names, TIMED_ROUNDS)
+    ratios = {name: statistics.median(r[name] / r["plain"] for r in rounds) for name in names}
+    return 1000 * statistics.median(r["plain"] for r in rounds), ratios
+
+
+def paired(measure: Callable[[str], float], names: Sequence[str], rounds: int) -> list[dict[str, float]]:
+    """Each name measured once per round, so that a slow moment of the machine hits all of them."""
+    return [{name: measure(name) for name in names} for _ in range(rounds)]
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
+
+
+def print_shown(shown: Shown) -> None:
+    """The table, the captions and the times, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(
+        title=f"POPE on {shown.images} emoji scenes, {shown.questions} questions a split: accuracy % [95 % interval], yes %",
+        title_justify="left",
+    )
+    table.add_column("method")
+    table.add_column("decoding")
+    for split in SPLITS:
+        table.add_column(split)
+        table.add_column("yes", justify="right")
+    for line in shown.table:
+        cells = [cell for s in SPLITS for cell in (line.accuracy[s].text(), f"{100 * line.yes[s].value:.0f}")]
+        table.add_row(line.method, line.decoding, *cells)
+    console.print(table)
+    console.print(
+        "plain and mask are the controls: sampling under the mask alone explains part of every gain over plain sampling."
+    )
+    console.print()
+    for picture in shown.pictures:
+        console.print(f"{picture.path.name}: {', '.join(picture.truth)}", style="dim")
+        for caption in picture.captions:
+            text = Text(f"  {caption.method:<11}")
+            for piece, wrong in caption.pieces:
+                text.append(f"[{piece}]" if wrong else piece, style="bold red" if wrong else "")
+            console.print(text)
+        console.print()
+    said = ", ".join(f"{name} {100 * r['chair_s']:.0f} %" for name, r in shown.caption_rates.items())
+    console.print(f"Captions of {shown.captioned} scenes that name something absent (greedy): {said}")
+    times = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in shown.times.items() if name != "plain")
+    console.print(f"Time per token, plain {shown.milliseconds:.1f} ms: {times}")
