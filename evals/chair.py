@@ -348,6 +348,7 @@ class Chair(Evaluator):
     name: ClassVar[str] = "chair"
     paper: ClassVar[str] = "CHAIR (arXiv 1809.02156)"
     max_new_tokens: ClassVar[int] = 512
+    axes: ClassVar[tuple[str, str]] = ("recall", "chair_i")
     verdict: ClassVar[str] = "caption names no absent object"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("chair_s", "CHAIRs", better=-1, paired=True),

@@ -307,6 +307,9 @@ def add_to(app: typer.Typer) -> None:
     app.command("eval")(eval_command)
     app.command("score")(score_command)
     app.command("table")(table_command)
+    from .data_commands import data_app
+
+    app.add_typer(data_app, name="data")
     app.add_typer(data_app, name="data")
 
 

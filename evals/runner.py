@@ -303,7 +303,9 @@ class Run:
                             continue
                         bar.set_description(f"{method} {decoding.name} {cell.split} seed {cell.seed}")
                         questions = asked.splits[cell.split]
-                        if size == "auto":
+                        if self._alone(method):
+                            self._ask(cell, folders[cell], questions, 1, bar)
+                        elif size == "auto":
                             size = self._ask_auto(cell, folders[cell], questions, bar)
                         else:
                             self._ask(cell, folders[cell], questions, int(size), bar)
@@ -316,6 +318,10 @@ class Run:
             for cell in plan:
                 self._merge(cell, folders[cell], asked.splits[cell.split])
         return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+    def _alone(self, method: str) -> bool:
+        """Whether a method refuses several samples in one batch."""
+        return any("batch" in part.refuses for part in lvlm_decode.parse(method).parts())
 
     @contextmanager
     def _attached(self, method: str) -> Iterator[None]:
