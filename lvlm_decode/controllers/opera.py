@@ -80,7 +80,9 @@ class OPERA(Controller):
     """
 
     name: ClassVar[str] = "opera"
-    paper: ClassVar[str] = "OPERA: Alleviating Hallucination in MLLMs via Over-Trust Penalty and Retrospection-Allocation"
+    paper: ClassVar[str] = (
+        "OPERA: Alleviating Hallucination in MLLMs via Over-Trust Penalty and Retrospection-Allocation"
+    )
     arxiv: ClassVar[str] = "2311.17911"
     aliases: ClassVar[dict[str, str]] = {
         "alpha": "penalty_weights",
@@ -371,7 +373,9 @@ class Search:
             return None
         most = method.constant("max_rollbacks")
         position = next((p for p in (summary + 1, summary) if self._rollbacks_at[p] < most), None)
-        if position is None or summary + 1 >= method.window_size or self._steps_back(length, position) > len(self.history):
+        if position is None or self._steps_back(length, position) > len(self.history):
+            return None
+        if method.form == "code" and summary + 1 >= method.window_size:
             return None
         if method.form == "paper" and not self._choices_left(length, position):
             return None
@@ -605,9 +609,7 @@ class Model:
     def _by_sample(self, values: Tensor) -> Tensor:
         return values.unflatten(0, (-1, self.beams))
 
-    def _attention(
-        self, rows: Tensor, c: int, lengths: Sequence[int] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _attention(self, rows: Tensor, c: int, lengths: Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
         """The recorded rows (R, C, P + T + C), each token's own slot put behind the response it saw."""
         lengths = self.rows.lengths if lengths is None else lengths
         own = rows[..., -c:].diagonal(dim1=-2, dim2=-1)

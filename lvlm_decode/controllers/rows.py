@@ -240,7 +240,9 @@ class Rows:
 
     def _additive(self, seen: Tensor) -> Tensor:
         dtype = self.module.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     def _forward(self, tokens: Tensor, depth: Tensor, mask: Any, keep: int | Tensor) -> Any:
         self.forwards += 1

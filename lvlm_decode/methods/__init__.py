@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "mask": ".plain:Mask",
     "vcd": ".vcd:VCD",
     "ritual": ".ritual:RITUAL",
+    "opera": "lvlm_decode.controllers.opera:OPERA",
 }
 
 

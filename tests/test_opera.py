@@ -1,0 +1,582 @@
+"""OPERA: recorded answers of the authors' function, a literal re-statement, batches, families, refusals, cost."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import shared_path
+from opera_restatement import restate
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, StoppingCriteria, TextStreamer
+from zoo import BUILDERS, EOS, tiny
+
+from lvlm_decode.controllers import attention
+from lvlm_decode.controllers.base import Limits
+from lvlm_decode.controllers.opera import OPERA, Search, search_all, spans
+from lvlm_decode.controllers.rows import Rows
+from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.engine.prepare import Batch
+from lvlm_decode.errors import ParameterError, UnsupportedError
+from lvlm_decode.families import family_of
+
+# --- recorded answers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_equals_the_authors_function(number):
+    folder = shared_path("golden/opera")
+    case = json.loads((folder / "cases.json").read_text())[number]
+    model = LlavaForConditionalGeneration.from_pretrained(folder / case["model"], dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = case["eos_token_id"]
+    ids = torch.tensor([case["input_ids"]])
+    attach(model, OPERA(prompt_length=1, **case["parameters"]))
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=load_file(folder / case["model"] / "inputs.safetensors")["pixel_values"],
+        max_new_tokens=case["max_new_tokens"],
+        do_sample=False,
+    )
+    assert out[0, ids.shape[1] :].tolist() == case["new_tokens"]
+    assert last_run(model).rollbacks == [case["rollbacks"]]
+
+
+# --- scripted stubs against the literal re-statement ------------------------------------------------------------------
+
+PROMPT, IMAGE, WIDTH, HEADS = 7, (1, 5), 11, 2
+
+
+class Script:
+    """A pure function of the prefix: random logits and attention, and where the script says so, leaning on one token.
+
+    Args:
+        lean: prefix -> the response token every head looks at, or ``None``.
+        favour: prefix -> {token: added logit}.
+        share: of the attention that the leant-on token gets; times scale_factor it must exceed 1 for products to grow.
+    """
+
+    def __init__(self, seed=0, lean=lambda prefix: None, favour=lambda prefix: {}, share=0.06):
+        self.seed, self.lean, self.favour, self.share, self._known = seed, lean, favour, share, {}
+
+    def _one(self, prefix):
+        if prefix not in self._known:
+            generator = torch.Generator().manual_seed(hash((self.seed, prefix)) % 2**31)
+            logits = torch.randn(WIDTH, generator=generator)
+            for token, bonus in self.favour(prefix).items():
+                logits[token] += bonus
+            rows = torch.rand(HEADS, PROMPT + len(prefix), generator=generator) + 0.1
+            rows[:, PROMPT:] *= 0.01
+            column = self.lean(prefix)
+            if column is not None and column < len(prefix):
+                rows[:, PROMPT + column] = 0
+                rows[:, PROMPT + column] = rows.sum(-1) * self.share / (1 - self.share)
+            self._known[prefix] = logits, rows / rows.sum(-1, keepdim=True)
+        return self._known[prefix]
+
+    def __call__(self, tokens):
+        parts = [self._one(tuple(row)) for row in tokens.tolist()]
+        return torch.stack([logits for logits, _ in parts]), torch.stack([rows for _, rows in parts])
+
+
+class Stub:
+    """Scripts in place of a language model, one per sample."""
+
+    def __init__(self, scripts, beams):
+        self.scripts, self.beams = scripts, beams
+
+    def start(self):
+        self.tokens = [torch.empty(self.beams, 0, dtype=torch.long) for _ in self.scripts]
+        return self._logits()
+
+    def _logits(self):
+        return torch.stack([script(tokens)[0] for script, tokens in zip(self.scripts, self.tokens)])
+
+    @staticmethod
+    def _row(script, tokens):
+        largest = script(tokens)[1].amax(1)
+        return largest / largest.sum(-1, keepdim=True)
+
+    def look(self, tokens):
+        image, response = [], []
+        for script, before, candidates in zip(self.scripts, self.tokens, tokens):
+            rows = torch.stack([self._row(script, torch.cat([before, c[:, None]], 1)) for c in candidates.T], 1)
+            image.append(rows[..., IMAGE[0] : IMAGE[1]].sum(-1))
+            response.append(rows[..., PROMPT:])
+        return torch.stack(image), response
+
+    def rewind(self, prefixes):
+        for number, prefix in prefixes.items():
+            self.tokens[number] = prefix
+        return {number: self.scripts[number](prefix)[0] for number, prefix in prefixes.items()}
+
+    def advance(self, choices):
+        self.scripts = [self.scripts[number] for number in choices]
+        self.tokens = [
+            torch.cat([self.tokens[n][choice.parents], choice.tokens[:, None]], 1) for n, choice in choices.items()
+        ]
+        appended = {
+            place: self._row(self.scripts[place], self.tokens[place])[:, PROMPT:]
+            for place, choice in enumerate(choices.values())
+            if choice.columns[0] < 0
+        }
+        return self._logits(), appended
+
+
+def searched(scripts, parameters, new_tokens=44, eos=None, length_penalty=1.0):
+    method = OPERA(prompt_length=1, **parameters)
+    limits = Limits(new_tokens, () if eos is None else (eos,), 0)
+    searches = [
+        Search(method, limits, torch.zeros(PROMPT, dtype=torch.long), 1, length_penalty=length_penalty) for _ in scripts
+    ]
+    search_all(searches, Stub(scripts, method.num_beams))
+    return [search.answer()[0].tolist() for search in searches], [search.rollbacks for search in searches]
+
+
+def restated(script, parameters, new_tokens=44, eos=None, length_penalty=1.0):
+    parameters, log = dict(parameters), []
+    paper = parameters.pop("form", "code") == "paper"
+    answer = restate(
+        script,
+        PROMPT,
+        IMAGE,
+        max_new_tokens=new_tokens,
+        eos=eos,
+        length_penalty=length_penalty,
+        paper=paper,
+        log=log,
+        **parameters,
+    )
+    return answer, log
+
+
+SMALL = dict(num_beams=3, num_attn_candidates=3, threshold=4)
+
+
+def leaning_until_changed(first):
+    """Leans on token 12 as long as the token after it is one of ``first``."""
+    return lambda prefix: 12 if len(prefix) > 13 and prefix[13] in first else None
+
+
+CASES = {
+    "no rollback": (Script(1), SMALL, {}, lambda log: not log),
+    "one rollback": (
+        Script(31, leaning_until_changed({0, 1, 2, 3})),
+        SMALL,
+        {},
+        lambda log: [entry[2] for entry in log] == [13],
+    ),
+    "all candidates used up": (
+        Script(2, lambda prefix: 12 if len(prefix) > 12 else None),
+        SMALL,
+        {},
+        lambda log: [entry[2] for entry in log][:6] == [13, 13, 13, 12, 12, 12],
+    ),
+    "after a finished answer": (
+        Script(
+            3,
+            lambda prefix: 12 if len(prefix) > 12 else None,
+            lambda prefix: {9: 6.0} if len(prefix) == 14 else {9: -9.0},
+        ),
+        SMALL,
+        dict(eos=9, length_penalty=4.0),
+        lambda log: len(log) > 1 and log[0][0] > 14,
+    ),
+    "end token among the first candidates": (
+        Script(4, favour=lambda prefix: {9: 8.0 if not prefix else -9.0}),
+        SMALL,
+        dict(eos=9, length_penalty=2.0),
+        lambda log: not log,
+    ),
+    "one candidate": (
+        Script(6, lambda prefix: 12 if len(prefix) > 12 else None),
+        dict(num_beams=2, num_attn_candidates=1, threshold=3),
+        {},
+        lambda log: len(log) == 2,
+    ),
+    "beyond the window": (
+        Script(7, lambda prefix: (len(prefix) - 1) // 8 * 8 if len(prefix) > 12 else None, share=0.1),
+        dict(SMALL, window_size=26),
+        {},
+        lambda log: log and max(entry[2] for entry in log) < 26,
+    ),
+    "further back than the window holds": (
+        Script(8, lambda prefix: 11 if len(prefix) > 11 else None),
+        dict(SMALL, window_size=13, threshold=14),
+        dict(new_tokens=30),
+        lambda log: len(log) == 0,
+    ),
+    "threshold of zero": (
+        Script(9, lambda prefix: len(prefix) - 1 if len(prefix) > 11 else None, share=0.4),
+        dict(SMALL, threshold=0),
+        dict(new_tokens=30),
+        lambda log: any(entry[0] + 1 - entry[2] < 2 for entry in log),
+    ),
+    "other weight and scale": (
+        Script(10, lambda prefix: 12 if len(prefix) > 12 else None, share=0.3),
+        dict(SMALL, penalty_weights=0.7, scale_factor=80.0),
+        {},
+        lambda log: log,
+    ),
+    "five by five": (
+        Script(11, lambda prefix: 11 if len(prefix) > 11 else None),
+        dict(num_beams=5, num_attn_candidates=5, threshold=6),
+        dict(new_tokens=30),
+        lambda log: log,
+    ),
+    "paper, no rollback": (Script(12), dict(SMALL, form="paper", window_size=16), {}, lambda log: not log),
+    "paper, one rollback": (
+        Script(13, leaning_until_changed(range(6)), share=0.03),
+        dict(SMALL, num_attn_candidates=6, form="paper", window_size=16),
+        {},
+        lambda log: log,
+    ),
+    "paper, all candidates used up": (
+        Script(14, lambda prefix: 12 if len(prefix) > 12 else None, share=0.03),
+        dict(SMALL, form="paper", window_size=10, num_attn_candidates=5),
+        {},
+        lambda log: len(log) > 2,
+    ),
+    "paper, the location moves on": (
+        Script(15, lambda prefix: (len(prefix) - 1) // 6 * 6, share=0.04),
+        dict(SMALL, form="paper", window_size=12),
+        {},
+        lambda log: len({entry[1] for entry in log}) > 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_literal_restatement(name):
+    script, parameters, how, as_meant = CASES[name]
+    expected, log = restated(script, parameters, **how)
+    assert as_meant(log), log
+    answers, rollbacks = searched([script], parameters, **how)
+    assert answers == [expected]
+    assert rollbacks == [len(log)]
+
+
+def test_samples_of_a_batch_go_back_each_on_its_own():
+    cases = [CASES[name] for name in ("no rollback", "one rollback", "all candidates used up")]
+    alone = [searched([script], SMALL) for script, _, _, _ in cases]
+    answers, rollbacks = searched([script for script, _, _, _ in cases], SMALL)
+    assert answers == [answer for (answer,), _ in alone]
+    assert rollbacks == [count for _, (count,) in alone] and len(set(rollbacks)) == 3
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+#: Rollbacks from the second token on, for models whose answers are short.
+EARLY = dict(image_bonus_tokens=3, min_rollback_index=1)
+SEARCH = dict(num_beams=3, num_attn_candidates=3, threshold=2, scale_factor=60.0, **EARLY)
+
+
+@pytest.fixture()
+def llava():
+    return copy.deepcopy(tiny("llava").model)
+
+
+def inputs_of(texts=("is it",), images=1, seed=0):
+    return tiny("llava").inputs(texts, images, seed)
+
+
+def generate(model, method, inputs, **how):
+    attach(model, method)
+    try:
+        how = {"max_new_tokens": 28, "do_sample": False, **how}
+        return model.generate(**inputs, **how)
+    finally:
+        model.run = last_run(model)
+        detach(model)
+
+
+def eager(model, inputs):
+    """``forward`` of the re-statement: the whole sequence again, attention of every layer, no cache."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    known = {}
+
+    embed, ids = model.get_input_embeddings(), inputs["input_ids"]
+    with torch.no_grad():
+        prompt = embed(ids)
+        features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    prompt[ids == model.config.image_token_id] = torch.cat(list(features))
+
+    def one(prefix):
+        if prefix not in known:
+            longer = torch.cat([prompt, embed(torch.tensor([prefix], dtype=torch.long))], 1)
+            out = model(inputs_embeds=longer, output_attentions=True)
+            known[prefix] = out.logits[0, -1].float(), out.attentions[-1][0, :, -1]
+        return known[prefix]
+
+    @torch.no_grad()
+    def forward(tokens):
+        parts = [one(tuple(row)) for row in tokens.tolist()]
+        return torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])
+
+    return forward
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+@pytest.mark.parametrize("seed", [0, 4])
+def test_a_model_equals_the_restatement_on_uncached_eager_forwards(llava, form, seed):
+    inputs = inputs_of(seed=seed)
+    width = inputs["input_ids"].shape[1]
+    (image,) = spans(inputs["input_ids"] == llava.config.image_token_id)
+    log = []
+    expected = restate(
+        eager(llava, inputs),
+        width,
+        image,
+        **SEARCH,
+        window_size=16,
+        max_new_tokens=24,
+        eos=EOS,
+        paper=form == "paper",
+        log=log,
+    )
+    method = OPERA(**SEARCH, form=form, window_size=16, prompt_length=1)
+    out = generate(llava, method, inputs, max_new_tokens=24)
+    assert out[0, width:].tolist() == expected
+    assert llava.run.rollbacks == [len(log)] and log
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_a_batch_gives_each_sample_what_it_gets_alone(llava, form):
+    method = OPERA(**SEARCH, form=form)
+    texts = ["is it", "what", "a longer question"]
+    alone, counts = [], []
+    for text, seed in zip(texts, (0, 1, 2)):
+        inputs = inputs_of([text], seed=seed)
+        out = generate(llava, method, inputs)
+        alone.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+        counts += llava.run.rollbacks
+    inputs = inputs_of(texts)
+    out = generate(llava, method, inputs)[:, inputs["input_ids"].shape[1] :].tolist()
+    assert [row[: len(own)] for row, own in zip(out, alone)] == alone
+    assert all(set(row[len(own) :]) <= {llava.generation_config.pad_token_id} for row, own in zip(out, alone))
+    assert llava.run.rollbacks == counts and len(set(counts)) > 1
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_every_family_that_exposes_attention(family):
+    built = tiny(family)
+    model = copy.deepcopy(built.model)
+    texts = ["is it", "what then"]
+    alone = []
+    for number, text in enumerate(texts):
+        inputs = built.inputs([text], 1, number)
+        out = generate(model, OPERA(**SEARCH), inputs, max_new_tokens=12)
+        alone.append(out[0, inputs["input_ids"].shape[1] :].tolist())
+    inputs = built.inputs(texts)
+    out = generate(model, OPERA(**SEARCH), inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :].tolist()
+    assert [row[: len(own)] for row, own in zip(out, alone)] == alone
+    assert len(set(map(tuple, alone))) == 2
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "paligemma", "instructblip"])
+def test_recorded_rows_are_those_of_eager_attention(family):
+    """Prefill, a tree of alternatives, unequal rows and left padding, for grouped keys, M-RoPE and sliding windows."""
+    built = tiny(family)
+    model = copy.deepcopy(built.model)
+    inputs = built.inputs(["is it", "what then"])
+    batch = Batch(family_of(model), inputs)
+    captured = batch.capture(batch.resolve(batch.samples))
+    module, tokens = captured.module, torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with torch.no_grad(), attention.last_layer(module) as recorder:
+        rows = Rows(captured)
+        rows.extend(torch.tensor([[11, 12], [13, 0]]), [2, 1])
+        recorder.on = True
+        rows.look(tokens)
+        recorded = recorder.take()
+    slots = recorded.shape[-1] - 3
+    module.set_attn_implementation("eager")
+    mask = captured.kwargs["attention_mask"]
+    for row, own in enumerate(([11, 12], [13])):
+        for column in range(3):
+            batch = Batch(family_of(model), built.inputs(["is it", "what then"][row : row + 1], seed=row))
+            single = batch.capture(batch.resolve(batch.samples))
+            whole = Rows(single)
+            ids = torch.tensor([[*own, int(tokens[row, column])]])
+            hook, seen = [], []
+            hook = (
+                module.get_decoder()
+                .layers[-1]
+                .self_attn.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out[1]))
+            )
+            whole.extend(ids)
+            hook.remove()
+            expected = seen[-1][0, :, -1].amax(0)
+            held = [int(i) for i in mask[row].nonzero().flatten()]
+            held += [mask.shape[1] + i for i in range(len(own))] + [slots + column]
+            assert torch.allclose(recorded[row, column, held], expected, atol=1e-6)
+            assert recorded[row, column].sum() == pytest.approx(float(recorded[row, column, held].sum()), abs=1e-6)
+
+
+def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava):
+    passes = []
+    hooks = [
+        llava.get_decoder().register_forward_hook(lambda *_: passes.append("text")),
+        llava.model.vision_tower.register_forward_hook(lambda *_: passes.append("vision")),
+    ]
+    generate(llava, OPERA(**SEARCH), inputs_of(seed=0))
+    for hook in hooks:
+        hook.remove()
+    (rollbacks,) = llava.run.rollbacks
+    assert rollbacks > 0
+    assert passes.count("vision") == 1
+    assert llava.run.forwards == passes.count("text")
+    # A prefill, a look per step; a rollback re-feeds once and runs its choice, which was no candidate, once.
+    looks = llava.run.forwards - 1 - 2 * rollbacks
+    assert looks >= 28
+    generate(llava, OPERA(**{**SEARCH, "threshold": 99}), inputs_of(seed=0))
+    assert llava.run.rollbacks == [0] and llava.run.forwards == 1 + 28
+
+
+def test_the_model_is_left_as_it_was(llava):
+    decoder = llava.get_decoder()
+    before = decoder.config._attn_implementation, dict(vars(llava)), set(decoder.layers[-1]._forward_hooks)
+    expected = llava.generate(**inputs_of(), max_new_tokens=8, do_sample=False)
+    generate(llava, OPERA(**SEARCH), inputs_of())
+    vars(llava).pop("run")
+
+    class Broken(RuntimeError):
+        pass
+
+    def broken(_, __, out):
+        if out[0].shape[1] == 3:
+            raise Broken
+        return out
+
+    hook = decoder.register_forward_hook(broken)
+    with pytest.raises(Broken):
+        generate(llava, OPERA(**SEARCH), inputs_of())
+    hook.remove()
+    vars(llava).pop("run")
+    assert (decoder.config._attn_implementation, dict(vars(llava)), set(decoder.layers[-1]._forward_hooks)) == before
+    assert not attention._recorders
+    assert torch.equal(llava.generate(**inputs_of(), max_new_tokens=8, do_sample=False), expected)
+
+
+def test_an_exception_inside_a_rollback_is_not_swallowed(llava, monkeypatch):
+    def broken(*_):
+        raise MemoryError("in the middle of a rollback")
+
+    monkeypatch.setattr("lvlm_decode.controllers.opera.Search.rewound", broken)
+    with pytest.raises(MemoryError, match="in the middle"):
+        generate(llava, OPERA(**SEARCH), inputs_of(seed=0))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (dict(do_sample=True), "sampling.*do_sample=False"),
+        (dict(num_beams=3), "beam search.*OPERA\\(num_beams"),
+        (dict(cache_implementation="static"), "static cache"),
+        (dict(prompt_lookup_num_tokens=3), "drafter"),
+        (dict(return_dict_in_generate=True, output_scores=True), "output_scores"),
+        (dict(prefix_allowed_tokens_fn=lambda *_: [5]), "prefix_allowed_tokens_fn"),
+    ],
+)
+def test_what_it_cannot_do_is_said_before_the_first_token(llava, how, says):
+    forwards = []
+    llava.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(UnsupportedError, match=says):
+        generate(llava, OPERA(**SEARCH), inputs_of(), **how)
+    assert not forwards
+
+
+def test_streaming_and_sums_are_refused(llava):
+    streamer = TextStreamer(tiny("llava").tokenizer)
+    with pytest.raises(UnsupportedError, match=r"streamer.*takes tokens back"):
+        generate(llava, OPERA(**SEARCH), inputs_of(), streamer=streamer)
+    with pytest.raises(UnsupportedError, match="added to another method"):
+        OPERA() + OPERA(form="paper")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        (dict(num_beams=0), "num_beams = 0"),
+        (dict(form="slides"), "'code' or 'paper'"),
+        (dict(score_dtype="int8"), "score_dtype"),
+        (dict(max_rollbacks=-1), "max_rollbacks = -1"),
+    ],
+)
+def test_parameters_outside_their_range(parameters, says):
+    with pytest.raises(ParameterError, match=says):
+        OPERA(**parameters)
+
+
+def test_output_object_and_lengths(llava):
+    inputs = inputs_of(["is it", "what"])
+    width = inputs["input_ids"].shape[1]
+    out = generate(llava, OPERA(**SEARCH), inputs, return_dict_in_generate=True)
+    plain = generate(llava, OPERA(**SEARCH), inputs)
+    assert torch.equal(out.sequences, plain)
+    assert out.sequences_scores.shape == (2,) and bool((out.sequences_scores < 0).all())
+    assert torch.equal(plain[:, :width], inputs["input_ids"])
+    assert generate(llava, OPERA(**SEARCH), inputs, max_new_tokens=1).shape[1] == width + 1
+
+
+def test_one_beam_one_candidate_is_greedy_search(llava):
+    inputs = inputs_of(["is it", "what"])
+    method = OPERA(num_beams=1, num_attn_candidates=1, threshold=99)
+    expected = llava.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert torch.equal(generate(llava, method, inputs, max_new_tokens=16), expected)
+
+
+def test_all_candidates_without_a_penalty_is_beam_search(llava):
+    """With every token a candidate, normalising among the candidates changes nothing."""
+    inputs = inputs_of(["is it", "what"])
+    width = llava.config.text_config.vocab_size
+    method = OPERA(
+        num_beams=3, num_attn_candidates=width, penalty_weights=0, image_bonus_tokens=0, threshold=99, prompt_length=1
+    )
+    expected = llava.generate(**inputs, max_new_tokens=12, do_sample=False, num_beams=3)
+    assert torch.equal(generate(llava, method, inputs, max_new_tokens=12), expected)
+
+
+def test_processors_see_prompt_and_answer_of_their_sample(llava):
+    inputs = inputs_of(["is it", "what"])
+    width = inputs["input_ids"].shape[1]
+    out = generate(llava, OPERA(**SEARCH), inputs, no_repeat_ngram_size=1, max_new_tokens=20)
+    for row in out.tolist():
+        answer = row[width:]
+        answer = answer[: answer.index(EOS)] if EOS in answer else answer
+        assert len(set(answer)) == len(answer) and not set(answer) & set(row[:width])
+
+
+def test_other_stopping_criteria_end_an_answer(llava):
+    inputs = inputs_of()
+    width = inputs["input_ids"].shape[1]
+    free = generate(llava, OPERA(**SEARCH), inputs)[0, width:].tolist()
+
+    class After(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.tensor([row[-1] == free[5] for row in input_ids.tolist()])
+
+    out = generate(llava, OPERA(**SEARCH, penalty_weights=0), inputs, stopping_criteria=[After()])[0, width:].tolist()
+    assert out[-1] == free[5] and free[5] not in out[:-1]
+
+
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_early_stopping_and_length_penalty_are_honoured(llava, early_stopping):
+    inputs = inputs_of(seed=3)
+    outs = [
+        generate(llava, OPERA(**SEARCH), inputs, early_stopping=early_stopping, length_penalty=power, num_beams=1)
+        for power in (-4.0, 4.0)
+    ]
+    assert outs[0].shape[1] <= outs[1].shape[1]
+
+
+def test_half_precision_runs(llava):
+    inputs = inputs_of(["is it", "what"])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    out = generate(llava.bfloat16(), OPERA(**SEARCH), inputs, max_new_tokens=12)
+    assert out.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_image_positions_come_from_the_inputs():
+    images = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    assert spans(images) == [(1, 5), (0, 0)]
