@@ -418,8 +418,8 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
             curve.append(
                 {
                     "step": done,
-                    "loss": round(float(result["loss"]), 4),
-                    "overlap": round(float(result["overlap"]), 4),
+                    "loss": round(result["loss"].item(), 4),
+                    "overlap": round(result["overlap"].item(), 4),
                     "tau": round(stats.tau, 3),
                     "acceptance_per_level": [round(a, 3) for a in stats.acceptance],
                 }

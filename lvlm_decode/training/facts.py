@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lvlm_decode_data import CATEGORIES, load_scenes, texts
+from lvlm_decode_data import CATEGORIES, load_scenes, render, texts
+from lvlm_decode_data.scenes import cell_owners
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -141,6 +142,31 @@ def swap_facts(tiny: TinyModel, shown: Mapping[str, Image.Image]) -> dict[str, A
     }
 
 
+@torch.no_grad()
+def attention_facts(tiny: TinyModel, shown: Mapping[str, Image.Image], scenes: int = 200) -> dict[str, Any]:
+    """Do the patches the class token attends to most lie on objects or on the background?
+
+    DAMRO (arXiv 2410.04514) rests on outliers in the background. Per layer: the share of the ten most attended patches
+    that show an object, beside the share of all patches that do.
+    """
+    chosen = load_scenes()[:scenes]
+    tower = tiny.model.model.vision_tower if tiny.name == "tiny-llava" else tiny.model.vision_model
+    pixels = tiny.processor.image_processor([shown[str(s.image_id)] for s in chosen], return_tensors="pt")
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")  # the only one that returns attention
+    try:
+        layers = tower(pixel_values=pixels["pixel_values"], output_attentions=True).attentions
+    finally:
+        tower.set_attn_implementation(before)
+    on_object = torch.stack([torch.from_numpy(cell_owners(render(s.image_id)[2])) < 255 for s in chosen])
+    top = [attention.mean(1)[:, 0, 1:].topk(10, dim=-1).indices for attention in layers]
+    return {
+        "scenes": scenes,
+        "patches_on_objects": on_object.float().mean().item(),
+        "top10_on_objects": [on_object.gather(1, patches).float().mean().item() for patches in top],
+    }
+
+
 def measure(tiny: TinyModel) -> dict[str, Any]:
     """All facts; about a minute on one core."""
     shown = pictures()
@@ -151,6 +177,7 @@ def measure(tiny: TinyModel) -> dict[str, Any]:
         "captions": caption_facts(tiny, shown),
         "pairs": pair_facts(tiny, shown),
         "swap": swap_facts(tiny, shown),
+        "attention": attention_facts(tiny, shown),
     }
 
 
@@ -185,4 +212,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         add(f"MME-style {task}: accuracy / both of a pair (n = {pairs[0]['questions']})", values)
     swaps = [percent(record["swap"]["changed"] / record["swap"]["pairs"]) for record in records]
     add("answers that change with the image", swaps)
+    attention = [record["attention"] for record in records]
+    add(
+        f"patches on objects (n = {attention[0]['scenes']} scenes)",
+        [percent(a["patches_on_objects"]) for a in attention],
+    )
+    for title, layer in (("second last", -2), ("last", -1)):
+        values = [percent(a["top10_on_objects"][layer]) for a in attention]
+        add(f"the class token's ten most attended patches, on objects, {title} layer", values)
     return "\n".join(lines) + "\n"
