@@ -280,8 +280,8 @@ def table_command(
             "questions": questions,
             "seeds": seeds,
         }
-        results, tiny = run_config(config, rerun=rerun, **overrides)
-        extra = paper_blocks(config, results, tiny, replicates)
+        config, results = run_config(config, rerun=rerun, **overrides)
+        extra = paper_blocks(config, results, model or str(config.model), replicates)
     else:
         given = {"rule": rule} if rule is not None else {}
         results = [read_cell(folder, **given) for folder in found_cells(target)]
@@ -307,9 +307,6 @@ def add_to(app: typer.Typer) -> None:
     app.command("eval")(eval_command)
     app.command("score")(score_command)
     app.command("table")(table_command)
-    from .data_commands import data_app
-
-    app.add_typer(data_app, name="data")
     app.add_typer(data_app, name="data")
 
 

@@ -1,0 +1,360 @@
+"""Tables of papers as files: what was run, what was printed, and our run of the same rows beside it.
+
+A file of `configs/` holds one block of rows of a paper's table: model, prompt, decoding, seeds, images, the published
+values in the paper's own units and where they come from, and what is known about rows that others could not reproduce.
+`lvlm-decode table configs/FILE` runs the rows or uses answers that are there. Reading a file imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import evaluator
+from .base import Column, Evaluator
+from .errors import EvalError, FileFormatError, MissingFileError
+from .metrics import REPLICATES, Interval, compare, intervals
+from .plan import Decoding, Result, found_cells, read_cell, slug
+from .pope import STRATEGIES
+from .tables import Block, Method, Value, difference_value, gather
+
+# Mean of a metric over the splits of a table; some papers print nothing else.
+MEAN = "mean"
+# What a run on the small model asks unless told otherwise: enough to see the table work, in minutes.
+TINY_LIMIT = 120
+TINY_SEEDS = 1
+
+
+@dataclass(frozen=True)
+class Published:
+    """split -> metric -> value in the unit the paper prints. unverified: nobody here has seen them in the paper."""
+
+    values: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unverified: bool = False
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row. method: as on the command line; None for a row this project cannot run, with `why`."""
+
+    name: str
+    method: str | None
+    decoding: Decoding
+    published: Published
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One file of `configs/`; the fields are the file's."""
+
+    path: Path
+    title: str
+    paper: str
+    source: str
+    benchmark: str
+    options: Mapping[str, Any]
+    model: str | None
+    template: str | None
+    suffix: str
+    max_new_tokens: int | None
+    seeds: tuple[int, ...]
+    splits: tuple[str, ...]
+    images: str
+    baseline: str | None
+    rows: tuple[PaperRow, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return evaluator(self.benchmark, **self.options)
+
+
+_REQUIRED = {"title", "paper", "source", "benchmark", "model", "splits", "images", "rows"}
+_OPTIONAL = {"options", "template", "suffix", "max_new_tokens", "decoding", "seeds", "baseline", "notes"}
+_ROW = {"name", "method", "decoding", "published", "unverified", "why"}
+
+
+def read_config(path: Path) -> PaperTable:
+    """A table from its file. Raises FileFormatError naming the file and the field that is missing, unknown or wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"{path} is not a file; the papers' tables are in configs/.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise FileFormatError(f"{path}: broken YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: expected a mapping of fields, found {type(raw).__name__}.")
+    _check_fields(raw, _REQUIRED, _REQUIRED | _OPTIONAL, str(path))
+    options = raw.get("options") or {}
+    columns = {column.key for column in evaluator(raw["benchmark"], **options).columns}
+    splits = tuple(raw["splits"])
+    default = raw.get("decoding") or {}
+    rows = tuple(
+        _row(entry, default, splits, columns, f"{path}, row {number}") for number, entry in enumerate(raw["rows"], 1)
+    )
+    names = [row.name for row in rows]
+    if len(set(names)) < len(names):
+        raise FileFormatError(f"{path}: two rows have the same name; every row needs its own.")
+    baseline = raw.get("baseline")
+    if baseline is not None and baseline not in names:
+        raise FileFormatError(f"{path}: baseline {baseline!r} is no row; rows: {', '.join(names)}.")
+    return PaperTable(
+        path=path,
+        title=raw["title"],
+        paper=raw["paper"],
+        source=raw["source"],
+        benchmark=raw["benchmark"],
+        options=options,
+        model=raw["model"],
+        template=raw.get("template"),
+        suffix=raw.get("suffix", ""),
+        max_new_tokens=raw.get("max_new_tokens"),
+        seeds=tuple(raw.get("seeds", (0,))),
+        splits=splits,
+        images=raw["images"],
+        baseline=baseline,
+        rows=rows,
+        notes=tuple(raw.get("notes") or ()),
+    )
+
+
+def _row(raw: Any, default: Mapping[str, Any], splits: Sequence[str], columns: set[str], where: str) -> PaperRow:
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{where}: expected a mapping of fields, found {type(raw).__name__}.")
+    _check_fields(raw, {"name", "method"}, _ROW, where)
+    published = raw.get("published") or {}
+    for split, values in published.items():
+        if split not in (*splits, MEAN):
+            raise FileFormatError(f"{where}: split {split!r} is not among the table's splits {', '.join(splits)}.")
+        for metric in values:
+            if metric not in columns:
+                raise FileFormatError(f"{where}: metric {metric!r} is unknown; known: {', '.join(sorted(columns))}.")
+    if raw["method"] is None and not raw.get("why"):
+        raise FileFormatError(f"{where}: a row without a method needs `why`.")
+    decoding = Decoding(**(raw["decoding"] if "decoding" in raw else default))
+    seen = Published(published, bool(raw.get("unverified")))
+    return PaperRow(raw["name"], raw["method"], decoding, seen, raw.get("why"))
+
+
+def _check_fields(raw: Mapping[str, Any], required: set[str], known: set[str], where: str) -> None:
+    missing, unknown = sorted(required - set(raw)), sorted(map(str, set(raw) - known))
+    if missing:
+        raise FileFormatError(f"{where}: field {missing[0]!r} is missing.")
+    if unknown:
+        raise FileFormatError(f"{where}: field {unknown[0]!r} is unknown; known: {', '.join(sorted(known))}.")
+
+
+def scene_split(benchmark: str, split: str) -> str:
+    """The split of the emoji scenes that stands for a split of the real benchmark."""
+    if benchmark == "pope":
+        return next((strategy for strategy in STRATEGIES if strategy in split), split)
+    return split
+
+
+def on_scenes(config: PaperTable) -> PaperTable:
+    """The table with its splits named as on the emoji scenes, with the small model's own prompt. Values stay."""
+    rename = {split: scene_split(config.benchmark, split) for split in config.splits} | {MEAN: MEAN}
+    rows = tuple(
+        replace(
+            row,
+            published=replace(
+                row.published, values={rename[split]: values for split, values in row.published.values.items()}
+            ),
+        )
+        for row in config.rows
+    )
+    splits = tuple(dict.fromkeys(rename[split] for split in config.splits))
+    # Options that point at files of the real benchmark say nothing about scenes.
+    options = {name: value for name, value in config.options.items() if name in ("rule", "parser")}
+    if options.get("parser") == "wordnet-pos":
+        options["parser"] = "pattern"
+    return replace(config, rows=rows, splits=splits, template=None, suffix="", options=options)
+
+
+def run_config(
+    config: PaperTable,
+    *,
+    rerun: bool = True,
+    model: str | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    images: Path | None = None,
+    questions: Path | None = None,
+    seeds: int | None = None,
+) -> tuple[PaperTable, list[Result]]:
+    """Run the rows that are not there yet (`rerun`), read all of them; the table comes back with the splits it has.
+
+    With the small models the questions are about the emoji scenes. Otherwise `questions` and `images` default to where
+    `lvlm-decode data get` puts them.
+    """
+    name = model or config.model
+    if name is None:
+        raise EvalError(f"{config.path}: {config.images} The table has no model that runs here; give one with --model.")
+    tiny = name.startswith("tiny")
+    if tiny:
+        config = on_scenes(config)
+        limit, seeds = limit or TINY_LIMIT, seeds or TINY_SEEDS
+    out = Path(out) if out is not None else Path("runs") / f"{config.path.stem}-{slug(Path(name).name)}"
+    if rerun:
+        _run(config, name, tiny, out, limit, images, questions, config.seeds[:seeds])
+    results = [read_cell(folder, **config.options) for folder in found_cells(out)]
+    return config, [result for result in results if result.evaluator.name == config.benchmark]
+
+
+def _run(
+    config: PaperTable,
+    model: str,
+    tiny: bool,
+    out: Path,
+    limit: int | None,
+    images: Path | None,
+    questions: Path | None,
+    seeds: Sequence[int],
+) -> None:
+    from .loaders import file_source, scene_source
+    from .runner import Options, Run, decoding_for, load
+
+    chosen = config.evaluator
+    if tiny:
+        source = scene_source(chosen)
+    else:
+        from .download import data_folder
+
+        asked = questions or data_folder() / config.benchmark
+        seen = images or data_folder() / "coco" / "val2014"
+        for path, option in ((asked, "--questions"), (seen, "--images")):
+            if not path.exists():
+                raise MissingFileError(
+                    f"{path} is not there; run lvlm-decode data get {config.benchmark} coco, or give {option}. "
+                    f"The table's images: {config.images}"
+                )
+        source = file_source(chosen, asked, seen)
+    source = source.only(config.splits)
+    methods = dict.fromkeys((row.method, row.decoding) for row in config.rows if row.method is not None)
+    for method, decoding in methods:
+        decoding_for(method, decoding)
+    tokens = None if tiny else config.max_new_tokens
+    options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template)
+    Run(chosen, source, load(model), out, list(methods), seeds, limit, options).execute()
+
+
+# --- ours beside the published
+
+
+def paper_blocks(
+    config: PaperTable, results: Sequence[Result], model: str, replicates: int = REPLICATES
+) -> list[Block]:
+    """Ours, the published value, the difference and its interval, row by row; then the gains over the table's
+    baseline.
+    """
+    chosen = config.evaluator
+    columns = {column.key: column for column in chosen.columns}
+    groups = gather(results)
+    found = {split: {m.pair: m for m in groups.get((config.benchmark, split), [])} for split in config.splits}
+    lines = []
+    for row in config.rows:
+        for split in (*config.splits, MEAN):
+            published = row.published.values.get(split, {})
+            if split == MEAN and not published:
+                continue
+            ours = _ours(chosen, row, split, found, replicates)
+            keys = list(published) or [c.key for c in chosen.columns if c.paired]
+            for key in keys:
+                lines.append(_line(row, split, columns[key], published.get(key), ours.get(key)))
+    titles = ("Row", "Method", "Decoding", "Split", "Metric", "Ours", "Published", "Ours - published")
+    return [
+        Block(config.title, titles, tuple(lines), tuple(_notes(config, model))),
+        *_gains(config, chosen, columns, found, replicates),
+    ]
+
+
+def _ours(chosen: Evaluator, row: PaperRow, split: str, found: Mapping, replicates: int) -> dict[str, Interval | float]:
+    """Metric -> our value of a row: with its interval on a split, without one for the mean over splits."""
+    pair = (row.method, row.decoding)
+    if split != MEAN:
+        method = found[split].get(pair)
+        return {} if method is None else dict(intervals(chosen, _runs(method), replicates))
+    methods = [found[name].get(pair) for name in found]
+    if not methods or None in methods:
+        return {}
+    rates = [intervals(chosen, _runs(method), 100) for method in methods]
+    return {key: sum(rate[key].value for rate in rates) / len(rates) for key in rates[0]}
+
+
+def _runs(method: Method) -> list:
+    return [rows for rows in method.runs if rows]
+
+
+def _line(
+    row: PaperRow, split: str, column: Column, published: float | None, ours: Interval | float | None
+) -> tuple[str | Value, ...]:
+    scale = 100 if column.kind == "percent" else 1
+    theirs: str | Value = "–"
+    if published is not None:
+        theirs = f"{published:g}{'†' if row.published.unverified else ''}"
+    head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
+    if ours is None:
+        return (*head, "–", theirs, "–")
+    bound = ours if isinstance(ours, Interval) else None
+    value = ours.value if isinstance(ours, Interval) else ours
+    shown = Value(value, column.kind, bound and bound.low, bound and bound.high)
+    if published is None:
+        return (*head, shown, theirs, "–")
+    target = published / scale
+    low, high = (bound.low - target, bound.high - target) if bound else (None, None)
+    return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True))
+
+
+def _gains(
+    config: PaperTable, chosen: Evaluator, columns: Mapping[str, Column], found: Mapping, replicates: int
+) -> list[Block]:
+    """What each row gains over the baseline row: published, and ours with the paired interval."""
+    base = next((row for row in config.rows if row.name == config.baseline), None)
+    if base is None:
+        return []
+    lines = []
+    for row in config.rows:
+        if row is base or row.method is None:
+            continue
+        for split in config.splits:
+            methods = found[split]
+            ours, control = methods.get((row.method, row.decoding)), methods.get((base.method, base.decoding))
+            pair = compare(chosen, _runs(ours), _runs(control), replicates=replicates) if ours and control else None
+            theirs, before = (r.published.values.get(split, {}) for r in (row, base))
+            for key in [key for key in columns if key in theirs and key in before]:
+                column = columns[key]
+                gain = Value(
+                    round(theirs[key] - before[key], 4) / (100 if column.kind == "percent" else 1), column.kind
+                )
+                interval = pair.differences.get(key) if pair else None
+                shown = "–" if interval is None else difference_value(interval, column)
+                lines.append((row.name, split, column.title, shown, replace(gain, signed=True)))
+    if not lines:
+        return []
+    titles = ("Row", "Split", "Metric", "Our gain", "Published gain")
+    return [Block(f"Gain over {base.name}", titles, tuple(lines))]
+
+
+def _notes(config: PaperTable, model: str) -> list[str]:
+    notes = [f"{config.paper}. Values: {config.source}"]
+    if model.startswith("tiny"):
+        notes.append(
+            f"This run is a miniature: {model} on emoji scenes. The published values are for "
+            f"{config.model or 'another model'} on photographs, so only directions can be compared, not values."
+        )
+    elif model != config.model:
+        notes.append(f"This run used {model}; the published values are for {config.model or 'another model'}.")
+    notes.append(f"Images of the paper: {config.images}")
+    if any(row.published.unverified for row in config.rows):
+        notes.append("† not verified against the paper itself.")
+    notes += [f"{row.name}: {row.why}" for row in config.rows if row.why]
+    notes.append(
+        "The interval of a difference covers our choice of images only; the published value is taken as a fixed number."
+    )
+    return notes + list(config.notes)
