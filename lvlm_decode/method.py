@@ -10,8 +10,8 @@ the sample itself. Methods are frozen dataclasses without state; everything that
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,7 +73,8 @@ class Step:
         weights: signed weight of each of the V - 1 extra views.
         hidden: layer -> (V, B, T, D), for the layers the method's probes named.
         project: (..., D) hidden states of an intermediate layer -> (..., N) float32 logits, through the final norm
-            and the language head; ``normed=False`` leaves the final norm out.
+            and the language head; ``normed=False`` leaves the final norm out. ``view`` is the view they come from, for
+            views that another model runs.
     """
 
     logits: Tensor
@@ -90,6 +91,7 @@ class Step:
             logits=self.logits[rows],
             weights=self.weights[start:stop],
             hidden={layer: states[rows] for layer, states in self.hidden.items()},
+            project=self.project and (lambda x, normed=True, view=0: self.project(x, normed, rows[view])),
         )
 
 
@@ -150,7 +152,7 @@ class Method:
         return nullcontext()
 
     def observe(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
-        """Watches the vision encoder while it encodes the samples; what it yields reaches ``Sample.observed``."""
+        """Watches the vision encoder while it encodes the samples; what it yields reaches ``Sample.observed_by(name)``."""
         return nullcontext()
 
     def combine(self, step: Step) -> Tensor:
@@ -299,6 +301,13 @@ class Sum(Method):
     def views_by_method(self, sample: Sample, rng_of: Callable[[str], torch.Generator]) -> list[list[View]]:
         """The views of each method; ``rng_of(name)`` is the generator that method would have alone."""
         return [method.views(sample, rng_of(method.name)) for method in self.methods]
+
+    @contextmanager
+    def patch(self, run: Any) -> Iterator[None]:
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.patch(run))
+            yield
 
     def with_counts(self, counts: tuple[int, ...]) -> Sum:
         return dataclasses.replace(self, counts=counts)

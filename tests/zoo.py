@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,6 +80,11 @@ class Tiny:
     special: dict[str, int] = field(default_factory=lambda: {"<image>": IMAGE})
     max_images: int = 2
     text_only: bool = True
+
+    @functools.cached_property
+    def processor(self) -> SimpleNamespace:
+        """What methods use of a processor: its tokenizers."""
+        return SimpleNamespace(tokenizer=self.tokenizer, qformer_tokenizer=tokenizer({}))
 
     @functools.cached_property
     def tokenizer(self) -> tf.PreTrainedTokenizerFast:
@@ -324,6 +330,19 @@ def qwen3_vl() -> Tiny:
     return _qwen("qwen3_vl", tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLConfig, vision, head_dim=8)
 
 
+def qwen3_vl_moe() -> Tiny:
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        out_hidden_size=32,
+        intermediate_size=48,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    )
+    experts = dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1)
+    return _qwen("qwen3_vl_moe", tf.Qwen3VLMoeForConditionalGeneration, tf.Qwen3VLMoeConfig, vision, **experts)
+
+
 def _idefics(family: str, make: Callable[..., tf.PreTrainedModel], config: type) -> Tiny:
     vision = dict(**VISION, image_size=32, patch_size=8)
     model = react(
@@ -453,6 +472,7 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
         qwen2_vl,
         qwen2_5_vl,
         qwen3_vl,
+        qwen3_vl_moe,
         smolvlm,
         idefics3,
         internvl,

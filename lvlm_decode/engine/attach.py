@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..families import family_of
 from ..families.base import Encoded, Family
 from ..method import Method, Probes, View
 from . import hf, sampling
+from .hf import instance_attribute
 from .prepare import Batch, Sample, views_of
 from .stack import Lane, Lanes, check_execution
 
@@ -61,7 +62,8 @@ class Run:
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         view_seed = torch.initial_seed() if seed is None else seed
         # Only a method that watches the encoder makes the images be encoded before its views are known.
-        observe = method.observe if type(method).observe is not Method.observe or method.parts() != (method,) else None
+        watching = [part for part in method.parts() if type(part).observe is not Method.observe]
+        observe = functools.partial(observing, watching) if watching else None
         self.batch = Batch(self.family, inputs, sample_ids, processor, observe, features)
         self.method, columns = views_of(method, self.batch, view_seed)
         check_execution(execution, self.method, 1 + len(columns))
@@ -149,20 +151,32 @@ class Run:
                 lane.cache.activate_past_recording()
             lanes.append(lane)
         weights = [view.weight for view in self.views]
-        self.lanes = Lanes(
-            self.method, lanes, weights, self.probes, project_of(self.module), skip=self.execution == "skip"
-        )
+        others = {number: view.module for number, view in enumerate(self.views, 1) if view.module is not None}
+        project = project_of(self.module, others)
+        self.lanes = Lanes(self.method, lanes, weights, self.probes, project, skip=self.execution == "skip")
         return self.lanes
 
 
-def project_of(module: torch.nn.Module):
-    """Hidden states of an intermediate layer -> logits, through the final norm and the language head of ``module``."""
-    decoder, head = module.get_decoder(), module.get_output_embeddings()
-    softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
+@contextmanager
+def observing(methods: Sequence[Method], model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """What each of ``methods`` watches, by its name."""
+    with ExitStack() as stack:
+        yield {method.name: stack.enter_context(method.observe(model)) for method in methods}
 
-    def project(hidden: Tensor, normed: bool = True) -> Tensor:
+
+def project_of(module: torch.nn.Module, others: Mapping[int, torch.nn.Module] | None = None):
+    """Hidden states of an intermediate layer -> logits, through the final norm and the language head of ``module``.
+
+    Args:
+        others: view number -> the module that runs it, for views that are another model's.
+    """
+    others = others or {}
+
+    def project(hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
+        own = others.get(view, module)
+        softcap = getattr(own.config.get_text_config(), "final_logit_softcapping", None)
         with torch.no_grad():
-            logits = head(decoder.norm(hidden) if normed else hidden).float()
+            logits = own.get_output_embeddings()(own.get_decoder().norm(hidden) if normed else hidden).float()
             return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     return project
@@ -233,20 +247,6 @@ class _Mitigated:
             elif states is not None:
                 setattr(out, name, tuple(s[: self.lanes.main.rows] if isinstance(s, Tensor) else s for s in states))
         return out
-
-
-@contextmanager
-def instance_attribute(obj: Any, name: str, value: Any) -> Iterator[None]:
-    """``obj.name = value`` for the length of the block; what stood on the instance before, or nothing, comes back."""
-    before = obj.__dict__.get(name, _MISSING)
-    object.__setattr__(obj, name, value) if isinstance(obj, torch.nn.Module) else setattr(obj, name, value)
-    try:
-        yield
-    finally:
-        if before is _MISSING:
-            del obj.__dict__[name]
-        else:
-            obj.__dict__[name] = before
 
 
 @contextmanager

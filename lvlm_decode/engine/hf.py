@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -160,3 +162,20 @@ def attention_of(config: transformers.PreTrainedConfig) -> str | None:
 def set_attention(config: transformers.PreTrainedConfig, name: str | None) -> None:
     """Ask for another implementation, in this configuration alone and without the checks of loading."""
     config._attn_implementation_internal = name
+
+
+_MISSING = object()
+
+
+@contextmanager
+def instance_attribute(obj: Any, name: str, value: Any) -> Iterator[None]:
+    """``obj.name = value`` for the length of the block; what stood on the instance before, or nothing, comes back."""
+    before = obj.__dict__.get(name, _MISSING)
+    object.__setattr__(obj, name, value) if isinstance(obj, torch.nn.Module) else setattr(obj, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del obj.__dict__[name]
+        else:
+            obj.__dict__[name] = before

@@ -66,11 +66,13 @@ class Sample:
             return self.own_images
         return self.batch.images_of(self)
 
-    @property
-    def observed(self) -> Any:
-        """What :meth:`Method.observe` yielded while this batch was encoded; index it by image with ``image_slice``."""
+    def observed_by(self, name: str) -> Any:
+        """What :meth:`Method.observe` of method ``name`` yielded while this batch was encoded.
+
+        Index it by image with ``image_slice``.
+        """
         self.batch.images_of(self)
-        return self.batch.observed
+        return self.batch.observed[name]
 
     @property
     def image_slice(self) -> slice:
@@ -106,10 +108,13 @@ class Sample:
         vision = dict(self.vision, pixel_values=edit(self.vision["pixel_values"]))
         return View(dataclasses.replace(self, vision=vision, own_images=None), weight)
 
-    def with_features(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0) -> View:
+    def with_features(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0, deep: bool = False) -> View:
         """The sample with edited image features; ``edit(features (n, D), image number)`` may change n.
 
         Placeholders in the prompt follow the new number of features.
+
+        Args:
+            deep: edit also what goes into deeper layers, for families that have such features.
         """
         images = []
         for number, image in enumerate(self.images):
@@ -119,7 +124,8 @@ class Sample:
                     f"{self.family.config.model_type} ties the positions of its image tokens to a grid, and this view "
                     "drops some of them; choose a method that keeps their number."
                 )
-            images.append(dataclasses.replace(image, features=features))
+            layers = tuple(edit(layer, number) for layer in image.deep) if deep else image.deep
+            images.append(dataclasses.replace(image, features=features, deep=layers))
         return View(self._with_images(tuple(images)), weight)
 
     def _with_images(self, images: tuple[Encoded, ...]) -> Sample:
@@ -148,19 +154,25 @@ class Sample:
             at += len(image.features)
         return spans
 
-    def without_image(self, weight: float = 0.0, instead: int | None = None) -> View:
+    def without_image(self, weight: float = 0.0, instead: int | Tensor | None = None) -> View:
         """The sample with its images and their placeholders taken out of the prompt.
 
         Args:
-            instead: a token id that takes the place of each image.
+            instead: a token id that takes the place of each image, or ids (n,) that take the place of the first one.
         """
         keep = self.family.drop_image(self.input_ids)
-        text = dict(self.text)
-        if instead is not None:
-            first = ~keep & torch.cat([keep.new_ones(1), keep[:-1]])
-            text = {key: value.masked_fill(first, instead if key == "input_ids" else 0) for key, value in text.items()}
-            keep = keep | first
-        text = {key: value[:, keep] for key, value in text.items()}
+        first = ~keep & torch.cat([keep.new_ones(1), keep[:-1]])
+        text = {}
+        for key, value in self.text.items():
+            if isinstance(instead, int):
+                value = value.masked_fill(first, instead if key == "input_ids" else 0)[:, keep | first]
+            elif instead is not None and bool(first.any()):
+                at = int(first.nonzero()[0])
+                words = instead.to(value) if key == "input_ids" else torch.zeros_like(instead).to(value)
+                value = torch.cat([value[:, :at][:, keep[:at]], words[None], value[:, at:][:, keep[at:]]], 1)
+            else:
+                value = value[:, keep]
+            text[key] = value
         return View(dataclasses.replace(self, text=text, vision={}, own_images=()), weight)
 
     def with_ids(self, input_ids: Tensor, weight: float = 0.0, fill: dict[str, int] | None = None) -> View:
@@ -181,10 +193,74 @@ class Sample:
             text[key] = types[None]
         return View(dataclasses.replace(self, text=text, own_images=self.own_images), weight)
 
-    def with_prefix(self, prefix: str, weight: float = 0.0) -> View:
-        """The sample with ``prefix`` put before its prompt, after the begin token."""
-        ids = self.tokenizer(prefix, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-        return self.with_ids(self.family.insert_prefix(self.input_ids, ids.to(self.input_ids.device))[0], weight)
+    def with_prefix(self, prefix: str, weight: float = 0.0, instead_of: str = "") -> View:
+        """The sample with ``prefix`` put before its prompt, after the begin token.
+
+        Args:
+            instead_of: text that is taken away first, if the prompt begins with it.
+        """
+        base = self.input_ids
+        if instead_of:
+            _, at = self.family.insert_prefix(base, base[:0])
+            begins = self._tokens(instead_of)
+            if torch.equal(base[at : at + len(begins)], begins):
+                base = torch.cat([base[:at], base[at + len(begins) :]])
+        return self.with_ids(self.family.insert_prefix(base, self._tokens(prefix))[0], weight)
+
+    def with_text(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
+        """The sample with edited words: ``edit`` sees what follows the last image, or the whole prompt if there is none.
+
+        Only the tokens of what it changes are replaced.
+        """
+        ids = self.input_ids
+        images = (~self.family.drop_image(ids)).nonzero().flatten()
+        start = int(images[-1]) + 1 if len(images) else self.family.insert_prefix(ids, ids[:0])[1]
+        return self.with_ids(torch.cat([ids[:start], self._edited(ids[start:], edit)]), weight)
+
+    def _edited(self, ids: Tensor, edit: Callable[[str], str]) -> Tensor:
+        """``ids`` after ``edit`` of their text; tokens before and after the change stay."""
+
+        def read(part: Tensor) -> str:
+            return self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+        old = read(ids)
+        new = edit(old)
+        if new == old:
+            return ids
+        head = next(n for n in range(len(ids), -1, -1) if new.startswith(read(ids[:n])))
+        rest = new[len(read(ids[:head])) :]
+        tail = next(n for n in range(head, len(ids) + 1) if n == len(ids) or rest.endswith(read(ids[n:])))
+        if tail < len(ids):
+            rest = rest[: len(rest) - len(read(ids[tail:]))]
+        # Some tokenizers put a space before any text they are given.
+        candidates = [torch.cat([ids[:head], self._tokens(words), ids[tail:]]) for words in (rest, rest.lstrip(" "))]
+        return next((found for found in candidates if read(found) == new), candidates[0])
+
+    def _tokens(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=self.input_ids.dtype, device=self.input_ids.device)
+
+    def with_query(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
+        """The sample with another prompt for its Q-Former; ``edit`` sees the text it has. The picture is shared."""
+        name, mask = self.family.prompt_keys
+        if not self.has_image:
+            return self.as_view(weight)
+        tokenizer = self.batch.processor.qformer_tokenizer
+        ids = self.vision[name][0][self.vision[mask][0].bool()]
+        ids = torch.tensor(tokenizer(edit(tokenizer.decode(ids, skip_special_tokens=True)))["input_ids"])[None]
+        vision = {**self.vision, name: ids.to(self.vision[name]), mask: torch.ones_like(ids).to(self.vision[mask])}
+        return View(dataclasses.replace(self, vision=vision, own_images=None), weight)
+
+    def description(self, prompt: str, before: str, max_new_tokens: int) -> Tensor:
+        """(n,) ids of what the model answers to ``prompt`` in place of the question, greedily.
+
+        All samples of the batch are described together, once.
+
+        Args:
+            before: the cue at the end of the user's prompt that stays, or "" to replace all after the image.
+        """
+        key = ("description", prompt, before, max_new_tokens)
+        return self.batch.once(key, lambda batch: batch.describe(prompt, before, max_new_tokens))[self.index]
 
 
 class Batch:
@@ -212,7 +288,9 @@ class Batch:
     ):
         family.check_text(inputs)
         self.family, self._processor, self._observe = family, processor, observe
-        self.observed: Any = None
+        #: What each method watched while the batch was encoded, by its name.
+        self.observed: dict[str, Any] = {}
+        self._once: dict[Hashable, Any] = {}
         device = family.model.device
         tokens = {
             key: inputs[key].to(device)
@@ -396,6 +474,33 @@ class Batch:
         self._check_used(at, len(encoded))
         return out
 
+    def once(self, key: Hashable, compute: Callable[[Batch], Any]) -> Any:
+        """``compute(self)``, the first time that ``key`` is asked for."""
+        if key not in self._once:
+            self._once[key] = compute(self)
+        return self._once[key]
+
+    def describe(self, prompt: str, before: str, max_new_tokens: int) -> list[Tensor]:
+        """The model's own greedy answers to ``prompt``, ids without end and padding, one per sample."""
+
+        def ask(query: str) -> str:
+            cue = query.rfind(before) if before else -1
+            lead = query[: len(query) - len(query.lstrip())]
+            return lead + prompt + (query[cue:] if cue >= 0 else "")
+
+        asked = [sample.with_text(ask).sample for sample in self.samples]
+        text, vision, images = self.rows(self.resolve(asked))
+        out = self.family.generate(
+            text, vision, images, do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens
+        )
+        end = self.family.model.generation_config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
+        answers = []
+        for ids in out[:, text["input_ids"].shape[1] :]:
+            stop = next((i for i, token in enumerate(ids.tolist()) if token in ends), len(ids))
+            answers.append(ids[:stop])
+        return answers
+
     def resolve(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with their images encoded; what is not encoded yet is encoded in one vision pass."""
         pending = [s for s in samples if s.own_images is None and s.vision is not self.samples[s.index].vision]
@@ -416,6 +521,10 @@ class Batch:
 
     def capture(self, samples: Sequence[Sample]) -> Captured:
         """The rows of ``samples`` as the model's own ``generate()`` prepares them, left-padded to the longest."""
+        return self.family.capture(*self.rows(samples))
+
+    def rows(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Encoded]]:
+        """Text, vision inputs and images of ``samples`` as one batch, left-padded to the longest."""
         width = max(sample.text["input_ids"].shape[1] for sample in samples)
         text: dict[str, Tensor] = {}
         for name in samples[0].text:
@@ -424,8 +533,7 @@ class Batch:
         text["attention_mask"] = torch.cat([left_pad(torch.ones_like(s.text["input_ids"]), width, 0) for s in samples])
         parts = [sample.vision for sample in samples if sample.vision]
         vision = self.family.cat_vision(parts) if parts else {}
-        images = [image for sample in samples for image in sample.images]
-        return self.family.capture(text, vision, images)
+        return text, vision, [image for sample in samples for image in sample.images]
 
 
 def left_pad(rows: Tensor, width: int, value: float, dim: int = -1) -> Tensor:

@@ -20,6 +20,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_vl": ".qwen:QwenVL",
     "qwen2_5_vl": ".qwen:QwenVL",
     "qwen3_vl": ".qwen:QwenVL",
+    "qwen3_vl_moe": ".qwen:QwenVL",
     "smolvlm": ".idefics:Idefics",
     "idefics3": ".idefics:Idefics",
     "internvl": ".internvl:InternVL",

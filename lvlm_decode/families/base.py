@@ -212,6 +212,47 @@ class Family:
         mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels) for v in self.pixel_statistics)
         return (edit((pixels * std + mean).float().clamp(0, 1)).to(pixels) - mean) / std
 
+    def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The part of ``model``, one of this family, whose loop decodes."""
+        return model
+
+    def projector(self) -> torch.nn.Module:
+        """The vision-language projector."""
+        return self.model.model.multi_modal_projector
+
+    def before_projector(self) -> list[torch.nn.Module]:
+        """The modules whose outputs, kept, let the images be projected again without encoding them again."""
+        return [self.model.get_encoder(modality="image")]
+
+    #: The attention of the CLS token that DAMRO's authors read: one softmax over all heads, or the mean over heads.
+    cls_attention: str = "concat"
+
+    def cls_layer(self) -> torch.nn.Module:
+        """The self-attention of the encoder layer that produces the features."""
+        layer = self.config.vision_feature_layer
+        layer = layer if isinstance(layer, int) else layer[-1]
+        # hidden_states[0] are the embeddings.
+        return self.model.get_encoder(modality="image").encoder.layers[layer - (layer > 0)].self_attn
+
+    def cls_query_and_keys(self, attention: torch.nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, D) query of the CLS token and (M, 1 + P, D) keys, heads side by side, from states (M, 1 + P, D)."""
+        return attention.q_proj(states[:, 0]), attention.k_proj(states)
+
+    def encoder_rows(self, vision: dict[str, Tensor]) -> list[int]:
+        """Per image the row of the encoder's batch that holds it whole."""
+        return list(range(len(vision["pixel_values"])))
+
+    def only_patches(self, sample: Any, number: int, index: Tensor, states: Tensor, fix_offset: bool) -> Tensor:
+        """(n, D) features of an image of which only some patches are left.
+
+        Args:
+            sample: the sample, whose image ``number`` is meant.
+            index: (k,) patches, in the order wanted.
+            states: (1 + P, D_vision) last states of the encoder, CLS first.
+            fix_offset: see :class:`lvlm_decode.methods.damro.DAMRO`.
+        """
+        return sample.images[number].features[index + (self.config.vision_feature_select_strategy == "full")]
+
     def check_text(self, text: dict[str, Tensor]) -> None:
         if text.get("input_ids") is None:
             raise InputError(

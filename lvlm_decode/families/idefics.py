@@ -28,6 +28,9 @@ class Idefics(Family):
         keys = [key for key in parts[0] if key in ("pixel_values", "pixel_attention_mask")]
         return {key: torch.cat([fill(part[key]) for part in parts]) for key in keys}
 
+    def projector(self) -> torch.nn.Module:
+        return self.model.model.connector
+
     def _split(self, out: Any) -> list[Encoded]:
         # The model joins the images of a row; each has as many tokens as the connector leaves.
         vision = self.config.vision_config

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.attach import instance_attribute
+from ..engine.hf import instance_attribute
 from .base import Encoded, Family
 
 
@@ -68,9 +68,47 @@ class InstructBlip(Family):
             return type("NoImages", (), {"pooler_output": torch.empty(0, width, device=self.model.device)})
 
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
-        owner = self.model if hasattr(type(self.model), "get_image_features") else self.model.model
-        with instance_attribute(owner, "get_image_features", encoded):
+        with instance_attribute(self.model, "get_image_features", encoded):
             return type(self.model).generate(self.model, **inputs, **kwargs)
+
+    def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model.language_model
+
+    def projector(self) -> torch.nn.Module:
+        return self._whole.language_projection
+
+    def before_projector(self) -> list[torch.nn.Module]:
+        return [self.model.get_encoder(modality="image"), self._whole.qformer]
+
+    @property
+    def _whole(self) -> torch.nn.Module:
+        """The module that owns the Q-Former."""
+        return self.model if hasattr(self.model, "qformer") else self.model.model
+
+    cls_attention = "mean_heads"
+
+    def cls_layer(self) -> torch.nn.Module:
+        return self.model.get_encoder(modality="image").encoder.layers[-2].self_attn
+
+    def cls_query_and_keys(self, attention: torch.nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, _ = attention.qkv(states).chunk(3, -1)
+        return query[:, 0], key
+
+    def only_patches(self, sample: Any, number: int, index: Tensor, states: Tensor, fix_offset: bool) -> Tensor:
+        whole, (name, mask) = self._whole, self.prompt_keys
+        patches = states[index + fix_offset][None]
+        queries = whole.query_tokens
+        seen = torch.cat([torch.ones_like(queries[..., 0], dtype=torch.long), sample.vision[mask]], 1)
+        with torch.no_grad():
+            read = whole.qformer(
+                input_ids=sample.vision[name],
+                attention_mask=seen,
+                query_embeds=queries,
+                encoder_hidden_states=patches,
+                encoder_attention_mask=torch.ones_like(patches[..., 0], dtype=torch.long),
+                return_dict=True,
+            )
+            return whole.language_projection(read.last_hidden_state[:, : queries.shape[1]])[0]
 
     def insert_prefix(self, input_ids: Tensor, prefix: Tensor) -> tuple[Tensor, int]:
         # The image comes first, then the begin token and the text.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, Family
 
@@ -20,6 +22,22 @@ class LlavaNext(Family):
             return torch.nn.functional.pad(tiles, (0, 0, 0, 0, 0, 0, 0, most - tiles.shape[1]))
 
         return super().cat_vision([dict(part, pixel_values=fill(part["pixel_values"])) for part in parts])
+
+    def encoder_rows(self, vision: dict[str, Tensor]) -> list[int]:
+        rows, at = [], 0
+        for size in vision["image_sizes"]:
+            rows.append(at)
+            at += image_size_to_num_patches(
+                image_size=size,
+                grid_pinpoints=self.config.image_grid_pinpoints,
+                patch_size=self.config.vision_config.image_size,
+            )
+        return rows
+
+    def only_patches(self, sample: Any, number: int, index: Tensor, states: Tensor, fix_offset: bool) -> Tensor:
+        # The small whole image comes first; the newline token closes it.
+        patches = super().only_patches(sample, number, index, states, fix_offset)
+        return torch.cat([patches, self.model.model.image_newline[None].to(patches)])
 
 
 class LlavaOnevision(LlavaNext):

@@ -35,6 +35,13 @@ class QwenVL(Family):
         marks = (self.image_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id)
         return ~torch.isin(input_ids, input_ids.new_tensor(marks))
 
+    def projector(self) -> torch.nn.Module:
+        return self.model.get_encoder(modality="image").merger
+
+    def before_projector(self) -> list[torch.nn.Module]:
+        # The merger is the encoder's last part.
+        return list(self.model.get_encoder(modality="image").blocks)
+
     def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         # Independent noise on the copies of a still image would average out in the temporal convolution.
         shape = (len(pixels), 3, self.config.vision_config.temporal_patch_size, -1)

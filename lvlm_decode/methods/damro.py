@@ -1,0 +1,103 @@
+"""DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination (Gong et al., EMNLP 2024; arXiv 2410.04514).
+
+    outliers = the k patches the vision encoder's CLS token attends to most
+    scores = (1 + alpha) * l(image) - alpha * l(the outliers' tokens alone)
+
+Follows the authors' code. LLaVA: k 10, alpha 2; the layer that produces the features; ``attention="concat"``, one softmax over
+query and key of all heads together (``"mean_heads"`` is the encoder's own attention, as the paper's figure shows it).
+LLaVA-NeXT: only the small whole image, then the newline token. InstructBLIP: k 4 and alpha 0.5 for POPE, 1.5 for CHAIR, the
+last layer but one, mean over heads; its code reads the encoder's rows one place too early, CLS included
+(``offset="code"``; ``"fixed"`` reads the patches that were chosen). The authors sample directly: temperature, top-p and
+penalties are accepted and ignored there, and apply here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..families import family_of
+from ..method import Contrast, View
+
+
+@dataclass(frozen=True)
+class DAMRO(Contrast):
+    """Against the few patches that the vision encoder over-attends to."""
+
+    name: ClassVar[str] = "damro"
+    paper: ClassVar[str] = "DAMRO (Gong et al., EMNLP 2024)"
+    arxiv: ClassVar[str] = "2410.04514"
+    aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "damro_topk": "k", "damro_alpha": "alpha"}
+    costs: ClassVar[tuple[str, ...]] = ("features",)
+    needs: ClassVar[tuple[str, ...]] = ("cls",)
+
+    alpha: float = 2.0  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    k: int = 10  # outlier patches per image
+    attention: Literal["concat", "mean_heads"] | None = None  # None is the authors' choice for the family
+    offset: Literal["code", "fixed"] = "code"  # InstructBLIP only
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.k >= 1, "k", "at least 1")
+        self.check(self.attention in (None, "concat", "mean_heads"), "attention", "'concat', 'mean_heads' or None")
+        self.check(self.offset in ("code", "fixed"), "offset", "'code' or 'fixed'")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    @contextmanager
+    def observe(self, model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
+        family = family_of(model)
+        heads = (self.attention or family.cls_attention) == "mean_heads"
+        seen: dict[str, Tensor] = {}
+
+        def attend(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            query, key = family.cls_query_and_keys(module, states)
+            seen["attention"] = cls_row(query, key, module.num_heads if heads else 1)
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            seen["states"] = output.last_hidden_state
+
+        hooks = [
+            family.cls_layer().register_forward_pre_hook(attend, with_kwargs=True),
+            model.get_encoder(modality="image").register_forward_hook(keep),
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def views(self, sample, rng) -> list[View]:
+        if not sample.has_image:
+            return [sample.as_view(weight=-self.alpha)]
+        seen = sample.observed_by(self.name)
+
+        def outliers(features: Tensor, number: int) -> Tensor:
+            row = sample.family.encoder_rows(sample.batch.vision)[sample.image_slice][number]
+            index = seen["attention"][row].topk(min(self.k, seen["attention"].shape[1])).indices
+            return sample.family.only_patches(sample, number, index, seen["states"][row], self.offset == "fixed")
+
+        return [sample.with_features(outliers, weight=-self.alpha)]
+
+
+def cls_row(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """(M, P) attention of the CLS token to the P patches, mean over heads.
+
+    Args:
+        query: (M, D) of the CLS token.
+        key: (M, 1 + P, D), CLS first.
+        heads: 1 takes all of D as one head.
+    """
+    width = query.shape[-1] // heads
+    scores = torch.einsum("mhd,mphd->mhp", query.unflatten(-1, (heads, width)), key.unflatten(-1, (heads, width)))
+    return (scores.float() * width**-0.5).softmax(-1).mean(1)[:, 1:]

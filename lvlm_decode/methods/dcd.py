@@ -1,0 +1,117 @@
+"""Decoupling Contrastive Decoding at inference (NeurIPS 2025; arXiv 2504.08809).
+
+    scores = (1 + alpha) * l(image through P_pos) - alpha * l(image through P_neg)
+
+P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers of
+preference triples (``lvlm-decode train``). Without ``positive`` the model's own projector is the positive one, the paper's
+negative-only variant. The vision encoder runs once for both. alpha and beta are not the paper's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..engine.hf import instance_attribute
+from ..errors import InputError, ParameterError
+from ..families import family_of
+from ..method import Contrast, View
+
+Weights = torch.nn.Module | Mapping[str, Tensor] | str | Path
+
+
+@dataclass(frozen=True)
+class DCD(Contrast):
+    """The image through the positive projector against the image through the negative one.
+
+    A projector is a module, its ``state_dict()``, or the path of one in safetensors format.
+    """
+
+    name: ClassVar[str] = "dcd"
+    paper: ClassVar[str] = "Decoupling Contrastive Decoding (NeurIPS 2025)"
+    arxiv: ClassVar[str] = "2504.08809"
+    costs: ClassVar[tuple[str, ...]] = ("features",)
+
+    negative: Weights | None = field(default=None, compare=False, repr=False)
+    positive: Weights | None = field(default=None, compare=False, repr=False)
+    alpha: float = 1.0  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+
+    def __post_init__(self) -> None:
+        if self.negative is None:
+            raise ParameterError(
+                "dcd: negative = None is not valid; give the negative projector, for instance its path."
+            )
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    @contextmanager
+    def observe(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, Any]]:
+        family, said = family_of(model), {}
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            said[module] = output
+
+        with ExitStack() as stack:
+            for module in family.before_projector():
+                stack.callback(module.register_forward_hook(keep).remove)
+            if self.positive is not None:
+                stack.enter_context(projecting(family.projector(), self.positive))
+            yield said
+
+    def views(self, sample, rng) -> list[View]:
+        if not sample.has_image:
+            return [sample.as_view(weight=-self.alpha)]
+        if "pixel_values" not in sample.vision:
+            raise InputError("dcd projects the image anew, and the images were given as features; pass pixel_values.")
+        images = sample.batch.once(("dcd", id(self.negative)), lambda batch: self._project(batch, sample))
+        own = images[sample.image_slice]
+        return [sample.with_features(lambda _, number: own[number].features, weight=-self.alpha)]
+
+    def _project(self, batch: Any, sample: Any) -> list[Any]:
+        """All images of the batch through the negative projector, on what the encoder said the first time."""
+        said = sample.observed_by(self.name)
+        with ExitStack() as stack:
+            for module, output in said.items():
+                stack.enter_context(instance_attribute(module, "forward", lambda *a, output=output, **k: output))
+            stack.enter_context(projecting(batch.family.projector(), self.negative))
+            return batch.family.encode(batch.family.cat_vision([batch.vision]))
+
+
+@contextmanager
+def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
+    """``projector`` computes with other weights; its own come back on exit.
+
+    Raises:
+        ParameterError: weights of another projector.
+    """
+    if isinstance(weights, (str, Path)):
+        from safetensors.torch import load_file
+
+        weights = load_file(str(weights))
+    state = weights.state_dict() if isinstance(weights, torch.nn.Module) else dict(weights)
+    own = projector.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        raise ParameterError(
+            f"dcd: the given projector has {len(state)} tensors that are not those of {type(projector).__name__}; give one "
+            "that was trained from this model's projector."
+        )
+    # The parameters keep their identity, so hooks and optimisers that hold them are undisturbed.
+    before = [(value, value.data) for value in projector.state_dict(keep_vars=True).values()]
+    try:
+        for key, value in projector.state_dict(keep_vars=True).items():
+            value.data = state[key].to(value.device, value.dtype)
+        yield
+    finally:
+        for value, data in before:
+            value.data = data

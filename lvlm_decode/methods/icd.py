@@ -1,0 +1,47 @@
+"""Instruction Contrastive Decoding (Wang et al., Findings of ACL 2024; arXiv 2403.18715).
+
+    scores = (1 + alpha) * l(image, prompt) - alpha * l(image, disturbance + prompt)
+
+The disturbance is a role that confuses. In the authors' code it replaces LLaVA's system prompt (``system``: give it as it
+stands in your prompt and it is taken out of the second branch) and goes to InstructBLIP's Q-Former only, alone or before the
+question (``qformer``). They release five disturbances and do not say which gave their table; the default is one of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..method import Contrast, View
+
+
+@dataclass(frozen=True)
+class ICD(Contrast):
+    """Against the same question under an instruction that disturbs."""
+
+    name: ClassVar[str] = "icd"
+    paper: ClassVar[str] = "Instruction Contrastive Decoding (Wang et al., Findings of ACL 2024)"
+    arxiv: ClassVar[str] = "2403.18715"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
+
+    alpha: float = 1.0  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    disturbance: str = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
+    system: str = ""  # what the disturbance replaces at the start of the prompt
+    qformer: Literal["question", "normal"] = "question"  # disturbance before the question, or alone
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.qformer in ("question", "normal"), "qformer", "'question' or 'normal'")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    def views(self, sample, rng) -> list[View]:
+        if sample.family.has_qformer:
+            alone = self.qformer == "normal"
+            edit = (lambda query: self.disturbance) if alone else (lambda query: f"{self.disturbance} {query}")
+            return [sample.with_query(edit, weight=-self.alpha)]
+        return [sample.with_prefix(self.disturbance + " ", weight=-self.alpha, instead_of=self.system)]

@@ -1,0 +1,136 @@
+"""Lower Layer Matters (LOL; arXiv 2408.08769).
+
+    F  = log p(x) - strength * log p*(x)                     final layer: the model against an amateur
+    F' = log p(x; layer) - lower_strength * log p*(x; layer) the same after an early layer of both
+    scores = F + fusion * F' + refocus * (log p(x | guide) - log p(x))      truthfulness-refocused term, then the mask
+
+The amateur is inclined to hallucinate: a LoRA adapter of the attached model (``adapter``, by its peft name; ``lvlm-decode
+train`` makes one), another model of the same architecture (``model``), or the model itself under an instruction
+(``instruction``, when neither is given). No code was released and the tables were not at hand: the weighted fusion, the form
+of the last term, the layer and every strength are this library's reading, not the paper's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import DependencyError, UnsupportedError
+from ..method import Method, Probes, Step, View
+
+
+@dataclass(frozen=True)
+class LOL(Method):
+    """Final and lower layer of the model against those of an amateur, refocused by a truth-guiding instruction."""
+
+    name: ClassVar[str] = "lol"
+    paper: ClassVar[str] = "Lower Layer Matters (2024)"
+    arxiv: ClassVar[str] = "2408.08769"
+    costs: ClassVar[tuple[str, ...]] = ("text", "layers", "amateur")
+    owns: ClassVar[str | None] = "the choice of an early layer"
+
+    strength: float = 0.5  # weight of the amateur's final layer, >= 0
+    lower_strength: float = 0.5  # weight of the amateur's early layer, >= 0
+    fusion: float = 0.5  # weight of the early layer, >= 0
+    refocus: float = 0.5  # weight of the guided term, >= 0; 0 leaves its view out
+    layer: int | None = None  # the early layer, 1 is the output of the first; None is the middle
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    adapter: str | None = None
+    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)
+    instruction: str = "You are a careless assistant that describes things which are not in the image. "
+    guide: str = "You are a truthful assistant. Say only what is certainly in the image. "
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "lower_strength", "fusion", "refocus"):
+            self.check(getattr(self, name) >= 0, name, "at least 0")
+        self.check(self.layer is None or self.layer >= 1, "layer", "at least 1, or None")
+        self.check(self.adapter is None or self.model is None, "adapter", "None when model is given")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    def views(self, sample, rng) -> list[View]:
+        if self.adapter is not None:
+            amateur = sample.as_view(patch=self._with_adapter)
+        elif self.model is not None:
+            amateur = sample.as_view(module=sample.family.decoding_module(self.model))
+        else:
+            amateur = sample.with_prefix(self.instruction)
+        return [amateur, sample.with_prefix(self.guide)] if self.refocus else [amateur]
+
+    def probes(self, model: torch.nn.Module) -> Probes:
+        count = model.config.get_text_config().num_hidden_layers
+        layer = max(1, count // 2) if self.layer is None else self.layer
+        if layer >= count:
+            raise UnsupportedError(
+                f"lol: layer = {layer} is not an early layer of this model, which are 1 to {count - 1}."
+            )
+        return Probes(hidden=(layer,))
+
+    def patch(self, run: Any) -> AbstractContextManager:
+        return nullcontext() if self.adapter is None else adapters(run.model, None)
+
+    @cached_property
+    def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager]:
+        # One object for all samples: views that share a patch run in one forward.
+        return lambda module: adapters(module, self.adapter)
+
+    def combine(self, step: Step) -> Tensor:
+        model, amateur = step.logits[:2].log_softmax(-1)
+        (states,) = step.hidden.values()
+        lower = step.project(states[0]).log_softmax(-1)
+        lower_amateur = step.project(states[1], view=1).log_softmax(-1)
+        scores = model - self.strength * amateur + self.fusion * (lower - self.lower_strength * lower_amateur)
+        if self.refocus:
+            scores = scores + self.refocus * (step.logits[2].log_softmax(-1) - model)
+        return scores
+
+
+@contextmanager
+def adapters(module: torch.nn.Module, name: str | None) -> Iterator[None]:
+    """Only the peft adapter ``name`` is active in ``module``, or none of them; restored on exit.
+
+    Raises:
+        DependencyError: peft is not installed.
+        UnsupportedError: the module has no adapter of that name.
+    """
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise DependencyError("an amateur adapter needs peft; run: pip install peft") from error
+    layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    if not layers or (name is not None and not any(name in _names(layer) for layer in layers)):
+        known = sorted({known for layer in layers for known in _names(layer)})
+        raise UnsupportedError(
+            f"the model has no adapter {name!r} ({', '.join(known) or 'none is loaded'}); load it first with "
+            "model.load_adapter(path, adapter_name=...)."
+        )
+    before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    # peft switches gradients along with adapters.
+    gradients = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    try:
+        for layer in layers:
+            if name is not None and name in _names(layer):
+                layer.set_adapter([name])
+                layer.enable_adapters(True)
+            else:
+                layer.enable_adapters(False)
+        yield
+    finally:
+        for layer, disabled, active in before:
+            layer.set_adapter(active)
+            layer.enable_adapters(not disabled)
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+
+
+def _names(layer: Any) -> set[str]:
+    return {key for names in layer.adapter_layer_names for key in getattr(layer, names)}

@@ -1,0 +1,82 @@
+"""Leading Query Contrastive Decoding (arXiv 2408.11261).
+
+    scores = (1 + alpha) * l(image, neutral query) - alpha * l(image, leading query),   mask relative to the neutral query
+
+``form="plain"``: the prompt holds the neutral query, and ``hint`` makes it leading, as the benchmarks of the paper's first
+version do. ``form="neutral"``: the prompt holds the user's leading query; what ``suggestion`` matches is taken out of it for
+the neutral one, and a query without a suggestion is its own neutral form. The paper's second version rewrites with a language
+model and scales alpha by the query's sentiment; neither is here. No code was released; alpha and beta are not the paper's.
+
+InstructBLIP's Q-Former reads the query too, so by default both of its prompts lead (``slots``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ..method import Method, Step, View, plausible
+
+
+@dataclass(frozen=True)
+class LQCD(Method):
+    """The neutral query against the leading one."""
+
+    name: ClassVar[str] = "lqcd"
+    paper: ClassVar[str] = "Leading Query Contrastive Decoding (2024)"
+    arxiv: ClassVar[str] = "2408.11261"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
+
+    alpha: float = 1.0  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    form: Literal["plain", "neutral"] = "plain"
+    hint: str = "It seems like there isn't."  # what makes a neutral query leading
+    before: str = " ASSISTANT:"  # the hint goes before this cue, or to the prompt's end where there is none
+    #: A regular expression for suggestions in the user's query.
+    suggestion: str = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
+    slots: Literal["both", "language", "qformer"] = "both"
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.form in ("plain", "neutral"), "form", "'plain' or 'neutral'")
+        self.check(self.slots in ("both", "language", "qformer"), "slots", "'both', 'language' or 'qformer'")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    def lead(self, query: str) -> str:
+        """The query with the hint, before the assistant's cue."""
+        at = query.rfind(self.before) if self.before else -1
+        at = len(query) if at < 0 else at
+        return f"{query[:at].rstrip()} {self.hint}{query[at:]}"
+
+    def neutralise(self, query: str) -> str:
+        """The query without its suggestions."""
+        return re.sub(self.suggestion, "", query, flags=re.IGNORECASE)
+
+    def views(self, sample, rng) -> list[View]:
+        edit = self.lead if self.form == "plain" else self.neutralise
+        view = sample.as_view()
+        if self.slots != "qformer" or not sample.family.has_qformer:
+            view = view.sample.with_text(edit)
+        if self.slots != "language" and sample.family.has_qformer:
+            view = view.sample.with_query(edit)
+        return [dataclasses.replace(view, weight=-self.alpha)]
+
+    def _branches(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Neutral and leading logits."""
+        own, other = step.logits
+        return (own, other) if self.form == "plain" else (other, own)
+
+    def keep(self, step: Step) -> Tensor | None:
+        return None if self.beta is None else plausible(self._branches(step)[0], self.beta)
+
+    def combine(self, step: Step) -> Tensor:
+        neutral, leading = self._branches(step)
+        return neutral + self.alpha * (neutral - leading)

@@ -1,0 +1,81 @@
+"""Paying more Attention to Image (Liu et al., ECCV 2024; arXiv 2407.21771).
+
+    w_j <- w_j + alpha * |w_j|                 scores of the newest token towards image tokens j, before the softmax
+    scores = gamma * (lsm l(image) - lsm l(no image)) + lsm l(no image)     the second branch attends as usual
+
+Follows the authors' code: alpha 0.2, decoder layers from the third on, gamma 1.1 of their README (their CHAIR script passes
+2), a mask at 0.1 together with the second branch, and no boost on the prompt when there is one, so that the first token is
+unboosted; ``first_token="boosted"`` boosts it as the paper's equation reads. Only rows that choose a token are boosted, and
+only those are computed beside sdpa.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..engine.attention import Edit, editing, image_slots, probabilities, rows_of, to_layer, visible, weighted
+from ..engine.stack import running_lane
+from ..method import Contrast, View
+
+
+@dataclass(frozen=True)
+class PAI(Contrast):
+    """Attention to the image boosted in view 0, against a branch without image."""
+
+    name: ClassVar[str] = "pai"
+    paper: ClassVar[str] = "Paying More Attention to Image (Liu et al., ECCV 2024)"
+    arxiv: ClassVar[str] = "2407.21771"
+    costs: ClassVar[tuple[str, ...]] = ("text", "attention")
+    owns: ClassVar[str | None] = "the attention of view 0"
+
+    alpha: float = 0.2  # boost of attention scores, >= 0
+    gamma: float | None = 1.1  # guidance against the image-free branch, >= 1; None leaves branch and mask out
+    beta: float | None = 0.1  # plausibility threshold of the branch, (0, 1]
+    first_layer: int = 2  # 0 is the first decoder layer
+    first_token: Literal["code", "boosted"] = "code"
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.gamma is None or self.gamma >= 1, "gamma", "at least 1, or None")
+        self.check(self.first_layer >= 0, "first_layer", "at least 0")
+        self.check(self.first_token in ("code", "boosted"), "first_token", "'code' or 'boosted'")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return None if self.gamma is None else self.beta
+
+    def views(self, sample, rng) -> list[View]:
+        return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
+
+    def patch(self, run: Any) -> AbstractContextManager:
+        return editing(run.module, _Boost(self, run.family.image_token_id))
+
+
+class _Boost(Edit):
+    def __init__(self, method: PAI, image_token_id: int):
+        self.method, self.image_token_id = method, image_token_id
+
+    def output(self, layer, query, key, value, mask, scaling, out):
+        lane = running_lane()
+        rows = lane.rows_of(0)
+        late = self.method.gamma is not None and self.method.first_token == "code"
+        if rows is None or layer < self.method.first_layer or (lane.prefilling and late):
+            return out
+        # Of the prompt only the last row chooses a token; later all rows do, one when decoding, several in a draft.
+        queries = slice(-1, None) if lane.prefilling else slice(None)
+        images = to_layer(image_slots(lane, self.image_token_id)[rows], lane, key.shape[2])[:, None, None]
+        seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
+
+        def boost(scores: Tensor) -> Tensor:
+            return torch.where(images, scores + self.method.alpha * scores.abs(), scores)
+
+        attention = probabilities(query[rows][:, :, queries], key[rows], seen, scaling, boost)
+        out = out.clone()
+        out[rows, queries] = weighted(attention, value[rows]).to(out.dtype)
+        return out

@@ -1,0 +1,91 @@
+"""Self-Contrast Mixture-of-Experts (Shi et al., NeurIPS 2024; arXiv 2405.14507), for LVLMs on a mixture of experts.
+
+    scores = (1 + alpha) * l_strong - alpha * l_weak,    l = logits / temperature of its branch,   mask on l_strong
+
+The strong branch routes as the model does; in the weak one every token goes to the expert of rank ``rank`` alone. Follows the
+authors' code, whose names are the other way round: its beta 0.5 is ``alpha`` here, its alpha 0.1 is ``beta``. Unlike in VCD,
+temperature comes before contrast and mask. The routers work per row, so both branches share one forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..engine.stack import running_lane
+from ..errors import UnsupportedError
+from ..method import Method, Step, View, plausible
+
+
+def routers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The top-k routers of a decoder in the form transformers gives them: (logits, weights, experts) per token."""
+    return [part for part in module.modules() if type(part).__name__.endswith("TopKRouter")]
+
+
+@dataclass(frozen=True)
+class SCMoE(Method):
+    """The experts the model chose against the one it nearly chose."""
+
+    name: ClassVar[str] = "scmoe"
+    paper: ClassVar[str] = "Unchosen Experts Can Contribute Too (Shi et al., NeurIPS 2024)"
+    arxiv: ClassVar[str] = "2405.14507"
+    aliases: ClassVar[dict[str, str]] = {"student_routed_tok": "rank"}
+    costs: ClassVar[tuple[str, ...]] = ("rows",)
+
+    alpha: float = 0.5  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    rank: int = 2  # which expert the weak branch uses, 1 is the router's first choice
+    strong_temperature: float = 1.0
+    weak_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.rank >= 1, "rank", "at least 1")
+        self.check(self.strong_temperature > 0, "strong_temperature", "above 0")
+        self.check(self.weak_temperature > 0, "weak_temperature", "above 0")
+        self.check_beta()
+
+    def views(self, sample, rng) -> list[View]:
+        return [sample.as_view(mark=self.name)]
+
+    @contextmanager
+    def patch(self, run: Any) -> Iterator[None]:
+        routers = routers_of(run.module.get_decoder())
+        if not routers:
+            raise UnsupportedError(
+                f"scmoe needs a decoder with a mixture of experts, and {run.family.config.model_type} has no routers."
+            )
+        view = run.view_number(self.name)
+
+        def weaken(module: torch.nn.Module, args: Any, output: Any) -> Any:
+            rows = running_lane().rows_of(view)
+            if rows is None:
+                return output
+            logits, weights, experts = output
+            tokens = len(logits) // (len(running_lane().views) * running_lane().rows)
+            own = slice(rows.start * tokens, rows.stop * tokens)
+            weights, experts = weights.clone(), experts.clone()
+            # One expert alone: its weight is 1, the other places keep theirs at 0.
+            chosen = logits[own].topk(self.rank, -1).indices[:, -1]
+            weights[own], experts[own] = 0, experts[own]
+            weights[own, 0], experts[own, 0] = 1, chosen
+            return logits, weights, experts
+
+        hooks = [router.register_forward_hook(weaken) for router in routers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def keep(self, step: Step) -> Tensor | None:
+        return None if self.beta is None else plausible(step.logits[0] / self.strong_temperature, self.beta)
+
+    def combine(self, step: Step) -> Tensor:
+        strong, weak = step.logits[0] / self.strong_temperature, step.logits[1] / self.weak_temperature
+        return strong + self.alpha * (strong - weak)

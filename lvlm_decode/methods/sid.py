@@ -1,0 +1,94 @@
+"""Self-Introspective Decoding (Huo et al., ICLR 2025; arXiv 2408.02032).
+
+    scores = (1 + alpha) * l(image) - alpha * l(image, only the least attended image tokens visible in later layers)
+
+In the second branch the newest token's attention in one early layer, mean over heads, ranks the image tokens; all layers
+after it see the lowest ``share`` of them only. The ranking is made anew for every token. Follows the authors' code:
+the second layer ranks, 100 of 576 tokens stay (50 for captions); the paper says the third layer and 10 %:
+``rank_layer=2, share=0.1``. Image tokens are masked, not dropped. The authors' greedy path leaves the mask out:
+``beta=None``; their sampler runs at alpha 0.5, the value of the paper and of their parser is 1.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..engine.attention import Edit, editing, image_slots, probabilities, rows_of, to_layer, visible
+from ..engine.prepare import left_pad
+from ..engine.stack import running_lane
+from ..errors import UnsupportedError
+from ..method import Contrast, View
+
+
+@dataclass(frozen=True)
+class SID(Contrast):
+    """Against a branch that sees only what it attends to least."""
+
+    name: ClassVar[str] = "sid"
+    paper: ClassVar[str] = "Self-Introspective Decoding (Huo et al., ICLR 2025)"
+    arxiv: ClassVar[str] = "2408.02032"
+    aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "fast_v_agg_layer": "rank_layer"}
+    costs: ClassVar[tuple[str, ...]] = ("attention",)
+
+    alpha: float = 1.0  # contrast strength, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    rank_layer: int = 1  # decoder layer whose attention ranks, 0 is the first
+    share: float = 100 / 576  # share of the image tokens that stays visible, (0, 1]
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(self.rank_layer >= 0, "rank_layer", "at least 0")
+        self.check(0 < self.share <= 1, "share", "in (0, 1]")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    def views(self, sample, rng) -> list[View]:
+        return [sample.as_view(weight=-self.alpha, mark=self.name)]
+
+    def patch(self, run: Any) -> AbstractContextManager:
+        count = run.model.config.get_text_config().num_hidden_layers
+        if self.rank_layer >= count - 1:
+            raise UnsupportedError(
+                f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to {count - 1}."
+            )
+        return editing(run.module, _Prune(self, run.view_number(self.name), run.family.image_token_id))
+
+
+class _Prune(Edit):
+    def __init__(self, method: SID, view: int, image_token_id: int):
+        self.method, self.view, self.image_token_id = method, view, image_token_id
+        self.hidden = torch.empty(0)
+
+    def mask(self, layer, query, key, mask, scaling):
+        lane = running_lane()
+        rows = lane.rows_of(self.view)
+        if rows is None or layer < self.method.rank_layer:
+            return mask
+        count, slots = query.shape[2], key.shape[2]
+        seen = visible(count, slots, mask, key.device)
+        if layer == self.method.rank_layer:
+            queries = slice(-1, None) if lane.prefilling else slice(None)
+            own = rows_of(seen, rows, queries)
+            attention = probabilities(query[rows][:, :, queries], key[rows], own, scaling).mean(1)
+            self.hidden = self._least(left_pad(attention[..., : lane.length], lane.length, 0.0), lane, rows)
+            return mask
+        seen = seen.expand(len(query), -1, -1, -1).clone()
+        pruned = seen[rows] & ~to_layer(self.hidden, lane, slots)[:, None]
+        # An image token before any text may have only itself to see.
+        blind = seen[rows].any(-1, keepdim=True) & ~pruned.any(-1, keepdim=True)
+        seen[rows] = torch.where(blind, seen[rows], pruned)
+        return seen
+
+    def _least(self, attention: torch.Tensor, lane: Any, rows: slice) -> torch.Tensor:
+        """(B, q, S) bool: the image tokens that each query's ranking hides."""
+        images = image_slots(lane, self.image_token_id)[rows][:, None]
+        keep = (images.sum(-1, keepdim=True) * self.method.share).round().clamp(min=1)
+        ranks = attention.masked_fill(~images, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
+        return images & (ranks >= keep)

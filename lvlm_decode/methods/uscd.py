@@ -1,0 +1,52 @@
+"""Uncertainty-aware Selective Contrastive Decoding (arXiv 2409.05923), with the image as what the lame prompt lacks.
+
+    scores = l(image) - alpha * l(no image)     where the next token is uncertain,    l(image) elsewhere
+
+Written for code generation, where the lame prompt is the prompt without its examples. What carries over to an LVLM is the
+gate: contrast only where the model is unsure. The lame prompt here is the prompt without its image. A token counts as
+uncertain when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
+certain one. No code was released; alpha, beta and threshold are not the paper's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..method import Method, Step, View
+
+
+@dataclass(frozen=True)
+class USCD(Method):
+    """What the model says blindly is subtracted only where it is unsure."""
+
+    name: ClassVar[str] = "uscd"
+    paper: ClassVar[str] = "Uncertainty-aware Selective Contrastive Decoding (2024)"
+    arxiv: ClassVar[str] = "2409.05923"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
+
+    alpha: float = 0.5  # weight of the lame branch, >= 0
+    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    threshold: float = 0.9  # share of a certain token's spread below which one is uncertain, [0, 1]
+
+    def __post_init__(self) -> None:
+        self.check(self.alpha >= 0, "alpha", "at least 0")
+        self.check(0 <= self.threshold <= 1, "threshold", "in [0, 1]")
+        self.check_beta()
+
+    @property
+    def plausible(self) -> float | None:
+        return self.beta
+
+    def views(self, sample, rng) -> list[View]:
+        return [sample.without_image()]
+
+    def combine(self, step: Step) -> Tensor:
+        main, lame = step.logits
+        certain = torch.zeros(main.shape[-1], device=main.device)
+        certain[0] = 1.0
+        unsure = main.softmax(-1).std(-1, keepdim=True) < self.threshold * certain.std()
+        return torch.where(unsure, main - self.alpha * lame, main)
