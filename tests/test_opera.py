@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, StoppingCriteria, TextStreamer
 from zoo import BUILDERS, EOS, tiny
 
-from lvlm_decode.controllers import attention
 from lvlm_decode.controllers.base import Limits
-from lvlm_decode.controllers.opera import OPERA, Search, search_all, spans
+from lvlm_decode.controllers.opera import OPERA, Recorder, Search, search_all, spans
 from lvlm_decode.controllers.rows import Rows
 from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.engine.attention import editing
 from lvlm_decode.engine.prepare import Batch
 from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
@@ -383,7 +383,8 @@ def test_recorded_rows_are_those_of_eager_attention(family):
     batch = Batch(family_of(model), inputs)
     captured = batch.capture(batch.resolve(batch.samples))
     module, tokens = captured.module, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with torch.no_grad(), attention.last_layer(module) as recorder:
+    recorder = Recorder(module)
+    with torch.no_grad(), editing(module, recorder):
         rows = Rows(captured)
         rows.extend(torch.tensor([[11, 12], [13, 0]]), [2, 1])
         recorder.on = True
@@ -454,7 +455,6 @@ def test_the_model_is_left_as_it_was(llava):
     hook.remove()
     vars(llava).pop("run")
     assert (decoder.config._attn_implementation, dict(vars(llava)), set(decoder.layers[-1]._forward_hooks)) == before
-    assert not attention._recorders
     assert torch.equal(llava.generate(**inputs_of(), max_new_tokens=8, do_sample=False), expected)
 
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
 
+from ..engine.attention import Edit, editing, probabilities, visible
 from ..errors import UnsupportedError
-from . import attention
 from .base import Controller, Limits, pad_answers, refuse_outputs
 from .rows import Rows
 
@@ -159,7 +159,8 @@ class OPERA(Controller):
             )
             for ids, image in zip(input_ids, images)
         ]
-        with torch.no_grad(), attention.last_layer(captured.module) as recorder:
+        recorder = Recorder(captured.module)
+        with torch.no_grad(), editing(captured.module, recorder):
             rows = Rows(captured, run.family.pad_token_id)
             search_all(searches, Model(rows, recorder, spans(images), self.num_beams))
         answers = [search.answer() for search in searches]
@@ -524,6 +525,36 @@ def _most_frequent(values: Sequence[int]) -> int:
     return min(value for value, count in counts.items() if count == most)
 
 
+class Recorder(Edit):
+    """Attention rows of the last decoder layer for the tokens of the newest forward, while ``on``."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.on = False
+        self._last = len(module.get_decoder().layers) - 1
+        self._rows: Tensor | None = None
+
+    def output(self, layer, query, key, value, mask, scaling, out):
+        if self.on and layer == self._last:
+            seen = visible(query.shape[2], key.shape[2], mask, key.device)
+            self._rows = probabilities(query, key, seen, scaling).amax(1)
+        return out
+
+    def take(self) -> Tensor:
+        """(R, q, S) float32: per new token the largest probability over heads for every slot of the cache, itself
+        included; not normalised again.
+
+        Raises:
+            UnsupportedError: the decoder's last layer did not call the attention interface.
+        """
+        if self._rows is None:
+            raise UnsupportedError(
+                "the last decoder layer of this model has no attention that transformers' attention interface runs, so "
+                "its attention rows cannot be read; OPERA needs a model whose last layer is ordinary attention."
+            )
+        rows, self._rows = self._rows, None
+        return rows
+
+
 class Model:
     """What a batch of searches asks of a language model: one forward per step for all of them.
 
@@ -534,7 +565,7 @@ class Model:
         beams: rows per sample, sample-major.
     """
 
-    def __init__(self, rows: Rows, recorder: attention.Recorder, spans: Sequence[tuple[int, int]], beams: int):
+    def __init__(self, rows: Rows, recorder: Recorder, spans: Sequence[tuple[int, int]], beams: int):
         self.rows, self.recorder, self.spans, self.beams = rows, recorder, list(spans), beams
 
     def start(self) -> Tensor:
