@@ -1,7 +1,7 @@
 """Keeping the accepted path of a verified draft, dropping the rest: caches, masks, positions.
 
-A verification writes ``q`` slots after the ``base`` slots in use, in row order. Afterwards sample ``b`` keeps the slots of
-its own path. All samples of a batch share the cache's length, so a sample that accepted less than another has a hole at
+A verification writes ``q`` slots after those in use, in row order, at the same place for every sample. Afterwards each
+sample's path is moved to the end of its own slots, so that no holes pile up; a sample that is behind has free slots at
 the end, which its mask hides.
 """
 
@@ -39,76 +39,78 @@ def check_cache(cache: Any) -> None:
             )
 
 
-def keep_path(cache: Any, base: int, length: int, rows: Tensor | None = None) -> None:
-    """Keep ``length`` of the slots from ``base`` on, in every layer; the others are free again.
-
-    Args:
-        cache: a dynamic or static cache; a static one keeps its buffers and its capacity.
-        base: slots in use before the verification.
-        length: how many slots stay.
-        rows: which slots, relative to ``base``: (length,) for all rows of the cache, or (R, length) for each of its R
-            rows; ``None`` for the first ones as they lie.
-    """
-    for layer in cache.layers:
-        if rows is not None:
-            for states in (layer.keys, layer.values):
-                tail = states[:, :, base:]
-                if rows.dim() == 1:
-                    kept = tail.index_select(2, rows)
-                else:
-                    index = rows[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                    kept = tail.gather(2, index)
-                # ``kept`` is a copy, so reading and writing the same slots is safe.
-                states[:, :, base : base + length] = kept
-        if getattr(layer, "is_compileable", False):
-            layer.cumulative_length.fill_(base + length)
-        else:
-            layer.keys = layer.keys[:, :, : base + length]
-            layer.values = layer.values[:, :, : base + length]
-
-
 def keep(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bool) -> None:
     """Leave in every lane what sample b would hold had it decoded its path one token at a time.
 
     Args:
         lanes: just extended by ``q`` tokens.
-        paths: for each sample the accepted rows, the root (0) first.
+        paths: for each sample the accepted rows, the root (0) first; empty for a sample that is finished.
         q: rows of the verified draft.
-        chain: whether the draft was a chain, run with the causal mask.
+        chain: whether the draft was a chain, run with the causal mask; the lanes counted all its tokens then.
     """
-    longest = max(len(path) for path in paths)
-    if chain and all(len(path) == longest for path in paths):
+    device = lanes.generated.device
+    counted = q if chain else 0
+    if len(paths) == 1:
+        length = len(paths[0])
+        in_order = list(paths[0]) == list(range(length))
+        rows = None if in_order else torch.tensor(paths[0], device=device)
         for lane in lanes.lanes:
             base = lane.length - q
-            keep_path(lane.cache, base, longest)
-            lane.length = base + longest
-            lane.position = lane.position - (q - longest)
+            for layer in lane.cache.layers:
+                if rows is not None:
+                    for states in (layer.keys, layer.values):
+                        # index_select copies, so reading and writing the same slots is safe.
+                        states[:, :, base : base + length] = states[:, :, base:].index_select(2, rows)
+                _free(layer, base + length)
+            lane.length = base + length
+            lane.position = lane.position + (length - counted)
             if lane.mask is not None:
-                lane.mask = lane.mask[:, : base + longest]
-        lanes.generated = lanes.generated - (q - longest)
+                lane.mask = lane.mask[:, : base + length]
+        lanes.generated = lanes.generated + (length - counted)
         return
-    device = lanes.generated.device
+    longest = max(map(len, paths))
+    rows = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
     taken = torch.tensor([len(path) for path in paths], device=device)
-    in_order = all(list(path) == list(range(len(path))) for path in paths)
-    rows = None
-    if not in_order:
-        filled = [[*path, *[path[-1]] * (longest - len(path))] for path in paths]
-        rows = torch.tensor(filled if len(paths) > 1 else filled[0], device=device)
     for lane in lanes.lanes:
-        _keep_lane(lane, rows, taken, longest, q, chain)
-    lanes.generated = lanes.generated + (taken - q if chain else taken)
+        _keep_rows(lane, rows, taken, q, counted)
+    lanes.generated = lanes.generated + taken - counted
 
 
-def _keep_lane(lane: Lane, rows: Tensor | None, taken: Tensor, longest: int, q: int, chain: bool) -> None:
-    views = len(lane.views)
-    base = lane.length - q
-    keep_path(lane.cache, base, longest, rows if rows is None or rows.dim() == 1 else rows.repeat(views, 1))
-    lane.length = base + longest
-    step = taken.repeat(views)[:, None]
-    lane.position = lane.position + (step - q if chain else step)
-    uneven = bool((taken < longest).any())
-    if lane.mask is None and uneven:
-        lane.mask = torch.ones(len(step), base, dtype=torch.bool, device=taken.device)
+def _keep_rows(lane: Lane, rows: Tensor, taken: Tensor, q: int, counted: int) -> None:
+    """Move each row's path to the end of what that row has in use.
+
+    Args:
+        rows: (B, m) slots to keep, relative to where the draft starts, filled up to the longest path.
+        taken: (B,) how many of them.
+    """
+    views, base = len(lane.views), lane.length - q
+    rows, taken = rows.repeat(views, 1), taken.repeat(views)
+    mask = torch.ones(len(rows), base, dtype=torch.bool, device=rows.device)
     if lane.mask is not None:
-        seen = torch.arange(longest, device=taken.device) < step
-        lane.mask = torch.cat([lane.mask[:, :base], seen], 1)
+        mask = lane.mask[:, :base]
+    # Slots in use by each row: up to the last one it sees. Every row sees its own prompt.
+    used = base - mask.flip(1).long().argmax(1)
+    # Finished samples hold nobody up; what they had beyond is cut off.
+    length = int((used + taken)[taken > 0].max())
+    # Beyond a row's own path the copy writes slots that no mask shows.
+    target = used[:, None] + torch.arange(rows.shape[1], device=rows.device)
+    for layer in lane.cache.layers:
+        for states in (layer.keys, layer.values):
+            heads, size = states.shape[1], states.shape[3]
+            source = (base + rows)[:, None, :, None].expand(-1, heads, -1, size)
+            states.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, size), states.gather(2, source))
+        _free(layer, length)
+    slots = torch.arange(length, device=rows.device)
+    new = (slots >= used[:, None]) & (slots < (used + taken)[:, None])
+    mask = torch.nn.functional.pad(mask, (0, max(length - base, 0)))[:, :length] | new
+    lane.mask = None if bool(mask.all()) else mask
+    lane.length = length
+    lane.position = lane.position + (taken - counted)[:, None]
+
+
+def _free(layer: Any, length: int) -> None:
+    """Slots from ``length`` on are free again; a static layer keeps its buffers and its capacity."""
+    if getattr(layer, "is_compileable", False):
+        layer.cumulative_length.fill_(length)
+    else:
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

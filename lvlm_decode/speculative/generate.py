@@ -151,7 +151,7 @@ class _Loop:
         paths, committed = [], []
         for b, own in enumerate(self.generated):
             if self.done[b]:
-                paths.append([0])
+                paths.append([])
                 committed.append([])
                 continue
             before, tokens, shape = len(own), tree.lists[b], tree.shape(b)
@@ -166,7 +166,7 @@ class _Loop:
             stats.accepted += len(path) - 1
             stats.level(max(d for row, d in enumerate(shape.depth) if tokens[row] >= 0), len(path) - 1)
         if not all(self.done):
-            keep(lanes, paths, tree.rows, tree.is_chain)
+            keep(lanes, [[] if over else path for path, over in zip(paths, self.done)], tree.rows, tree.is_chain)
         walked = self._now()
         if not all(self.done):
             features = None if watcher is None else self._features(watcher)

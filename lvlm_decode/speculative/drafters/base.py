@@ -71,7 +71,7 @@ class Verified:
     Args:
         tree: what was verified.
         scores: (B, n, N) float32 mitigated scores of every row, before processors.
-        paths: for each sample the accepted rows, the root first.
+        paths: for each sample the accepted rows, the root first; empty if it was finished before.
         committed: for each sample the tokens it gained: the accepted proposals and the bonus.
         features: of the verified rows, for drafters with ``features``; else ``None``.
     """
@@ -106,6 +106,8 @@ class Session:
     def count(self, verified: Verified) -> None:
         """Keep the running acceptance that :meth:`levels` needs; old cycles fade."""
         for sample, path in enumerate(verified.paths):
+            if not path:
+                continue
             deepest = max(
                 (d for row, d in enumerate(verified.tree.shape(sample).depth) if verified.tree.lists[sample][row] >= 0),
                 default=0,

@@ -83,6 +83,8 @@ class _RecyclingSession(Session):
     def observe(self, verified: Verified) -> None:
         self.count(verified)
         for sample, (tokens, path) in enumerate(zip(verified.tree.lists, verified.paths)):
+            if not path:
+                continue
             accepted = set(path)
             # The last writer wins: rejected rows first, then the accepted ones, the deepest last.
             order = [row for row in range(len(tokens)) if row not in accepted] + path
