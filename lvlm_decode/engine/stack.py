@@ -171,8 +171,8 @@ class Lane:
             past = self.mask[:, None].expand(-1, q, -1)
             own = own.expand(len(past), -1, -1)
         seen = torch.cat([past, own], -1)
-        capacity = getattr(self.cache, "max_cache_len", None)
-        if capacity is not None and getattr(self.cache, "is_compileable", False):
+        if getattr(self.cache, "is_compileable", False):
+            capacity = self.cache.layers[0].max_cache_len
             seen = torch.nn.functional.pad(seen, (0, capacity - seen.shape[-1]))
         dtype = self.module.dtype
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
