@@ -1,0 +1,266 @@
+"""Measuring what a drafter brings: paired runs in one process, on the same inputs, token ids compared.
+
+Every sample runs through every arm, the order rotating from round to round, so that a slow moment of the machine hits all
+arms alike. Ratios are taken within a round of a sample; their median is reported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.attach import attach, detach, last_run
+from ..method import Method
+from .cost import alpha_of, break_even, time_per_token
+from .drafters import Drafter
+from .stats import Stats
+
+CAPTION = "Please describe this image in detail."
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of decoding.
+
+    Args:
+        method: attached method; ``None`` is Hugging Face's own ``generate()`` on the bare model.
+        drafter: with it the speculative loop runs.
+        options: further arguments of ``generate()``.
+        execution: of the views.
+    """
+
+    method: Method | None = None
+    drafter: Drafter | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    execution: str = "stacked"
+
+
+@dataclass
+class Measured:
+    """What one arm did: per sample its ids; per round and sample the seconds of the whole call."""
+
+    answers: list[list[int]] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    prefill: list[float] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+    def per_token(self, decode_only: bool = False) -> list[float]:
+        """Seconds per token of every round and sample; ``decode_only`` takes off a call that makes one token."""
+        out = []
+        for round_seconds in self.seconds:
+            for seconds, first, answer in zip(round_seconds, self.prefill, self.answers):
+                tokens = len(answer) - 1 if decode_only else len(answer)
+                if tokens > 0:
+                    out.append((seconds - first if decode_only else seconds) / tokens)
+        return out
+
+
+@contextmanager
+def ready(model: torch.nn.Module, processor: Any, arm: Arm):
+    """The model as the arm wants it, for the length of the block."""
+    if arm.method is None:
+        yield model
+        return
+    attach(model, arm.method, processor=processor, drafter=arm.drafter, execution=arm.execution)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def _timed(model: torch.nn.Module, inputs: Mapping[str, Any], **options: Any) -> tuple[list[int], float]:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = perf_counter()
+    out = model.generate(**inputs, **options)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return out[0, inputs["input_ids"].shape[1] :].tolist(), perf_counter() - start
+
+
+def measure(
+    model: torch.nn.Module,
+    processor: Any,
+    samples: Sequence[Mapping[str, Tensor]],
+    arms: Mapping[str, Arm],
+    *,
+    max_new_tokens: int,
+    rounds: int = 3,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Measured]:
+    """Run every sample through every arm ``rounds`` times, after one untimed round that also warms drafters up.
+
+    Args:
+        samples: inputs of ``generate()``, one sample each.
+        arms: name -> arm.
+        options: arguments of every call, for instance ``do_sample`` and ``temperature``; greedy by default. The seed of a
+            sampled call is passed to attached models only.
+    """
+    common = {"do_sample": False, "max_new_tokens": max_new_tokens, **(options or {})}
+    bare = {key: value for key, value in common.items() if key != "seed"}
+    results = {name: Measured() for name in arms}
+    names = list(arms)
+    for turn in range(rounds + 1):
+        for name in names:
+            results[name].seconds += [[]] if turn else []
+        for number, inputs in enumerate(samples):
+            shift = (turn + number) % len(names)
+            for name in names[shift:] + names[:shift]:
+                arm, result = arms[name], results[name]
+                how = {**(bare if arm.method is None else common), **arm.options}
+                with ready(model, processor, arm):
+                    answer, seconds = _timed(model, inputs, **how)
+                    if turn:
+                        result.seconds[-1].append(seconds)
+                        if arm.drafter is not None:
+                            result.stats = result.stats + last_run(model).speculation
+                    else:
+                        result.answers.append(answer)
+                        firsts = [_timed(model, inputs, **{**how, "max_new_tokens": 1})[1] for _ in range(3)]
+                        result.prefill.append(statistics.median(firsts))
+    return results
+
+
+def ratio(of: Measured, to: Measured, decode_only: bool = False) -> float:
+    """Median over rounds and samples of the paired ratio of seconds per token."""
+    a, b = of.per_token(decode_only), to.per_token(decode_only)
+    return statistics.median(x / y for x, y in zip(a, b))
+
+
+def mismatches(of: Measured, to: Measured) -> int:
+    """How many samples got other token ids."""
+    return sum(a != b for a, b in zip(of.answers, to.answers))
+
+
+def summary(results: Mapping[str, Measured], plain: str, rounds: int) -> dict[str, Any]:
+    """Per arm: milliseconds per token, ratios to the arm ``plain``, acceptance, the split, and the cost formula.
+
+    The formula's unit is a decoding step of ``plain``; what it predicts stands beside what was measured.
+    """
+    unit = statistics.median(results[plain].per_token(decode_only=True))
+    out: dict[str, Any] = {}
+    for name, result in results.items():
+        entry: dict[str, Any] = {
+            "ms_per_token": round(1e3 * statistics.median(result.per_token()), 4),
+            "ms_per_token_decode": round(1e3 * statistics.median(result.per_token(decode_only=True)), 4),
+            "vs_plain": round(ratio(result, results[plain]), 4),
+            "vs_plain_decode": round(ratio(result, results[plain], decode_only=True), 4),
+            "tokens": sum(map(len, result.answers)),
+        }
+        stats = result.stats
+        if stats.cycles:
+            cycle = {
+                part: getattr(stats, f"{part}_s") / stats.cycles / unit for part in ("target", "draft", "other")
+            }
+            entry["speculation"] = {
+                **stats.to_json(),
+                "alpha": round(alpha_of(stats.tau, len(stats.reached)), 4) if stats.reached else 0.0,
+                "ms_per_token_split": {
+                    part: round(1e3 * getattr(stats, f"{part}_s") / stats.tokens, 4)
+                    for part in ("target", "draft", "other")
+                },
+                "cycle_in_plain_steps": {part: round(value, 3) for part, value in cycle.items()},
+                "formula": {
+                    "time_per_token": round(time_per_token(stats.tau, *cycle.values()), 4),
+                    "break_even_tau": round(break_even(*cycle.values()), 4),
+                },
+            }
+        out[name] = entry
+    return out
+
+
+def raw(results: Mapping[str, Measured]) -> dict[str, Any]:
+    """The samples behind a summary: seconds of every call, tokens of every answer."""
+    return {
+        name: {
+            "seconds": [[round(s, 6) for s in row] for row in result.seconds],
+            "seconds_of_one_token": [round(s, 6) for s in result.prefill],
+            "tokens": [len(answer) for answer in result.answers],
+        }
+        for name, result in results.items()
+    }
+
+
+def caption_inputs(processor: Any, count: int, start: int = 0, prompt: str = CAPTION) -> list[dict[str, Tensor]]:
+    """Inputs for ``count`` of the scenes that ship, each with a caption prompt."""
+    import lvlm_decode_data
+    from PIL import Image
+
+    text = prompt
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    scenes = lvlm_decode_data.load_scenes()[start : start + count]
+    return [dict(processor(images=[Image.open(s.path).convert("RGB")], text=[text], return_tensors="pt")) for s in scenes]
+
+
+def circumstances(model: torch.nn.Module) -> dict[str, Any]:
+    """Machine, versions, dtype, commit and load: what a recorded number came from."""
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return {
+        "machine": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "commit": done.stdout.strip() or "unknown",
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def speculative(
+    model: torch.nn.Module,
+    processor: Any,
+    method: Method,
+    drafter: Drafter,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    rounds: int = 3,
+    options: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """``lvlm-decode bench speculative``: a method with a drafter against itself without one, and against plain."""
+    inputs = [{k: v.to(model.device) for k, v in x.items()} for x in caption_inputs(processor, samples)]
+    arms = {"plain": Arm(), "method": Arm(method), "method with drafter": Arm(method, drafter)}
+    say(f"{samples} captions, {rounds} rounds, {len(arms)} arms")
+    results = measure(
+        model, processor, inputs, arms, max_new_tokens=max_new_tokens, rounds=rounds, options=options
+    )
+    speculated = summary(results, "plain", rounds)
+    own = speculated["method with drafter"]
+    return {
+        "mismatches": mismatches(results["method with drafter"], results["method"]),
+        "time_per_token_vs_plain": own["vs_plain"],
+        "time_per_token_vs_method": round(ratio(results["method with drafter"], results["method"]), 4),
+        "tau": own["speculation"]["tau"],
+        "split": own["speculation"]["ms_per_token_split"],
+        "arms": speculated,
+        "raw": raw(results),
+        "circumstances": circumstances(model),
+    }
