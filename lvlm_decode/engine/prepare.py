@@ -493,12 +493,14 @@ class Batch:
         out = self.family.generate(
             text, vision, images, do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens
         )
-        end = self.family.model.generation_config.eos_token_id
+        end = self.family.decoding_module(self.family.model).generation_config.eos_token_id
         ends = {end} if isinstance(end, int) else set(end or ())
         answers = []
         for ids in out[:, text["input_ids"].shape[1] :]:
             stop = next((i for i, token in enumerate(ids.tolist()) if token in ends), len(ids))
-            answers.append(ids[:stop])
+            ids = ids[:stop]
+            # A described image is words; a placeholder among them would want features.
+            answers.append(ids[self.family.drop_image(ids)])
         return answers
 
     def resolve(self, samples: Sequence[Sample]) -> list[Sample]:
