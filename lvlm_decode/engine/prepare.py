@@ -457,11 +457,12 @@ class Batch:
         if not parts:
             return []
         vision = self.family.cat_vision(parts)
-        if whole and self._observe is not None:
-            with self._observe(self.family.model) as self.observed:
-                encoded = self.family.encode(vision)
-        else:
+        if self._observe is None:
             encoded = self.family.encode(vision)
+        else:
+            with self._observe(self.family.model) as observed:
+                encoded = self.family.encode(vision)
+            self.observed = observed if whole else self.observed
         at = 0
         if whole:
             self._assign(encoded)

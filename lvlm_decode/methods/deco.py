@@ -55,7 +55,7 @@ class DeCo(Method):
         count = model.config.get_text_config().num_hidden_layers
         if self.layers is None:
             first, last = round(20 / 32 * count), round(28 / 32 * count)
-            return Probes(hidden=tuple(range(max(first, 1), max(last, first) + 1)))
+            return Probes(hidden=tuple(range(max(first, 1), min(last, count - 1) + 1)))
         if not all(1 <= layer < count for layer in self.layers):
             raise UnsupportedError(
                 f"deco: layers = {self.layers} are not all preceding layers of this model, which are 1 to {count - 1}."

@@ -78,6 +78,10 @@ class LOL(Method):
     def patch(self, run: Any) -> AbstractContextManager:
         return nullcontext() if self.adapter is None else adapters(run.model, None)
 
+    def observe(self, model: torch.nn.Module) -> AbstractContextManager:
+        # The images are those of the model, encoded once; the amateur differs in what it makes of them.
+        return nullcontext() if self.adapter is None else adapters(model, None)
+
     @cached_property
     def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager]:
         # One object for all samples: views that share a patch run in one forward.

@@ -1,0 +1,738 @@
+"""Every method's formula against a literal re-statement, its views against the words and features they should hold."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
+
+from lvlm_decode import attach, detach
+from lvlm_decode.engine.attach import Run, last_run
+from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
+from lvlm_decode.method import Step, plausible
+from lvlm_decode.methods import METHODS, load, parse
+from lvlm_decode.methods.avisc import AvisC
+from lvlm_decode.methods.cad import CAD
+from lvlm_decode.methods.code import CODE
+from lvlm_decode.methods.dcd import DCD
+from lvlm_decode.methods.deco import DeCo
+from lvlm_decode.methods.dola import DoLa
+from lvlm_decode.methods.icd import ICD
+from lvlm_decode.methods.lol import LOL
+from lvlm_decode.methods.lqcd import LQCD
+from lvlm_decode.methods.m3id import M3ID
+from lvlm_decode.methods.pai import PAI
+from lvlm_decode.methods.scmoe import SCMoE
+from lvlm_decode.methods.sid import SID
+from lvlm_decode.methods.uscd import USCD
+from lvlm_decode.methods.vdd import VDD
+
+B, T, N, D = 2, 3, 12, 6
+INF = float("inf")
+
+
+def step(views: int, weights=(), layers=(), seed=0, scale=2.0) -> Step:
+    g = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(views, B, T, N, generator=g)
+    hidden = {layer: torch.randn(views, B, T, D, generator=g) for layer in layers}
+    head, norm = torch.randn(N, D, generator=g), torch.randn(D, generator=g)
+
+    def project(x: Tensor, normed: bool = True, view: int = 0) -> Tensor:
+        return (x * norm if normed else x) @ head.T * (1 + 0.1 * view)
+
+    positions = torch.tensor([[0, 1, 2], [40, 41, 42]])
+    return Step(logits, positions, tuple(weights), hidden, project)
+
+
+def each(s: Step):
+    """(b, t, logits per view) of every position."""
+    for b in range(B):
+        for t in range(T):
+            yield b, t, s.logits[:, b, t]
+
+
+def masked(scores: Tensor, main: Tensor, beta: float) -> Tensor:
+    """The plausibility mask in probabilities, as the papers write it."""
+    p = main.softmax(-1)
+    return torch.where(p >= beta * p.max(), scores, torch.tensor(-INF))
+
+
+def assert_scores(method, s: Step, literal) -> None:
+    out = method.scores(s)
+    assert out.shape == (B, T, N)
+    for b, t, logits in each(s):
+        torch.testing.assert_close(out[b, t], literal(b, t, logits), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha,beta", [(1.0, 0.1), (0.5, 0.3)])
+@pytest.mark.parametrize("name", ["vcd", "icd", "sid", "avisc", "damro", "vdd", "cad"])
+def test_one_negative_view(name, alpha, beta):
+    method = load(name)(alpha=alpha, beta=beta)
+    s = step(2, weights=[-alpha])
+    assert_scores(method, s, lambda b, t, z: masked((1 + alpha) * z[0] - alpha * z[1], z[0], beta))
+
+
+def test_dcd():
+    s = step(2, weights=[-1.0])
+    assert_scores(DCD(negative={}), s, lambda b, t, z: masked(2 * z[0] - z[1], z[0], 0.1))
+
+
+def test_cad_has_no_mask_unless_asked():
+    s = step(2, weights=[-0.5])
+    assert_scores(CAD(), s, lambda b, t, z: 1.5 * z[0] - 0.5 * z[1])
+
+
+def test_vdd_averages_the_negative_logits():
+    s = step(3, weights=[-0.5, -0.5])
+    method = VDD(absent="both")
+    assert_scores(method, s, lambda b, t, z: masked(2 * z[0] - (z[1] + z[2]) / 2, z[0], 0.1))
+
+
+@pytest.mark.parametrize("threshold,cap,first", [(None, None, 1), (0.3, None, 1), (None, 0.5, 1), (None, None, 0)])
+def test_m3id(threshold, cap, first):
+    s = step(2)
+    method = M3ID(threshold=threshold, cap=cap, first=first)
+
+    def literal(b, t, z):
+        seen, blind = z.log_softmax(-1)
+        g = math.exp(-0.02 * (int(s.positions[b, t]) + first))
+        factor = (1 - g) / g
+        factor = factor if cap is None else min(factor, cap)
+        if threshold is not None and seen.max() >= math.log(threshold):
+            factor = 0.0
+        return masked(seen + factor * (seen - blind), z[0], 0.1)
+
+    assert_scores(method, s, literal)
+
+
+def test_m3id_stays_finite_on_long_answers():
+    s = step(2)
+    s = Step(s.logits, torch.full((B, T), 100_000), (), {}, None)
+    out = M3ID().scores(s)
+    assert not out.isnan().any() and torch.isfinite(out.amax(-1)).all()
+
+
+@pytest.mark.parametrize("form", ["plain", "neutral"])
+def test_lqcd(form):
+    s = step(2)
+
+    def literal(b, t, z):
+        neutral, leading = (z[0], z[1]) if form == "plain" else (z[1], z[0])
+        return masked((1 + 0.7) * neutral - 0.7 * leading, neutral, 0.1)
+
+    assert_scores(LQCD(alpha=0.7, form=form), s, literal)
+
+
+def test_code():
+    s = step(2)
+
+    def literal(b, t, z):
+        v, d = z.softmax(-1)
+        divergence = sum(0.5 * math.log2(abs(float(v[k] - d[k])) ** 0.7 + 1) * float(v[k] + d[k]) for k in range(N))
+        assert 0 <= divergence <= 1
+        alpha = 1 - divergence
+        return masked((1 + alpha) * z[0] - alpha * z[1], z[0], divergence)
+
+    assert_scores(CODE(), s, literal)
+
+
+@pytest.mark.parametrize("gamma", [1.1, 2.0])
+def test_pai_guidance(gamma):
+    s = step(2, weights=[1 - gamma])
+
+    def literal(b, t, z):
+        seen, blind = z.log_softmax(-1)
+        out = gamma * (seen - blind) + blind
+        out = torch.where(seen >= math.log(0.1) + seen.max(), out, torch.tensor(-INF))
+        # In raw logits the scores differ by a constant per position.
+        return out + z[0].logsumexp(-1) * gamma - z[1].logsumexp(-1) * (gamma - 1)
+
+    assert_scores(PAI(gamma=gamma), s, literal)
+
+
+@pytest.mark.parametrize("divergence", ["code", "jsd"])
+@pytest.mark.parametrize("normed", [False, True])
+def test_dola(divergence, normed):
+    s = step(1, layers=(0, 2, 4))
+    method = DoLa(divergence=divergence, norm_early=normed)
+    chosen = set()
+
+    def literal(b, t, z):
+        mature = z[0].softmax(-1)
+        best, out = -1.0, None
+        for layer, states in s.hidden.items():
+            early = s.project(states[0, b, t], normed=normed).softmax(-1)
+            middle = (mature + early) / 2
+            if divergence == "jsd":
+                gap = sum(0.5 * float(p * (p / m).log()) for q in (mature, early) for p, m in zip(q, middle))
+            else:
+                gap = sum(0.5 * float(m * (m / p).log()) for q in (mature, early) for p, m in zip(q, middle))
+            if gap > best:
+                best, out, layer_chosen = gap, mature.log() - early.log(), layer
+        chosen.add(layer_chosen)
+        return masked(out, z[0], 0.1)
+
+    assert_scores(method, s, literal)
+    assert len(chosen) > 1, "every position has a layer of its own"
+
+
+def test_dola_buckets():
+    model = tiny("llava").model
+    assert LAYERS == 4
+    assert DoLa(layers="low").probes(model).hidden == (0,)
+    assert DoLa(layers="high").probes(model).hidden == (2,)
+
+    class Deep:
+        def __init__(self, count, tied=False):
+            text = type("T", (), {"num_hidden_layers": count, "tie_word_embeddings": tied})
+            self.config = type("C", (), {"get_text_config": lambda self: text})()
+
+    assert DoLa(layers="low").probes(Deep(32)).hidden == tuple(range(0, 16, 2))
+    assert DoLa(layers="high").probes(Deep(32)).hidden == tuple(range(16, 32, 2))
+    assert DoLa(layers="low").probes(Deep(60)).hidden == tuple(range(0, 20, 2))
+    assert DoLa(layers="high").probes(Deep(60)).hidden == tuple(range(40, 60, 2))
+    assert DoLa(layers="low").probes(Deep(32, tied=True)).hidden == tuple(range(2, 16, 2))
+    assert DoLa(layers=[1, 3]).probes(model).hidden == (1, 3)
+    with pytest.raises(UnsupportedError, match="0 to 3"):
+        DoLa(layers=(4,)).probes(model)
+
+
+@pytest.mark.parametrize("top_k,top_p", [(20, 0.9), (3, 0.9), (20, 0.5)])
+def test_deco(top_k, top_p):
+    s = step(1, layers=(1, 2, 3))
+
+    def literal(b, t, z):
+        p, order = z[0].softmax(-1).sort(descending=True)
+        candidates, total = [], 0.0
+        for k in range(min(top_k, N)):
+            candidates.append(int(order[k]))
+            total += float(p[k])
+            if total >= top_p:
+                break
+        early = {layer: s.project(states[0, b, t]) for layer, states in s.hidden.items()}
+        layer, token = max(
+            ((layer, k) for layer in early for k in candidates), key=lambda at: float(early[at[0]].softmax(-1)[at[1]])
+        )
+        out = z[0] + 0.6 * early[layer].softmax(-1)[token] * early[layer]
+        keep = torch.zeros(N, dtype=torch.bool)
+        keep[candidates] = True
+        return torch.where(keep, out, torch.tensor(-INF))
+
+    assert_scores(DeCo(top_k=top_k, top_p=top_p), s, literal)
+
+
+def test_deco_layers_scale_with_the_model():
+    def hidden(count):
+        text = type("T", (), {"num_hidden_layers": count})
+        model = type("M", (), {"config": type("C", (), {"get_text_config": lambda self: text})()})()
+        return DeCo().probes(model).hidden
+
+    assert hidden(32) == tuple(range(20, 29))
+    assert hidden(40) == tuple(range(25, 36))
+    assert hidden(4) == (2, 3), "the last state is normed already"
+
+
+@pytest.mark.parametrize("refocus", [0.0, 0.4])
+def test_lol(refocus):
+    s = step(3 if refocus else 2, layers=(2,))
+    method = LOL(strength=0.6, lower_strength=0.3, fusion=0.2, refocus=refocus)
+
+    def literal(b, t, z):
+        log = z.log_softmax(-1)
+        final = log[0] - 0.6 * log[1]
+        own = s.project(s.hidden[2][0, b, t]).log_softmax(-1)
+        amateur = s.project(s.hidden[2][1, b, t], view=1).log_softmax(-1)
+        out = final + 0.2 * (own - 0.3 * amateur)
+        if refocus:
+            out = out + refocus * (log[2] - log[0])
+        return masked(out, z[0], 0.1)
+
+    assert_scores(method, s, literal)
+
+
+def test_uscd_contrasts_where_it_is_unsure():
+    s = step(2, scale=4.0)
+    method = USCD(alpha=0.5, threshold=0.8)
+    certain = torch.eye(N)[0].std()
+    unsure = []
+
+    def literal(b, t, z):
+        unsure.append(bool(z[0].softmax(-1).std() / certain < 0.8))
+        return masked(z[0] - 0.5 * z[1] if unsure[-1] else z[0], z[0], 0.1)
+
+    assert_scores(method, s, literal)
+    assert 0 < sum(unsure) < len(unsure), "both sides of the gate"
+
+
+def test_scmoe_divides_by_temperature_first():
+    s = step(2)
+    method = SCMoE(strong_temperature=0.7, weak_temperature=1.3)
+    assert_scores(method, s, lambda b, t, z: masked(1.5 * z[0] / 0.7 - 0.5 * z[1] / 1.3, z[0] / 0.7, 0.1))
+
+
+def test_sums_add_their_terms_under_one_mask():
+    sums = VDD(beta=0.2) + USCD(threshold=0.8) + M3ID(beta=0.05)
+    sums = sums.with_counts((1, 1, 1))
+    s = step(4, weights=[-1.0, 0.0, 0.0], scale=3.0)
+
+    def literal(b, t, z):
+        unsure = z[0].softmax(-1).std() < 0.8 * torch.eye(N)[0].std()
+        log = z.log_softmax(-1)
+        factor = math.expm1(0.02 * (int(s.positions[b, t]) + 1))
+        out = 2 * z[0] - z[1] - (0.5 * z[2] if unsure else 0) + (log[0] - z[0]) + factor * (log[0] - log[3])
+        return masked(out, z[0], 0.2)
+
+    assert_scores(sums, s, literal)
+
+
+def test_pairs_that_own_the_same_rule_refuse():
+    for a, b in ((DoLa(), DeCo()), (DoLa(), LOL())):
+        with pytest.raises(UnsupportedError, match="early layer"):
+            a + b
+    with pytest.raises(UnsupportedError, match="itself"):
+        ICD() + ICD(alpha=0.5)
+
+
+def test_the_mask_keeps_ties_and_the_arg_max():
+    logits = torch.tensor([0.0, math.log(0.5), math.log(0.5) - 1e-3])
+    assert plausible(logits, 0.5).tolist() == [True, True, False]
+    assert plausible(torch.randn(4, N), 1.0).sum(-1).tolist() == [1] * 4
+
+
+BAD = {
+    "icd": dict(alpha=-1),
+    "m3id": dict(first=2),
+    "lqcd": dict(form="other"),
+    "cad": dict(beta=0),
+    "vdd": dict(absent="all"),
+    "code": dict(eta=-0.1),
+    "pai": dict(gamma=0.5),
+    "sid": dict(share=0.0),
+    "avisc": dict(gamma=0.0),
+    "damro": dict(k=0),
+    "dcd": dict(),
+    "dola": dict(layers="middle"),
+    "deco": dict(top_p=0.0),
+    "lol": dict(adapter="a", model=torch.nn.Identity()),
+    "uscd": dict(threshold=2.0),
+    "scmoe": dict(rank=0),
+    "vcd": dict(noise_step=1000),
+    "ritual": dict(transform="none"),
+    "mask": dict(beta=1.5),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name in BAD])
+def test_values_out_of_range_raise_one_sentence(name):
+    with pytest.raises(ParameterError, match=f"^{name}: .* must be|^{name}: .* give"):
+        load(name)(**BAD[name])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_describe_themselves(name):
+    cls = load(name)
+    assert cls.name == name and cls.paper and cls.__doc__
+    assert cls.arxiv or name in ("plain",) or "decode" in dir(cls) or cls.costs == ()
+
+
+def test_command_line_forms():
+    method = parse("vdd(absent=both)+icd(alpha=0.5)", beta=0.2)
+    assert method.methods == (VDD(absent="both", beta=0.2), ICD(alpha=0.5, beta=0.2))
+    assert parse("dola(layers=[1,3])") == DoLa(layers=(1, 3))
+    assert parse("damro(damro_topk=4)").k == 4
+
+
+# Views: what the other prompts and features are.
+
+
+def run_of(family, method, texts=("is it a dog?",), **more) -> Run:
+    zoo = tiny(family)
+    inputs = zoo.inputs(list(texts), **more)
+    return Run(zoo.model, method, inputs, processor=zoo.processor, seed=0)
+
+
+def words(run: Run, view: int, row: int = 0) -> str:
+    zoo = tiny(run.family.config.model_type)
+    ids = run.samples[view][row].input_ids
+    return zoo.tokenizer.decode(ids[ids != IMAGE], skip_special_tokens=True)
+
+
+def test_icd_puts_the_disturbance_first_and_takes_the_system_prompt_away():
+    run = run_of("llava", ICD(disturbance="fuzzy"))
+    assert words(run, 1) == "fuzzy " + words(run, 0)
+    zoo = tiny("llava")
+    row = zoo.row("is it", images=0)
+    ids = zoo.tokenizer("<s>SYS <image>q", add_special_tokens=False).input_ids
+    del row
+    inputs = {"input_ids": torch.tensor([[ids[0], *ids[1:5], *[IMAGE] * 16, ids[-1]]])}
+    inputs["pixel_values"] = torch.zeros(1, 3, 28, 28)
+    run = Run(zoo.model, ICD(disturbance="fuzzy", system="SYS "), inputs, processor=zoo.processor)
+    assert words(run, 0) == "SYS q" and words(run, 1) == "fuzzy q"
+
+
+@pytest.mark.parametrize("form,want", [("question", "fuzzy {0}"), ("normal", "fuzzy")])
+def test_icd_speaks_to_the_qformer_alone(form, want):
+    run = run_of("instructblip", ICD(disturbance="fuzzy", qformer=form))
+    (own,), (other,) = run.samples
+    assert torch.equal(own.input_ids, other.input_ids)
+    read = run.processor.qformer_tokenizer
+    queries = [read.decode(s.vision["qformer_input_ids"][0], skip_special_tokens=True) for s in (own, other)]
+    assert queries[1] == want.format(queries[0])
+    assert not torch.allclose(own.images[0].features, other.images[0].features)
+
+
+def test_lqcd_leads_before_the_cue():
+    run = run_of("llava", LQCD(hint="No.", before=" A:"), ["is it a dog? A:"])
+    assert words(run, 1) == words(run, 0).replace("dog? A:", "dog? No. A:")
+    run = run_of("llava", LQCD(hint="No."), ["is it a dog?"])
+    assert words(run, 1) == words(run, 0) + " No."
+
+
+def test_lqcd_neutralises_the_users_suggestion():
+    run = run_of("llava", LQCD(form="neutral"), ["is it a dog? I think it is not. A:", "is it a dog? A:"])
+    assert words(run, 1) == words(run, 0).replace(" I think it is not.", "")
+    assert words(run, 1, 1) == words(run, 0, 1)
+
+
+@pytest.mark.parametrize("slots", ["both", "language", "qformer"])
+def test_lqcd_leads_in_the_slots_that_are_asked_for(slots):
+    run = run_of("instructblip", LQCD(slots=slots, hint="No."))
+    (own,), (other,) = run.samples
+    read = run.processor.qformer_tokenizer
+    queries = [read.decode(s.vision["qformer_input_ids"][0], skip_special_tokens=True) for s in (own, other)]
+    assert (words(run, 1) == words(run, 0) + " No.") == (slots != "qformer")
+    assert queries[1].endswith("No.") == (slots != "language")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "instructblip"])
+def test_image_free_views_have_no_placeholders(family):
+    for absent, count in (("none", 1), ("unknown", 1), ("both", 2)):
+        run = run_of(family, VDD(absent=absent, unknown_id=UNKNOWN))
+        assert len(run.samples) == 1 + count
+        assert words(run, 1).strip() == words(run, 0).strip()
+        for (view,) in run.samples[1:]:
+            assert view.images == ()
+            assert not torch.isin(view.input_ids, torch.tensor([IMAGE, VISION_START, VISION_END])).any()
+        unknown = int((run.samples[-1][0].input_ids == UNKNOWN).sum())
+        assert unknown == (absent != "none")
+
+
+def test_code_describes_the_whole_batch_once_and_writes_it_where_the_image_was():
+    zoo = tiny("llava")
+    method = CODE(prompt="say", before=" A:", max_description=4)
+    inputs = zoo.inputs(["is it a dog? A:", "ab A:"])
+    run = Run(zoo.model, method, inputs, processor=zoo.processor, seed=0)
+    for row, own in enumerate(run.samples[0]):
+        letters = zoo.tokenizer("say A:", add_special_tokens=False).input_ids
+        images = int((own.input_ids == IMAGE).nonzero().max()) + 1
+        asked = torch.cat([own.input_ids[:images], torch.tensor(letters)])[None]
+        out = zoo.model.generate(
+            input_ids=asked, pixel_values=inputs["pixel_values"][row : row + 1], do_sample=False, max_new_tokens=4
+        )
+        said = [t for t in out[0, asked.shape[1] :].tolist() if t not in (IMAGE, 2)]
+        ids = own.input_ids.tolist()
+        first = ids.index(IMAGE)
+        assert run.samples[1][row].input_ids.tolist() == [*ids[:first], *said, *[t for t in ids[first:] if t != IMAGE]]
+
+
+def test_avisc_blind_tokens():
+    # Layer 0 and 2 hold 0.4 and 0.3 of the attention on the image: together the first 0.5 of it.
+    attention = torch.tensor([[0.1, 0.1, 0.1, 0.1], [0.2, 0.0, 0.0, 0.0], [0.0, 0.0, 0.3, 0.0], [0.1, 0.0, 0.0, 0.0]])
+    mean = (attention[0] + attention[2]) / 2
+    want = [bool(x > mean.mean() + mean.std()) for x in mean]
+    assert AvisC().blind(attention).tolist() == want == [False, False, True, False]
+
+
+def eager_rows(family: str, inputs) -> Tensor:
+    """(L, heads, B, T) attention of the last prompt row under transformers' eager attention."""
+    model = copy.deepcopy(tiny(family).model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**inputs, output_attentions=True)
+    return torch.stack([layer[:, :, -1] for layer in out.attentions])
+
+
+def test_avisc_leaves_the_blind_tokens_features():
+    texts = ["is it a dog?", "ab"]
+    run = run_of("llava", AvisC(deviations=0.5), texts)
+    inputs = tiny("llava").inputs(texts)
+    attention = eager_rows("llava", inputs).mean(2)
+    for row in range(2):
+        own = attention[:, row][:, inputs["input_ids"][row] == IMAGE]
+        blind = AvisC(deviations=0.5).blind(own)
+        assert 0 < int(blind.sum()) < 16
+        image = run.samples[0][row].images[0].features
+        torch.testing.assert_close(run.samples[1][row].images[0].features, image * blind[:, None])
+
+
+# Methods that change how the model attends: the same model under plain eager attention, one row at a time.
+
+
+class Eager:
+    """Attention with all scores spelled out; ``edit`` may change them, ``hidden`` the slots that are seen."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+        self.prompt = len(images)
+        self.alpha, self.first_layer, self.skip_prompt = 0.0, 0, False
+        self.rank_layer, self.share, self.hide = None, 0.0, None
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        q, slots = scores.shape[2:]
+        images = torch.zeros(slots, dtype=torch.bool)
+        images[: self.prompt] = self.images
+        if self.alpha and module.layer_idx >= self.first_layer and not (q > 1 and self.skip_prompt):
+            scores[:, :, -1, images] += self.alpha * scores[:, :, -1, images].abs()
+        causal = torch.ones(q, slots, dtype=torch.bool).tril(slots - q)
+        if self.rank_layer is not None and module.layer_idx > self.rank_layer:
+            causal = causal & ~self.hide
+        weights = scores.masked_fill(~causal, -INF).softmax(-1)
+        if module.layer_idx == self.rank_layer:
+            last = weights.mean(1)[0, -1]
+            keep = round(int(images.sum()) * self.share)
+            least = last.masked_fill(~images, INF).argsort()[:keep]
+            self.hide = images.clone()
+            self.hide[least] = False
+        return (weights @ value).transpose(1, 2), None
+
+
+def literal_logits(inputs, tokens: Tensor, **settings) -> Tensor:
+    """(steps, N): logits of one row of tiny LLaVA that is fed ``tokens``, under :class:`Eager` attention."""
+    model = copy.deepcopy(tiny("llava").model)
+    eager = Eager(inputs["input_ids"][0] == IMAGE)
+    for name, value in settings.items():
+        setattr(eager, name, value)
+    AttentionInterface.register("lvlm_decode_test_eager", eager)
+    AttentionMaskInterface.register("lvlm_decode_test_eager", AttentionMaskInterface()["sdpa"])
+    model.model.language_model.config._attn_implementation = "lvlm_decode_test_eager"
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = []
+    with torch.no_grad():
+        out.append(model(**inputs, past_key_values=cache).logits[0, -1])
+        for token in tokens:
+            out.append(model(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1])
+    return torch.stack(out)
+
+
+def traced(method, texts=("is it a dog?", "ab"), tokens: int = 5):
+    """(steps, V, N) logits of the first row of a padded batch, and the tokens it generated."""
+    zoo = tiny("llava")
+    inputs = zoo.inputs(list(texts))
+    attach(zoo.model, method, processor=zoo.processor)
+    seen = []
+    scores = type(method).scores
+    try:
+        type(method).scores = lambda self, s: (seen.append(s.logits[:, 0, -1]), scores(self, s))[1]
+        out = zoo.model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+    finally:
+        type(method).scores = scores
+        detach(zoo.model)
+    return torch.stack(seen), out[0, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("gamma,first_token", [(1.5, "code"), (1.5, "boosted"), (None, "code")])
+@pytest.mark.parametrize("texts", [("ab", "is it a dog?"), ("is it a dog?", "ab")], ids=["padded", "longest"])
+def test_pai_boosts_the_newest_row(gamma, first_token, texts):
+    logits, tokens = traced(PAI(alpha=0.5, gamma=gamma, first_layer=1, first_token=first_token), texts)
+    inputs = tiny("llava").inputs(texts[:1])
+    late = gamma is not None and first_token == "code"
+    want = literal_logits(inputs, tokens[:-1], alpha=0.5, first_layer=1, skip_prompt=late)
+    torch.testing.assert_close(logits[:, 0], want, atol=2e-5, rtol=1e-4)
+    plain = literal_logits(inputs, tokens[:-1])
+    assert (logits[:, 0] - plain).abs().amax(-1)[1:].min() > 1e-2
+    assert torch.allclose(logits[0, 0], plain[0], atol=1e-4) == late
+    if gamma is not None:
+        words = inputs["input_ids"][:, inputs["input_ids"][0] != IMAGE]
+        blind = literal_logits({"input_ids": words}, tokens[:-1])
+        torch.testing.assert_close(logits[:, 1], blind, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("texts", [("ab", "is it a dog?"), ("is it a dog?", "ab")], ids=["padded", "longest"])
+def test_sid_hides_what_the_newest_row_attends_to_most(texts):
+    logits, tokens = traced(SID(rank_layer=1, share=0.25), texts)
+    inputs = tiny("llava").inputs(texts[:1])
+    plain = literal_logits(inputs, tokens[:-1])
+    torch.testing.assert_close(logits[:, 0], plain, atol=2e-5, rtol=1e-4)
+    want = literal_logits(inputs, tokens[:-1], rank_layer=1, share=0.25)
+    torch.testing.assert_close(logits[:, 1], want, atol=2e-5, rtol=1e-4)
+    assert (logits[:, 1] - plain).abs().amax(-1).min() > 1e-2
+
+
+def test_sid_needs_a_layer_after_the_one_that_ranks():
+    with pytest.raises(UnsupportedError, match="rank_layer = 3"):
+        traced(SID(rank_layer=3))
+
+
+# Other projectors, adapters, amateurs and experts.
+
+
+def other_projector(family: str, seed: int = 7) -> torch.nn.Module:
+    from lvlm_decode.families import family_of
+
+    projector = copy.deepcopy(family_of(tiny(family).model).projector())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return projector
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "instructblip", "qwen2_5_vl", "qwen3_vl", "idefics3"])
+@pytest.mark.parametrize("both", [False, True])
+def test_dcd_projects_twice_what_was_encoded_once(family, both):
+    from lvlm_decode.families import family_of
+
+    zoo = tiny(family)
+    negative, positive = other_projector(family), other_projector(family, seed=8) if both else None
+    before = copy.deepcopy(family_of(zoo.model).projector().state_dict())
+    zoo.inputs()  # counts the tiles' placeholders with the model, once
+    passes = []
+    inner = next(m for m in zoo.model.get_encoder(modality="image").modules() if isinstance(m, torch.nn.Linear))
+    hook = inner.register_forward_pre_hook(lambda *a: passes.append(1))
+    run = run_of(family, DCD(negative=negative.state_dict(), positive=positive))
+    hook.remove()
+    assert len(passes) == 1
+    for view, projector in ((0, positive), (1, negative)):
+        model = copy.deepcopy(zoo.model)
+        if projector is not None:
+            family_of(model).projector().load_state_dict(projector.state_dict())
+        want = family_of(model).encode(run.batch.family.cat_vision([run.batch.vision]))
+        torch.testing.assert_close(run.samples[view][0].images[0].features, want[0].features, atol=1e-5, rtol=1e-4)
+    after = family_of(zoo.model).projector().state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_dcd_reads_safetensors_and_refuses_another_models_projector(tmp_path):
+    from safetensors.torch import save_file
+
+    projector = other_projector("llava")
+    save_file(projector.state_dict(), tmp_path / "negative.safetensors")
+    run = run_of("llava", DCD(negative=str(tmp_path / "negative.safetensors")))
+    same = run_of("llava", DCD(negative=projector))
+    assert torch.equal(run.samples[1][0].images[0].features, same.samples[1][0].images[0].features)
+    with pytest.raises(ParameterError, match="not those of"):
+        run_of("llava", DCD(negative=torch.nn.Linear(3, 3)))
+    zoo = tiny("llava")
+    inputs = zoo.inputs(["is it"])
+    pixels = inputs.pop("pixel_values")
+    features = zoo.model.get_image_features(pixels, return_dict=True)
+    attach(zoo.model, DCD(negative=projector))
+    try:
+        with pytest.raises(InputError, match="pixel_values"):
+            zoo.model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=1)
+    finally:
+        detach(zoo.model)
+
+
+def lora(model: torch.nn.Module) -> None:
+    from peft import LoraConfig
+
+    model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=2), adapter_name="amateur")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+
+
+def test_lol_with_a_lora_amateur_runs_one_set_of_weights_both_ways():
+    model = copy.deepcopy(tiny("llava").model)
+    plain = copy.deepcopy(model)
+    lora(model)
+    inputs = tiny("llava").inputs(["is it a dog?", "ab"])
+    gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+    attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor)
+    model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    seen = last_run(model).lanes.last_step
+    assert [lane.views for lane in last_run(model).lanes.lanes] == [(0,), (1,)]
+    detach(model)
+    with torch.no_grad():
+        base = plain(**inputs)
+        features = plain.get_image_features(inputs["pixel_values"], return_dict=True)
+        words = {key: value for key, value in inputs.items() if key != "pixel_values"}
+        amateur = model(**words, mm_encoder_outputs={"image": features}, output_hidden_states=[2])
+    torch.testing.assert_close(seen.logits[0, :, -1], base.logits[:, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.logits[1, :, -1], amateur.logits[:, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.hidden[2][1, :, -1], amateur.hidden_states[2][:, -1], atol=1e-5, rtol=1e-4)
+    assert (base.logits - amateur.logits).abs().max() > 0.1
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == gradients
+    with pytest.raises(UnsupportedError, match="'other'"):
+        attach(model, LOL(adapter="other"), processor=tiny("llava").processor)
+        model.generate(**inputs, max_new_tokens=1)
+    detach(model)
+
+
+def test_lol_with_another_model_uses_its_norm_and_head():
+    zoo = tiny("llava")
+    amateur = react(copy.deepcopy(zoo.model), seed=5)
+    inputs = zoo.inputs(["is it a dog?", "ab"])
+    attach(zoo.model, LOL(model=amateur, refocus=0.0), processor=zoo.processor)
+    try:
+        zoo.model.generate(**inputs, do_sample=False, max_new_tokens=1)
+        seen = last_run(zoo.model).lanes.last_step
+    finally:
+        detach(zoo.model)
+    with torch.no_grad():
+        features = zoo.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        words = {k: v for k, v in inputs.items() if k != "pixel_values"}
+        out = amateur(**words, mm_encoder_outputs={"image": features}, output_hidden_states=[2])
+        lower = amateur.lm_head(amateur.get_decoder().norm(out.hidden_states[2][:, -1]))
+    torch.testing.assert_close(seen.logits[1, :, -1], out.logits[:, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.project(seen.hidden[2][1, :, -1], view=1), lower, atol=1e-5, rtol=1e-4)
+
+
+def test_scmoe_sends_the_weak_rows_to_one_expert():
+    zoo = tiny("qwen3_vl_moe")
+    inputs = zoo.inputs(["is it a dog?", "ab"])
+    routers = [m for m in zoo.model.modules() if type(m).__name__.endswith("TopKRouter")]
+    seen = []
+    attach(zoo.model, SCMoE(rank=2))
+    # Hooked after the method's own would be: the order of hooks is that of their registration.
+    original = type(routers[0]).forward
+    try:
+        zoo.model.generate(**inputs, do_sample=False, max_new_tokens=2)
+        run = last_run(zoo.model)
+        logits = run.lanes.last_step.logits
+    finally:
+        detach(zoo.model)
+    assert not any(router._forward_hooks for router in routers) and original is type(routers[0]).forward
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+    # The weak branch by hand: every router gives rank 2 all the weight.
+    def weak(module, args, output):
+        scores, weights, experts = output
+        seen.append(1)
+        second = scores.topk(2, -1).indices[:, 1:]
+        return scores, torch.tensor([[1.0, 0.0]]).expand_as(weights), torch.cat([second, experts[:, :1]], -1)
+
+    first = zoo.inputs(["is it a dog?", "ab"])
+    hooks = [router.register_forward_hook(weak) for router in routers]
+    try:
+        with torch.no_grad():
+            want = zoo.model(**first).logits[:, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    attach(zoo.model, SCMoE(rank=2))
+    try:
+        zoo.model.generate(**first, do_sample=False, max_new_tokens=1)
+        got = last_run(zoo.model).lanes.last_step.logits[1, :, -1]
+    finally:
+        detach(zoo.model)
+    assert len(seen) == len(routers)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_scmoe_needs_experts():
+    with pytest.raises(UnsupportedError, match="no routers"):
+        zoo = tiny("llava")
+        attach(zoo.model, SCMoE())
+        try:
+            zoo.model.generate(**zoo.inputs(["is it"]), max_new_tokens=1)
+        finally:
+            detach(zoo.model)
