@@ -157,6 +157,11 @@ def scene_split(benchmark: str, split: str) -> str:
     return split
 
 
+def is_tiny(model: str) -> bool:
+    """Whether a model is one of the project's small ones, by name or folder: they know the emoji scenes alone."""
+    return Path(model).name.startswith("tiny")
+
+
 def on_scenes(config: PaperTable) -> PaperTable:
     """The table with its splits named as on the emoji scenes, with the small model's own prompt. Values stay."""
     rename = {split: scene_split(config.benchmark, split) for split in config.splits} | {MEAN: MEAN}
@@ -196,7 +201,7 @@ def run_config(
     name = model or config.model
     if name is None:
         raise EvalError(f"{config.path}: {config.images} The table has no model that runs here; give one with --model.")
-    tiny = name.startswith("tiny")
+    tiny = is_tiny(name)
     if tiny:
         config = on_scenes(config)
         limit, seeds = limit or TINY_LIMIT, seeds or TINY_SEEDS
@@ -343,9 +348,9 @@ def _gains(
 
 def _notes(config: PaperTable, model: str) -> list[str]:
     notes = [f"{config.paper}. Values: {config.source}"]
-    if model.startswith("tiny"):
+    if is_tiny(model):
         notes.append(
-            f"This run is a miniature: {model} on emoji scenes. The published values are for "
+            f"This run is a miniature: {Path(model).name} on emoji scenes. The published values are for "
             f"{config.model or 'another model'} on photographs, so only directions can be compared, not values."
         )
     elif model != config.model:

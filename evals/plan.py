@@ -34,6 +34,8 @@ from .errors import MissingFileError, SettingsError
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).
 SHARP_TEMPERATURE = 0.25
 CONTROLS = ("plain", "mask")
+# The mask's own default; a method that names another beta is compared with the mask at that beta.
+DEFAULT_BETA = 0.1
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,21 @@ def controls(method: str, decoding: Decoding) -> list[tuple[str, Decoding]]:
     if decoding != GREEDY:
         wanted.append(("plain", decoding))
     if decoding.do_sample:
-        wanted.append(("mask", decoding))
+        wanted.append((mask_of(method), decoding))
         if "ritual" in re.split(r"\W+", method.lower()):
-            wanted.append(("mask", Decoding(do_sample=True, temperature=SHARP_TEMPERATURE)))
+            wanted.append((mask_of(method), Decoding(do_sample=True, temperature=SHARP_TEMPERATURE)))
     return [pair for pair in dict.fromkeys(wanted) if pair != (method, decoding)]
+
+
+def mask_of(method: str) -> str:
+    """The mask alone, with the beta that the method names; of a sum the strictest, as the sum applies it."""
+    betas = [float(beta) for beta in re.findall(r"\b(?:cd_)?beta=([\d.]+(?:e-?\d+)?)", method)]
+    return f"mask(beta={max(betas):g})" if betas and max(betas) != DEFAULT_BETA else "mask"
+
+
+def is_control(method: str) -> bool:
+    """Whether a method is one of the controls, with any parameters."""
+    return method.partition("(")[0] in CONTROLS
 
 
 def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds: Sequence[int]) -> list[Cell]:
@@ -124,7 +137,7 @@ def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds:
         Cell(split, method, decoding, seed)
         for method, decoding in pairs
         for split in splits
-        for seed in (seeds if decoding.do_sample or method not in CONTROLS else seeds[:1])
+        for seed in (seeds if decoding.do_sample or not is_control(method) else seeds[:1])
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .errors import MissingDependencyError
 from .metrics import REPLICATES, intervals
-from .plan import CONTROLS, Result, slug
+from .plan import Result, is_control, slug
 from .tables import Method, gather
 
 
@@ -46,8 +46,8 @@ def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
             100 * y.value,
             xerr=[[100 * (x.value - x.low)], [100 * (x.high - x.value)]],
             yerr=[[100 * (y.value - y.low)], [100 * (y.high - y.value)]],
-            fmt="o" if method.name in CONTROLS else "D",
-            markerfacecolor="white" if method.name in CONTROLS else colour,
+            fmt="o" if is_control(method.name) else "D",
+            markerfacecolor="white" if is_control(method.name) else colour,
             color=colour,
             elinewidth=0.8,
             label=method.label,

@@ -16,7 +16,10 @@ import numpy as np
 from .base import Column, Evaluator
 from .errors import EvalError, UnknownNameError
 from .metrics import LEVEL, REPLICATES, Comparison, Interval, compare, intervals
-from .plan import CONTROLS, Decoding, Result, controls
+from .plan import Decoding, Result, controls, is_control
+
+# A percentile bootstrap over fewer clusters than this covers clearly less than it says.
+FEW_IMAGES = 30
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Method]]:
     order = {"plain": 0, "mask": 1}
 
     def place(method: Method) -> tuple:
-        return order.get(method.name, 2), method.name, method.decoding.do_sample, method.decoding.name
+        return order.get(method.name.partition("(")[0], 2), method.name, method.decoding.do_sample, method.decoding.name
 
     return {
         key: sorted((Method(name, decoding, tuple(found)) for (name, decoding), found in split.items()), key=place)
@@ -136,7 +139,7 @@ def _title(column: Column) -> str:
 def wanted_controls(method: Method) -> list[tuple[str, Decoding]]:
     """What a line is compared with. A control is compared with the plain model alone."""
     pairs = controls(method.name, method.decoding)
-    return [pair for pair in pairs if pair[0] == "plain"] if method.name in CONTROLS else pairs
+    return [pair for pair in pairs if pair[0] == "plain"] if is_control(method.name) else pairs
 
 
 def matched(method: Method, methods: Sequence[Method]) -> list[Method]:
@@ -161,7 +164,7 @@ def differences_block(
             lines.append((method.label, control.label, *_difference_values(found, columns)))
         there = {other.pair for other in methods}
         absent = [f"{name}, {d.name}" for name, d in wanted_controls(method) if (name, d) not in there]
-        if absent and method.name not in CONTROLS:
+        if absent and not is_control(method.name):
             missing.append(
                 f"{method.label} lacks its matched controls {'; '.join(absent)}: run lvlm-decode eval again."
             )
@@ -206,6 +209,8 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
         f"p by image: exact sign-flip test of the net gain per image. {comparisons} comparisons, not corrected for "
         "multiplicity."
     )
+    if images < FEW_IMAGES:
+        found.append(f"Only {images} images: such intervals are too short, so take them for a sketch.")
     for result in results:
         where = f"{result.method}, {result.decoding.name}, seed {result.seed}"
         found += [f"{where}: {sentence}" for sentence in result.audit.sentences()]
@@ -291,6 +296,3 @@ def render(made: Sequence[Block], format: str = "markdown") -> str:
     if format not in FORMATS:
         raise UnknownNameError.of("table format", format, FORMATS)
     return FORMATS[format](made)
-
-
-__all__ = ["CONTROLS", "FORMATS", "Block", "Method", "Value", "blocks", "gather", "render"]
