@@ -82,6 +82,37 @@ class Limits:
         return done.tolist()
 
 
+class AsCaller:
+    """A processor or criterion of the caller, run on rows whose prompts are others than the caller's.
+
+    It sees the caller's prompts with what was generated after the others, so that prompt lengths, repetition penalties and
+    length limits mean what they would mean for the caller.
+
+    Args:
+        inner: maps (ids, scores) to scores, or to which rows are done.
+        prompts: (B, P) the caller's.
+        width: of the prompts the rows have instead.
+    """
+
+    def __init__(self, inner: Any, prompts: Tensor, width: int):
+        self.inner, self.prompts, self.width = inner, prompts, width
+
+    def __call__(self, input_ids: Tensor, scores: Any) -> Any:
+        prompts = self.prompts.repeat_interleave(len(input_ids) // len(self.prompts), 0)
+        return self.inner(torch.cat([prompts, input_ids[:, self.width :]], 1), scores)
+
+
+def memory_of(run: Run) -> dict[Any, Any]:
+    """What a controller may keep between the calls of one attached model; a fresh one if none is attached."""
+    attachment = run.model.__dict__.get("_lvlm_decode_attached")
+    return {} if attachment is None else attachment.__dict__.setdefault("memory", {})
+
+
+def seed_of(run: Run) -> int:
+    """The seed of the run, or one drawn from torch's own generator."""
+    return int(torch.randint(2**62, (1,))) if run.seed is None else run.seed
+
+
 def pad_answers(input_ids: Tensor, answers: list[Tensor], pad: int) -> Tensor:
     """(B, P + T) prompts with their answers, filled on the right."""
     width = max(len(answer) for answer in answers)

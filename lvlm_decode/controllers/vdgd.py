@@ -1,0 +1,237 @@
+"""Visual Description Grounded Decoding (Ghosh et al., ICLR 2025; arXiv 2405.15683).
+
+The model first describes the image, and what it would have said at every token of the description is kept:
+``q_1 .. q_L``. Then the description goes before the question, and each step chooses among the plausible tokens of the answer
+the one that the description grounds best:
+
+    score(w) = - min_j KL(onehot(w) || q_j) = max_j log q_j(w)        for w in C, else -inf
+
+``max_j`` is taken while the description is written, so that a step costs one gather. Candidates C: the plausibility mask
+(default), the ``knee`` (everything before the steepest drop of the sorted probabilities, the paper's other form), or the
+``nucleus`` of the authors' code. That code divides the scores by the size of the vocabulary, which makes the grounding a
+coin flip among candidates; here they are not divided.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from ..engine import hf
+from ..method import plausible
+from .base import AsCaller, Controller
+from .prompts import asking, question_of
+from .rows import Rows
+
+if TYPE_CHECKING:
+    from ..engine.attach import Run
+
+
+@dataclass(frozen=True)
+class VDGD(Controller):
+    """Answers grounded in the model's own description of the image.
+
+    Args:
+        candidates: which tokens of the answer's distribution are re-ranked.
+        beta: of the plausibility mask, (0, 1].
+        top_p: of the nucleus, (0, 1]; ``temperature`` is its temperature, > 0. Both as in the authors' code.
+        reduction: "min" takes the description token that grounds a candidate best, "avg" the mean over all.
+        mode: "replace" the scores of the answer by the grounding (paper), or "add" ``kappa`` times it to them.
+        describe: asks for the description; ``{question}`` is the question.
+        prompt: the grounded question; ``{description}`` and ``{question}``.
+        description_tokens: the longest description, >= 1.
+    """
+
+    name: ClassVar[str] = "vdgd"
+    paper: ClassVar[str] = "Visual Description Grounded Decoding (Ghosh et al., ICLR 2025)"
+    arxiv: ClassVar[str] = "2405.15683"
+    aliases: ClassVar[dict[str, str]] = {"kl_reduction": "reduction"}
+    costs: ClassVar[tuple[str, ...]] = ("description",)
+    refuses: ClassVar[dict[str, str]] = {
+        "static": "the grounded prompt is longer than the one the cache was sized for; leave out cache_implementation.",
+        "speculation": "a draft would be checked against a prompt it was not made for; leave the drafter out.",
+        "sum": "it answers another prompt, which the views of a method do not follow.",
+        "processor": "a processor cannot change the prompt; use attach(model, VDGD()).",
+    }
+
+    candidates: Literal["mask", "knee", "nucleus"] = "mask"
+    beta: float = 0.1
+    top_p: float = 0.5
+    temperature: float = 0.5
+    reduction: Literal["min", "avg"] = "min"
+    mode: Literal["replace", "add"] = "replace"
+    kappa: float = 1.0
+    describe: str = (
+        "I have been given an image to complete the task described as: {question}. To help me complete the task, "
+        "describe the given image in detail."
+    )
+    prompt: str = "The input image is described as follows: {description} {question}"
+    description_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        self.check(self.candidates in ("mask", "knee", "nucleus"), "candidates", "'mask', 'knee' or 'nucleus'")
+        self.check(0 < self.beta <= 1, "beta", "in (0, 1]")
+        self.check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        self.check(self.temperature > 0, "temperature", "greater than 0")
+        self.check(self.reduction in ("min", "avg"), "reduction", "'min' or 'avg'")
+        self.check(self.mode in ("replace", "add"), "mode", "'replace' or 'add'")
+        self.check(self.description_tokens >= 1, "description_tokens", "at least 1")
+        self.check("{description}" in self.prompt, "prompt", "a text with {description} and {question} in it")
+
+    def decode(
+        self,
+        run: Run,
+        input_ids: Tensor,
+        *,
+        cache: Any,
+        streamer: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+    ) -> Any:
+        samples = run.samples[0]
+        questions = [question_of(sample).text for sample in samples]
+        asked = [asking(s, self.describe.format(question=q)) for s, q in zip(samples, questions)]
+        descriptions, grounds, forwards = describe(run, asked, self.description_tokens, self.reduction)
+        run.descriptions = [samples[0].tokenizer.decode(d, skip_special_tokens=True).strip() for d in descriptions]
+        run.forwards = forwards
+        grounded = [
+            asking(sample, self.prompt.format(description=description, question=question), qformer=False)
+            for sample, description, question in zip(samples, run.descriptions, questions)
+        ]
+        text, vision, images = run.batch.rows(run.batch.resolve(grounded))
+        new_tokens = generation_config.max_length - input_ids.shape[1]
+        prompts = input_ids[:: len(input_ids) // len(samples)]
+        width = text["input_ids"].shape[1]
+
+        processors = LogitsProcessorList([Grounding(self, grounds), AsCaller(logits_processor, prompts, width)])
+        criteria = StoppingCriteriaList([AsCaller(stopping_criteria, prompts, width)])
+        config = copy.deepcopy(generation_config)
+        config.max_length = width + new_tokens
+
+        def loop(module, input_ids, past_key_values, **model_kwargs):
+            # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
+            for name in ("logits_processor", "stopping_criteria", "generation_config"):
+                del model_kwargs[name]
+            return hf.run_loop(
+                module,
+                hf.generation_mode(config),
+                input_ids,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                generation_config=config,
+                streamer=streamer,
+                past_key_values=past_key_values,
+                **model_kwargs,
+            )
+
+        out = run.family.generate(
+            text,
+            vision,
+            images,
+            custom_generate=loop,
+            do_sample=generation_config.do_sample,
+            num_beams=generation_config.num_beams or 1,
+            num_return_sequences=generation_config.num_return_sequences or 1,
+            max_new_tokens=new_tokens,
+            cache_implementation="dynamic",
+        )
+        answered = out if isinstance(out, Tensor) else out.sequences
+        rows = prompts.repeat_interleave(len(answered) // len(prompts), 0)
+        sequences = torch.cat([rows, answered[:, width:]], 1)
+        if isinstance(out, Tensor):
+            return sequences
+        out.sequences = sequences
+        # It belongs to the grounded prompt; a caller who continued from it would continue that one.
+        out.past_key_values = None
+        return out
+
+
+class Grounding:
+    """Re-ranks the candidates of every row by how well the description of its sample grounds them.
+
+    Args:
+        method: which candidates, and how the grounding enters.
+        grounds: (B, N) log-probability that the description gives each token.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, method: VDGD, grounds: Tensor):
+        self.method, self.grounds = method, grounds
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        keep = candidates_of(self.method, scores)
+        grounds = self.grounds.repeat_interleave(len(scores) // len(self.grounds), 0)
+        if self.method.mode == "add":
+            grounds = scores.log_softmax(-1) + self.method.kappa * grounds
+        return grounds.masked_fill(~keep, float("-inf")).log_softmax(-1)
+
+
+def candidates_of(method: VDGD, scores: Tensor) -> Tensor:
+    """(R, N) bool: which tokens of the answer's distribution, logits or log-probabilities (R, N), are re-ranked."""
+    if method.candidates == "mask":
+        return plausible(scores, method.beta)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    sharp = method.temperature if method.candidates == "nucleus" else 1.0
+    sorted_p = (scores / sharp).softmax(-1).gather(-1, order)
+    if method.candidates == "nucleus":
+        before = sorted_p.cumsum(-1) - sorted_p
+        kept = before < method.top_p
+    else:
+        knee = (sorted_p[:, :-1] - sorted_p[:, 1:]).argmax(-1, keepdim=True)
+        kept = torch.arange(scores.shape[-1], device=scores.device) <= knee
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def describe(run: Run, samples: list[Any], new_tokens: int, reduction: str) -> tuple[list[Tensor], Tensor, int]:
+    """Greedy descriptions, and what their distributions give every token.
+
+    The step that ends a description belongs to it, as in the scores that ``generate()`` returns.
+
+    Returns:
+        per sample its description's ids (without the end token); (B, N) maximum or mean over its steps of the
+        log-probabilities; forwards run.
+    """
+    captured = run.batch.capture(run.batch.resolve(samples))
+    ends = captured.module.generation_config.eos_token_id
+    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    pad = run.family.pad_token_id
+    image = run.family.image_token_id
+    rows = Rows(captured, pad)
+    logits, grounds = rows.first, None
+    texts: list[list[int]] = [[] for _ in samples]
+    steps = [0] * len(samples)
+    going = [True] * len(samples)
+    for step in range(new_tokens):
+        said = logits.log_softmax(-1)
+        live = torch.tensor(going, device=said.device)[:, None]
+        if grounds is None:
+            grounds = said.clone()
+        elif reduction == "min":
+            grounds = torch.where(live, torch.maximum(grounds, said), grounds)
+        else:
+            grounds = torch.where(live, grounds + said, grounds)
+        # A description is words; a placeholder among them would want features.
+        words = logits.clone()
+        words[:, image] = float("-inf")
+        tokens = words.argmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            if going[row]:
+                steps[row] += 1
+                if token in ends:
+                    going[row] = False
+                else:
+                    texts[row].append(token)
+        if not any(going) or step == new_tokens - 1:
+            break
+        tokens = torch.where(torch.tensor(going, device=tokens.device), tokens, pad)
+        logits = rows.extend(tokens[:, None])
+    if reduction == "avg":
+        grounds = grounds / torch.tensor(steps, device=grounds.device)[:, None]
+    return [torch.tensor(text, dtype=torch.long) for text in texts], grounds, rows.forwards
