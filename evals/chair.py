@@ -237,6 +237,12 @@ def _vocabulary(path: str | None, parser: str) -> Vocabulary:
     return Vocabulary.reduced(lvlm_decode_data.synonyms(), parser_named(parser))
 
 
+def finished(caption: str) -> str:
+    """The caption up to the end of its last whole sentence; all of it where no sentence ends."""
+    ends = list(re.finditer(r"[.!?][\"'”’)]*(?=\s|$)", caption))
+    return caption[: ends[-1].end()] if ends else caption
+
+
 # What the images contain -------------------------------------------------------------------------------------------
 
 
@@ -332,9 +338,10 @@ def _coco(path: Path, section: str) -> Any:
 class Chair(Evaluator):
     """CHAIR scores.
 
-    parser: name of a parser (`PARSERS`). vocabulary: synonym table file, None for the emoji scenes' own. objects: JSON
-    file of image id -> objects, None for the truth of the emoji scenes or the answers' own labels. prompt: what the
-    emoji scenes are asked.
+    parser: how words are found, a name of `PARSERS`. vocabulary: synonym table file, None for the emoji scenes' own.
+    objects: JSON file of image id -> objects, None for the emoji scenes' truth or the answers' own labels. prompt: what
+    the emoji scenes are asked. unfinished: "keep" the end of a caption that the token limit cut, or "drop" it, as
+    OPERA's 64-token table does.
 
     recall is micro: distinct true objects mentioned / true objects. length is the mean number of words and punctuation
     marks after pairs are merged (OPERA); length_split that of `text.split(" ")` (POPE's table).
@@ -344,6 +351,7 @@ class Chair(Evaluator):
     vocabulary: str | None = None
     objects: str | None = None
     prompt: str = PROMPT
+    unfinished: str = "keep"
 
     name: ClassVar[str] = "chair"
     paper: ClassVar[str] = "CHAIR (arXiv 1809.02156)"
@@ -361,6 +369,8 @@ class Chair(Evaluator):
 
     def __post_init__(self) -> None:
         parser_named(self.parser)
+        if self.unfinished not in ("keep", "drop"):
+            raise UnknownNameError.of("treatment of unfinished sentences", self.unfinished, ("keep", "drop"))
 
     def table(self) -> Vocabulary:
         """The synonym table in use."""
@@ -425,7 +435,8 @@ class Chair(Evaluator):
         truth = self._truth(answer)
         if truth is None:
             raise EvalError(f"Image {answer.question_id} has no known objects; give --objects FILE that contains it.")
-        words, objects, tokens = self.table().objects(parser_named(self.parser).reduce(answer.answer))
+        caption = answer.answer if self.unfinished == "keep" else finished(answer.answer)
+        words, objects, tokens = self.table().objects(parser_named(self.parser).reduce(caption))
         present = set(truth)
         return Row.of(
             answer,
@@ -439,7 +450,7 @@ class Chair(Evaluator):
             recalled=sorted(present.intersection(objects)),
             truth=sorted(present),
             tokens=tokens,
-            split=len(answer.answer.split(" ")),
+            split=len(caption.split(" ")),
         )
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:

@@ -32,7 +32,7 @@ _CLAIMS: tuple[tuple[str, tuple[str, str]], ...] = (
     (r"are\b", ("they are", "they aren't")),
     (r"", ("the answer is yes", "the answer is no")),
 )
-TONES = {"tentative": "It seems like {}.", "confident": "I am absolutely sure {}."}
+TONES = {"tentative": "It seems like {}.", "confident": "I am sure {}."}
 SUGGESTS = ("wrong", "right")
 _SOURCES = ("pope", "mme", "amber", "hallusionbench")
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from dataclasses import replace
 
 import lvlm_decode_data
 import pytest
@@ -251,6 +252,30 @@ def test_no_mention_and_no_truth_give_zero_rates_with_counts_beside_them(files):
 @pytest.mark.parametrize("spelling", [42, "42", "000000000042", "000000000042.jpg", "COCO_val2014_000000000042.jpg"])
 def test_spellings_of_an_image_id(spelling):
     assert image_key(spelling) == "42"
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog. A cat sits on", "A dog."),
+        ("A dog. A cat.", "A dog. A cat."),
+        ('It says "stop." The dog', 'It says "stop."'),
+        ("At 10.30 a dog", "At 10.30 a dog"),
+        ("A dog", "A dog"),
+        ("", ""),
+    ],
+)
+def test_the_unfinished_end_of_a_caption(caption, expected):
+    assert chair.finished(caption) == expected
+
+
+def test_unfinished_sentences_are_dropped_on_request(files):
+    answer = Answer(1, "A dog. A chair and a")
+    keep, drop = files.row(answer), replace(files, unfinished="drop").row(answer)
+    assert keep.evidence["objects"] == ["dog", "chair"] and drop.evidence["objects"] == ["dog"]
+    assert drop.evidence["tokens"] == 3 and drop.answer == answer.answer
+    with pytest.raises(UnknownNameError, match="keep"):
+        replace(files, unfinished="cut")
 
 
 WORDS = st.sampled_from("a the dog dogs man men chair seat toilet bus light traffic stop train track . , puppy".split())

@@ -36,7 +36,7 @@ def test_hints_contradict_the_gold_answer(text, label, expected):
 
 def test_suggestion_and_tone():
     assert leading(question(), suggests="right").text.endswith("It seems like there is.")
-    assert leading(question(), tone="confident").text.endswith("I am absolutely sure there isn't.")
+    assert leading(question(), tone="confident").text.endswith("I am sure there isn't.")
     for call in (
         lambda: leading(question(), suggests="x"),
         lambda: hint("Is it?", "yes", "x"),
@@ -46,6 +46,15 @@ def test_suggestion_and_tone():
             call()
     with pytest.raises(EvalError, match="needs the gold answer"):
         leading(question(label="dog"))
+
+
+@pytest.mark.parametrize("tone", ["tentative", "confident"])
+def test_the_method_against_leading_queries_recognises_the_hints(tone):
+    from lvlm_decode.methods.lqcd import LQCD
+
+    for text in ("Is there a dog in the image? Please answer yes or no.", "Are the dogs red?", "Does it bark?"):
+        for label in ("yes", "no"):
+            assert LQCD(form="neutral").neutralise(leading(question(text, label), tone=tone).text) == text
 
 
 def answers(pairs, label="yes"):
