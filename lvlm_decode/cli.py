@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from evals.commands import add_to, one_sentence, pairs
 
 app = typer.Typer(
@@ -69,11 +70,11 @@ def generate(
 ) -> None:
     """Answer one question about one picture, with one or several methods."""
     import torch
+
+    import lvlm_decode
     from evals.base import Question
     from evals.loaders import folder_images
     from evals.runner import Options, load, prompt_of
-
-    import lvlm_decode
 
     from .methods import parse
 

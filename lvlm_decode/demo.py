@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from evals import evaluator
 from evals.base import Answer
 from evals.loaders import scene_source
-from evals.plan import Decoding, Result
+from evals.metrics import compare
+from evals.plan import CONTROLS, Decoding, Result
 from evals.runner import Options, Run, load, prompt_of
-from evals.tables import Value, gather, rate_values
+from evals.tables import Value, gather, matched, rate_values
 
 from .engine.attach import attach, detach
 from .errors import InputError
@@ -41,6 +43,15 @@ class Line:
     decoding: str
     accuracy: dict[str, Value]
     yes: dict[str, Value]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method minus one of its matched controls, over the same questions: split -> accuracy difference."""
+
+    method: str
+    control: str
+    accuracy: dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -67,9 +78,10 @@ class Shown:
     """Everything the demo measured."""
 
     model: str
-    questions: int
+    questions: dict[str, int]
     images: int
     table: list[Line]
+    differences: list[Difference]
     pictures: list[Picture]
     captioned: int
     caption_rates: dict[str, dict[str, float]]
@@ -92,17 +104,18 @@ def run(model: str, page: Path, images: int, seed: int) -> Shown:
     if images > len(scenes):
         raise InputError(f"--images is {images}, and {len(scenes)} scenes ship; ask for fewer.")
     loaded = load(model)
-    _say(f"POPE on {images} scenes, {images * 6} questions a split, {len(SPLITS)} splits ...")
-    table = pope(loaded, scenes[:images], seed)
+    _say(f"POPE on {images} scenes, {len(SPLITS)} splits ...")
+    results = pope(loaded, scenes[:images], seed)
     _say(f"Captions of {CAPTION_SCENES} scenes ...")
     pictures, rates = captions(loaded, scenes[:CAPTION_SCENES], seed)
     _say("Time per token ...")
     milliseconds, times = time_per_token(loaded, scenes[0], seed)
     shown = Shown(
         model=str(loaded.settings["name"]),
-        questions=images * 6,
+        questions={result.split: len(result.rows) for result in results},
         images=images,
-        table=table,
+        table=table_lines(results),
+        differences=difference_lines(results),
         pictures=pictures,
         captioned=min(CAPTION_SCENES, len(scenes)),
         caption_rates=rates,
@@ -126,12 +139,12 @@ def _say(text: str) -> None:
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def pope(loaded: Any, scenes: Sequence, seed: int) -> list[Line]:
-    """POPE with every method and its matched controls."""
+def pope(loaded: Any, scenes: Sequence, seed: int) -> list[Result]:
+    """POPE with every method and its matched controls: the scored cells."""
     chosen = evaluator("pope")
     sampling = Decoding(do_sample=True)
     with tempfile.TemporaryDirectory() as folder:
-        results = Run(
+        return Run(
             evaluator=chosen,
             source=scene_source(chosen, scenes),
             loaded=loaded,
@@ -140,7 +153,6 @@ def pope(loaded: Any, scenes: Sequence, seed: int) -> list[Line]:
             seeds=[seed],
             options=Options(batch_size=48),
         ).execute()
-    return table_lines(results)
 
 
 def table_lines(results: Sequence[Result]) -> list[Line]:
@@ -153,6 +165,21 @@ def table_lines(results: Sequence[Result]) -> list[Line]:
             )
             values = rate_values(results[0].evaluator, method)
             line.accuracy[split], line.yes[split] = values["accuracy"], values["yes_ratio"]
+    return list(lines.values())
+
+
+def difference_lines(results: Sequence[Result]) -> list[Difference]:
+    """Every method minus each of its sampled controls, paired by question."""
+    lines: dict[tuple[str, str], Difference] = {}
+    for (_, split), methods in gather(results).items():
+        for method in methods:
+            if method.name in CONTROLS:
+                continue
+            for control in matched(method, methods):
+                if control.decoding.do_sample:
+                    line = lines.setdefault((method.name, control.label), Difference(method.name, control.label, {}))
+                    found = compare(results[0].evaluator, method.runs, control.runs).differences["accuracy"]
+                    line.accuracy[split] = Value(found.value, "percent", found.low, found.high, signed=True)
     return list(lines.values())
 
 
@@ -265,8 +292,9 @@ def print_shown(shown: Shown) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    asked = ", ".join(f"{count} {split}" for split, count in shown.questions.items())
     table = Table(
-        title=f"POPE on {shown.images} emoji scenes, {shown.questions} questions a split: accuracy % [95 % interval], yes %",
+        title=f"POPE on {shown.images} emoji scenes (questions: {asked}): accuracy % [95 % interval over images], yes %",
         title_justify="left",
     )
     table.add_column("method")
@@ -278,9 +306,15 @@ def print_shown(shown: Shown) -> None:
         cells = [cell for s in SPLITS for cell in (line.accuracy[s].text(), f"{100 * line.yes[s].value:.0f}")]
         table.add_row(line.method, line.decoding, *cells)
     console.print(table)
-    console.print(
-        "plain and mask are the controls: sampling under the mask alone explains part of every gain over plain sampling."
+    table = Table(
+        title="Method minus matched control on the same questions, points of accuracy; * interval excludes zero",
+        title_justify="left",
     )
+    for title in ("method", "control", *SPLITS):
+        table.add_column(title)
+    for line in shown.differences:
+        table.add_row(line.method, line.control, *(line.accuracy[s].text() for s in SPLITS))
+    console.print(table)
     console.print()
     for picture in shown.pictures:
         console.print(f"{picture.path.name}: {', '.join(picture.truth)}", style="dim")

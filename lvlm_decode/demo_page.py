@@ -53,11 +53,19 @@ def write(shown: Shown, page: Path) -> None:
 def html(shown: Shown) -> str:
     """The page as text."""
     captions = "".join(_picture(picture) for picture in shown.pictures)
-    rates = "; ".join(
-        f"{escape(name)} {100 * r['chair_s']:.0f} % of captions, {100 * r['chair_i']:.0f} % of object words, "
-        f"recall {100 * r['recall']:.0f} %, {r['length']:.0f} words"
+    rates = "".join(
+        f"<tr><td>{escape(name)}</td><td>{100 * r['chair_s']:.0f}</td><td>{100 * r['chair_i']:.0f}</td>"
+        f"<td>{100 * r['recall']:.0f}</td><td>{r['length']:.0f}</td></tr>"
         for name, r in shown.caption_rates.items()
     )
+    asked = ", ".join(f"{count} {split}" for split, count in shown.questions.items())
+    differences = "".join(
+        f"<tr><td>{escape(line.method)}</td><td>{escape(line.control)}</td>"
+        + "".join(f"<td>{escape(line.accuracy[split].text())}</td>" for split in SPLITS)
+        + "</tr>"
+        for line in shown.differences
+    )
+    splits = "".join(f"<th>{split}</th>" for split in SPLITS)
     slowest = max(shown.times.values())
     bars = "".join(
         f'<div class="bar{" plain" if name == "plain" else ""}"><div>{escape(name)}</div>'
@@ -74,13 +82,19 @@ def html(shown: Shown) -> str:
 <p>The first {len(shown.pictures)} scenes on which plain greedy decoding names something that is not in the picture.
 Marked words are hallucinated.</p>
 {captions}
-<p class="dim">Over the first {shown.captioned} scenes: {rates}.</p>
+<p>Over the first {shown.captioned} scenes, which is too few to rank methods by:</p>
+<div class="scroll"><table><thead><tr><th>method</th><th>captions with a hallucination %</th>
+<th>hallucinated among object words %</th><th>objects recalled %</th><th>words</th></tr></thead>
+<tbody>{rates}</tbody></table></div>
 <h2>POPE</h2>
-<p>“Is there a … in the image?”, {shown.questions} questions a split, half of them about things that are not there: drawn at
+<p>“Is there a … in the image?”, half of the questions ({asked}) about things that are not there: drawn at
 random, the most frequent, or those that usually come along. Accuracy with its 95 % interval over images, and how often
 the model says yes. The grey rows are the controls each method must be read against.</p>
 <div class="scroll"><table><thead><tr><th>method</th><th>decoding</th>
-{"".join(f"<th>{split}</th>" for split in SPLITS)}</tr></thead><tbody>{_rows(shown.table)}</tbody></table></div>
+{splits}</tr></thead><tbody>{_rows(shown.table)}</tbody></table></div>
+<p>Each method minus its matched controls on the same questions, points of accuracy; * where the interval excludes zero.</p>
+<div class="scroll"><table><thead><tr><th>method</th><th>control</th>{splits}</tr></thead>
+<tbody>{differences}</tbody></table></div>
 <h2>Time per token</h2>
 <p>All views of a method run in one stacked forward. Relative to plain decoding, which takes {shown.milliseconds:.1f} ms a
 token here; the methods take turns, the figure is the median of paired ratios.</p>
