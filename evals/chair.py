@@ -67,10 +67,12 @@ def _pattern_words(caption: str) -> list[str]:
     return [singular(token) for token in tokenize(caption.lower())]
 
 
+# Package -> where it may lie. The final slash matters: NLTK looks into zip files for folders only. The downloader leaves
+# wordnet.zip packed.
 _NLTK_DATA = {
-    "punkt_tab": "tokenizers/punkt_tab/english",
-    "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
-    "wordnet": "corpora/wordnet.zip/wordnet",
+    "punkt_tab": ("tokenizers/punkt_tab/english/",),
+    "averaged_perceptron_tagger_eng": ("taggers/averaged_perceptron_tagger_eng/",),
+    "wordnet": ("corpora/wordnet.zip/wordnet/", "corpora/wordnet/"),
 }
 
 
@@ -88,7 +90,7 @@ def load_nltk() -> Any:
             "This parser needs NLTK, which is not installed; run `pip install lvlm-decode[chair]`, or use the parser "
             "'pattern', which needs nothing."
         ) from error
-    missing = [name for name, path in _NLTK_DATA.items() if not _nltk_has(nltk, path)]
+    missing = [name for name, places in _NLTK_DATA.items() if not any(_nltk_has(nltk, place) for place in places)]
     if missing:
         raise MissingDependencyError(
             f"NLTK is installed but its data is not: {', '.join(missing)} missing. Run `python -m nltk.downloader "
@@ -99,14 +101,12 @@ def load_nltk() -> Any:
     return nltk
 
 
-def _nltk_has(nltk: Any, path: str) -> bool:
-    for candidate in (path, path.replace(".zip/wordnet", "")):
-        try:
-            nltk.data.find(candidate)
-            return True
-        except LookupError:
-            continue
-    return False
+def _nltk_has(nltk: Any, place: str) -> bool:
+    try:
+        nltk.data.find(place)
+    except LookupError:
+        return False
+    return True
 
 
 # First letter of a Penn tag -> WordNet part of speech; everything else is lemmatised as a noun. This is why "seated" is

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import zipfile
 from dataclasses import replace
 
 import lvlm_decode_data
@@ -483,6 +484,23 @@ def test_missing_nltk_data_is_named(monkeypatch):
     chair.load_nltk.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"punkt_tab.*wordnet missing.*nltk\.downloader.*/nowhere"):
         PARSERS["wordnet-pos"].reduce("a dog")
+    chair.load_nltk.cache_clear()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_nltk_data_is_found_as_its_downloader_leaves_it(monkeypatch, tmp_path, packed):
+    nltk = pytest.importorskip("nltk", reason="NLTK is an extra and not installed")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    (tmp_path / "tokenizers" / "punkt_tab" / "english").mkdir(parents=True)
+    (tmp_path / "taggers" / "averaged_perceptron_tagger_eng").mkdir(parents=True)
+    (tmp_path / "corpora").mkdir()
+    if packed:
+        with zipfile.ZipFile(tmp_path / "corpora" / "wordnet.zip", "w") as archive:
+            archive.writestr("wordnet/index.noun", "x")
+    else:
+        (tmp_path / "corpora" / "wordnet").mkdir()
+    chair.load_nltk.cache_clear()
+    assert chair.load_nltk() is nltk
     chair.load_nltk.cache_clear()
 
 
