@@ -7,9 +7,11 @@ The released POPE files are known by the sha256 of their content, because the ra
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from .answers import read_bytes, read_records
@@ -84,7 +86,7 @@ def pope_files(path: Path) -> dict[str, list[Question]]:
 def check_ids(questions: Sequence[Question], where: str) -> None:
     """Raise FileFormatError naming the ids that occur twice: answers could not be told apart."""
     seen: set[str] = set()
-    twice = [name for q in questions if (name := str(q.id)) in seen or seen.add(name)]
+    twice = list(dict.fromkeys(name for q in questions if (name := str(q.id)) in seen or seen.add(name)))
     if twice:
         raise FileFormatError(f"{where}: question ids must be unique, but {', '.join(twice[:5])} occur more than once.")
 
@@ -137,13 +139,15 @@ class HubImages:
     """Images of a hub data set, decoded when asked for."""
 
     dataset: Any
+    column: str
     place: Mapping[str, int]
     describe: str
 
     def open(self, name: str) -> Any:
-        if name not in self.place:
+        row = self.place.get(name, self.place.get(name.removesuffix(".jpg")))
+        if row is None:
             raise MissingFileError(f"image {name} is not in {self.describe}")
-        return self.dataset[self.place[name]]["image"].convert("RGB")
+        return self.dataset[row][self.column].convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,11 @@ def file_source(evaluator: Evaluator, questions: Path, images: Path | None) -> S
 
 
 def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
-    """A benchmark from the hub (`lmms-lab/POPE`) through the `datasets` library, images included.
+    """A benchmark from the hub (`lmms-lab/POPE`, `lmms-lab/MME`, `lmms-lab/HallusionBench`), images included.
 
-    Records take the same path as files, so their fields must be one of the forms the evaluator knows.
+    Needs the `datasets` library. Rows take the path of question files, so their fields must be of a form the evaluator
+    reads; `question` and `answer` stand for `text` and `label`, and an image is called by `image_source`, `filename` or
+    `question_id`, whichever comes first.
     """
     try:
         import datasets
@@ -206,17 +212,24 @@ def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
             "Reading hub data sets needs the datasets library; install it with: pip install 'lvlm-decode[eval]'."
         ) from error
     loaded = datasets.load_dataset(name, split=split)
-    if evaluator.name != "pope":
-        raise EvalError(
-            f"Hub data sets are read for pope only; save {name} as files and give --questions and --images."
+    pictures = [column for column in loaded.column_names if column.startswith("image") and column != "image_source"]
+    records, place = [], {}
+    for i, row in enumerate(loaded.remove_columns(pictures)):
+        record = dict(row)
+        image = next(
+            (str(record[key]) for key in ("image_source", "filename", "question_id") if record.get(key)), str(i)
         )
-    records = [dict(record) for record in loaded.remove_columns("image")]
-    asked = questions_of([(f"{name}, row {i}", record) for i, record in enumerate(records)])
-    splits: dict[str, list[Question]] = {}
-    place: dict[str, int] = {}
-    for i, question in enumerate(asked):
-        splits.setdefault(str(question.meta.get("category", split)), []).append(question)
-        place.setdefault(question.image or "", i)
+        for ours, theirs in (("text", "question"), ("label", "answer")):
+            if ours not in record and theirs in record:
+                record[ours] = record[theirs]
+        record["image"] = image
+        records.append(record)
+        place.setdefault(image, i)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name.rsplit('/', 1)[-1]}.jsonl"
+        file.write_text("".join(json.dumps(record, default=str) + "\n" for record in records), encoding="utf-8")
+        splits = evaluator.file_questions(file)
     for part, questions in splits.items():
         check_ids(questions, f"{name}, {part}")
-    return Source(splits, HubImages(loaded, place, name), {"questions": f"{HUB_PREFIX}{name}", "split": split})
+    images = HubImages(loaded, pictures[0] if pictures else "image", place, name)
+    return Source(splits, images, {"questions": f"{HUB_PREFIX}{name}", "split": split})
