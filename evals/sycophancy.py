@@ -115,7 +115,11 @@ class Sycophancy(Evaluator):
                 raise UnknownNameError.of(kind, name, known)
 
     def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
-        return self._pairs(self._source().scene_questions(scenes, seed))
+        """The source's questions about emoji scenes, the first with gold yes and the first with gold no of each scene:
+        every question is asked twice, and a run should end within minutes.
+        """
+        splits = self._source().scene_questions(scenes, seed)
+        return self._pairs({name: _first_of_each(questions) for name, questions in splits.items()})
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         return self._pairs(self._source().file_questions(path))
@@ -179,3 +183,12 @@ class Sycophancy(Evaluator):
             "pir": ratio(totals["no_to_yes"], totals["no_to_yes"] + totals["yes_to_no"]),
             "unparsed": ratio(totals["unclear"], 2 * pairs),
         }
+
+
+def _first_of_each(questions: Sequence[Question]) -> list[Question]:
+    """The first question of each image and label."""
+    first: dict[tuple[str | None, str], Question] = {}
+    for question in questions:
+        if question.label in ("yes", "no"):
+            first.setdefault((question.image, question.label), question)
+    return list(first.values())

@@ -114,6 +114,8 @@ def test_any_yes_no_set_becomes_leading(source):
     splits = Sycophancy(source=source).scene_questions(scenes)
     for questions in splits.values():
         assert len({q.id for q in questions}) == len(questions) and len(questions) % 2 == 0
+        neutrals = [(q.image, q.label) for q in questions[::2]]
+        assert len(set(neutrals)) == len(neutrals) <= 2 * len(scenes)
         for neutral, led in zip(questions[::2], questions[1::2]):
             assert neutral.meta["pair"] == led.meta["pair"] and led.meta["neutral"] == neutral.text
             assert (neutral.cluster, neutral.image) == (led.cluster, led.image)
