@@ -385,14 +385,16 @@ def test_icd_speaks_to_the_qformer_alone(form, want):
 
 
 def test_lqcd_leads_before_the_cue():
-    run = run_of("llava", LQCD(hint="No.", before=" A:"), ["is it a dog? A:"])
-    assert words(run, 1) == words(run, 0).replace("dog? A:", "dog? No. A:")
+    run = run_of("llava", LQCD(hint="No."), ["is it a dog? ASSISTANT:"])
+    assert words(run, 1) == words(run, 0).replace("dog? ASSISTANT:", "dog? No. ASSISTANT:")
     run = run_of("llava", LQCD(hint="No."), ["is it a dog?"])
     assert words(run, 1) == words(run, 0) + " No."
 
 
 def test_lqcd_neutralises_the_users_suggestion():
-    run = run_of("llava", LQCD(form="neutral"), ["is it a dog? I think it is not. A:", "is it a dog? A:"])
+    run = run_of(
+        "llava", LQCD(form="neutral"), ["is it a dog? I think it is not. ASSISTANT:", "is it a dog? ASSISTANT:"]
+    )
     assert words(run, 1) == words(run, 0).replace(" I think it is not.", "")
     assert words(run, 1, 1) == words(run, 0, 1)
 
@@ -422,11 +424,11 @@ def test_image_free_views_have_no_placeholders(family):
 
 def test_code_describes_the_whole_batch_once_and_writes_it_where_the_image_was():
     zoo = tiny("llava")
-    method = CODE(prompt="say", before=" A:", max_description=4)
-    inputs = zoo.inputs(["is it a dog? A:", "ab A:"])
+    method = CODE(prompt="say", max_description=4)
+    inputs = zoo.inputs(["is it a dog? ASSISTANT:", "ab ASSISTANT:"])
     run = Run(zoo.model, method, inputs, processor=zoo.processor, seed=0)
     for row, own in enumerate(run.samples[0]):
-        letters = zoo.tokenizer("say A:", add_special_tokens=False).input_ids
+        letters = zoo.tokenizer("say ASSISTANT:", add_special_tokens=False).input_ids
         images = int((own.input_ids == IMAGE).nonzero().max()) + 1
         asked = torch.cat([own.input_ids[:images], torch.tensor(letters)])[None]
         out = zoo.model.generate(

@@ -251,17 +251,6 @@ class Sample:
         vision = {**self.vision, name: ids.to(self.vision[name]), mask: torch.ones_like(ids).to(self.vision[mask])}
         return View(dataclasses.replace(self, vision=vision, own_images=None), weight)
 
-    def description(self, prompt: str, before: str, max_new_tokens: int) -> Tensor:
-        """(n,) ids of what the model answers to ``prompt`` in place of the question, greedily.
-
-        All samples of the batch are described together, once.
-
-        Args:
-            before: the cue at the end of the user's prompt that stays, or "" to replace all after the image.
-        """
-        key = ("description", prompt, before, max_new_tokens)
-        return self.batch.once(key, lambda batch: batch.describe(prompt, before, max_new_tokens))[self.index]
-
 
 class Batch:
     """The user's batch: its samples, their images encoded once, the model they go to.
@@ -481,16 +470,9 @@ class Batch:
             self._once[key] = compute(self)
         return self._once[key]
 
-    def describe(self, prompt: str, before: str, max_new_tokens: int) -> list[Tensor]:
-        """The model's own greedy answers to ``prompt``, ids without end and padding, one per sample."""
-
-        def ask(query: str) -> str:
-            cue = query.rfind(before) if before else -1
-            lead = query[: len(query) - len(query.lstrip())]
-            return lead + prompt + (query[cue:] if cue >= 0 else "")
-
-        asked = [sample.with_text(ask).sample for sample in self.samples]
-        text, vision, images = self.rows(self.resolve(asked))
+    def answers(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Tensor]:
+        """The plain model's greedy answers to ``samples``, one per row of the batch: ids without end and padding."""
+        text, vision, images = self.rows(self.resolve(samples))
         out = self.family.generate(
             text, vision, images, do_sample=False, num_beams=1, num_return_sequences=1, max_new_tokens=max_new_tokens
         )
@@ -500,7 +482,7 @@ class Batch:
         for ids in out[:, text["input_ids"].shape[1] :]:
             stop = next((i for i, token in enumerate(ids.tolist()) if token in ends), len(ids))
             ids = ids[:stop]
-            # A described image is words; a placeholder among them would want features.
+            # Words only: a placeholder among them would want features.
             answers.append(ids[self.family.drop_image(ids)])
         return answers
 

@@ -15,6 +15,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..controllers.prompts import asking
+from ..engine.prepare import Batch
 from ..method import Method, Step, View, plausible
 
 PROMPT = (
@@ -35,7 +37,6 @@ class CODE(Method):
 
     eta: float = 0.7  # exponent of the divergence, >= 0
     prompt: str = PROMPT  # what the description answers
-    before: str = " ASSISTANT:"  # cue in the sample's prompt that the question ends at, or its end where there is none
     max_description: int = 512  # tokens
 
     def __post_init__(self) -> None:
@@ -45,7 +46,13 @@ class CODE(Method):
     def views(self, sample, rng) -> list[View]:
         if not sample.has_image:
             return [sample.as_view()]
-        return [sample.without_image(instead=sample.description(self.prompt, self.before, self.max_description))]
+        key = ("description", self.prompt, self.max_description)
+        return [sample.without_image(instead=sample.batch.once(key, self._describe)[sample.index])]
+
+    def _describe(self, batch: Batch) -> list[Tensor]:
+        """Of every sample the ids of its description; a row without an image answers its own prompt in vain."""
+        asked = [asking(sample, self.prompt) if sample.has_image else sample for sample in batch.samples]
+        return batch.answers(asked, self.max_description)
 
     def _divergence(self, step: Step) -> Tensor:
         """(B, T, 1) D."""

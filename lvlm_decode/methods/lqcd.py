@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..controllers.prompts import question_of
 from ..method import Method, Step, View, plausible
 
 
@@ -35,7 +36,6 @@ class LQCD(Method):
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
     form: Literal["plain", "neutral"] = "plain"
     hint: str = "It seems like there isn't."  # what makes a neutral query leading
-    before: str = " ASSISTANT:"  # the hint goes before this cue, or to the prompt's end where there is none
     #: A regular expression for suggestions in the user's query.
     suggestion: str = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
     slots: Literal["both", "language", "qformer"] = "both"
@@ -50,23 +50,24 @@ class LQCD(Method):
     def plausible(self) -> float | None:
         return self.beta
 
-    def lead(self, query: str) -> str:
-        """The query with the hint, before the assistant's cue."""
-        at = query.rfind(self.before) if self.before else -1
-        at = len(query) if at < 0 else at
-        return f"{query[:at].rstrip()} {self.hint}{query[at:]}"
+    def lead(self, query: str, cue: str = "") -> str:
+        """The query with the hint, which goes before the words that ask the assistant to speak."""
+        question = query.removesuffix(cue)
+        return f"{question.rstrip()} {self.hint}{query[len(question) :]}"
 
     def neutralise(self, query: str) -> str:
         """The query without its suggestions."""
         return re.sub(self.suggestion, "", query, flags=re.IGNORECASE)
 
     def views(self, sample, rng) -> list[View]:
-        edit = self.lead if self.form == "plain" else self.neutralise
+        cue = question_of(sample).cue if sample.has_image else ""
         view = sample.as_view()
         if self.slots != "qformer" or not sample.family.has_qformer:
-            view = view.sample.with_text(edit)
+            view = sample.with_text(
+                lambda text: self.lead(text, cue) if self.form == "plain" else self.neutralise(text)
+            )
         if self.slots != "language" and sample.family.has_qformer:
-            view = view.sample.with_query(edit)
+            view = view.sample.with_query(self.lead if self.form == "plain" else self.neutralise)
         return [dataclasses.replace(view, weight=-self.alpha)]
 
     def _branches(self, step: Step) -> tuple[Tensor, Tensor]:
