@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .answers import line_of, read_bytes, read_records, write_whole
-from .base import Answer, Column, Evaluator, Row, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .errors import EvalError, FileFormatError, MissingFileError
 
 RETRIES = 3
@@ -232,8 +232,9 @@ class Judged(Evaluator):
     def _replies(self, prompts: Sequence[Prompt]) -> dict[str, str]:
         if self.judge is None:
             raise EvalError(
-                f"{self.name} is graded by a judge; write its prompts to a file, have them answered, and give the "
-                "replies (JSON lines with id and reply), or give the http address of an OpenAI-compatible endpoint."
+                f"{self.name} is graded by a judge: `lvlm-decode data prompts {self.name} ANSWERS OUT` writes what to ask; "
+                f"then `lvlm-decode score {self.name} ANSWERS -o judge=REPLIES` (lines of id and reply), or judge=URL of "
+                "an OpenAI-compatible endpoint."
             )
         if not self.judge.startswith(("http://", "https://")):
             return read_replies(Path(self.judge))
@@ -299,23 +300,19 @@ class MMHal(Judged):
         Column("n", "n", "count"),
     )
 
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """The 96 questions of MMHal's response file."""
+        return {"all": [_mmhal_question(n, record, where) for n, (where, record) in enumerate(read_records(path))]}
+
     def read_answers(self, path: Path) -> list[Answer]:
-        """Answers in MMHal's response file: a JSON array of its questions with `model_answer` filled in."""
-        answers = []
-        for number, (where, record) in enumerate(read_records(path)):
-            kind = str(record.get("question_type") or MMHAL_TYPES[number % 8])
-            contents = record.get("image_content") or []
-            answers.append(
-                Answer(
-                    question_id=number,
-                    answer=str(need(record, "model_answer", where) or ""),
-                    text=need(record, "question", where),
-                    image=str(record.get("image_id") or number),
-                    label=need(record, "gt_answer", where),
-                    meta={"type": kind, "contents": contents if isinstance(contents, str) else ", ".join(contents)},
-                )
-            )
-        return answers
+        """Answers in MMHal's response file, its questions with `model_answer` filled in; or JSON lines of a run."""
+        records = read_records(path)
+        if "model_answer" not in records[0][1]:
+            return super().read_answers(path)
+        return [
+            Answer.to(_mmhal_question(number, record, where), str(need(record, "model_answer", where) or ""))
+            for number, (where, record) in enumerate(records)
+        ]
 
     def prompt(self, answer: Answer) -> Prompt:
         values = {
@@ -356,6 +353,17 @@ class MMHal(Judged):
         return {"score": score, "hallucination": ratio(totals.get("hallucinated", 0), totals["n"]), **means}
 
 
+def _mmhal_question(number: int, record: Mapping[str, Any], where: str) -> Question:
+    """A question of the file; its type goes by position (eight in turn) where the file does not say."""
+    contents = record.get("image_content") or []
+    image = str(record.get("image_src") or record.get("image_id") or number).rsplit("/", 1)[-1]
+    meta = {
+        "type": str(record.get("question_type") or MMHAL_TYPES[number % 8]),
+        "contents": contents if isinstance(contents, str) else ", ".join(contents),
+    }
+    return Question(number, need(record, "question", where), image, need(record, "gt_answer", where), meta=meta)
+
+
 VALLU_PROMPT = """You are an impartial judge of what an assistant said about the image.
 
 Question: {question}
@@ -389,18 +397,17 @@ class VaLLu(Judged):
         Column("n", "n", "count"),
     )
 
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """Questions as JSON lines with `question_id`, `prompt`, `image`."""
+        return {"all": [_vallu_question(record, where) for where, record in read_records(path)]}
+
     def read_answers(self, path: Path) -> list[Answer]:
-        """Answers as the authors' scripts write them (`question_id`, `prompt`, `image`, `text`), or our own lines."""
+        """Answers as the authors' scripts write them: the questions with the answer in `text`; or JSON lines of a run."""
         records = read_records(path)
         if "answer" in records[0][1]:
             return super().read_answers(path)
         return [
-            Answer(
-                question_id=need(record, "question_id", where),
-                answer=str(need(record, "text", where) or ""),
-                text=need(record, "prompt", where).replace("<image>", "").strip(),
-                image=str(need(record, "image", where)),
-            )
+            Answer.to(_vallu_question(record, where), str(need(record, "text", where) or ""))
             for where, record in records
         ]
 
@@ -432,3 +439,8 @@ class VaLLu(Judged):
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         return {aspect: ratio(totals[f"{aspect}.sum"], totals["rated"]) for aspect in ASPECTS}
+
+
+def _vallu_question(record: Mapping[str, Any], where: str) -> Question:
+    text = need(record, "prompt", where).replace("<image>", "").strip()
+    return Question(need(record, "question_id", where), text, str(need(record, "image", where)))

@@ -131,7 +131,7 @@ def test_mmhal_types_by_position_where_the_file_has_none(mmhal_file):
 
 def test_without_a_judge_and_with_missing_replies(mmhal_file, tmp_path):
     answers = MMHal().read_answers(mmhal_file)
-    with pytest.raises(EvalError, match="graded by a judge; write its prompts"):
+    with pytest.raises(EvalError, match="graded by a judge: `lvlm-decode data prompts mmhal"):
         MMHal().rows(answers)
     replies = write_replies(tmp_path / "replies.jsonl", ["Rating: 1"] * 7)
     with pytest.raises(EvalError, match="no reply for 1 answers \\(the first is 7\\)"):
@@ -142,6 +142,18 @@ def test_without_a_judge_and_with_missing_replies(mmhal_file, tmp_path):
         read_replies(replies)
     with pytest.raises(EvalError, match="must be kept"):
         MMHal(judge="http://127.0.0.1:1").rows(answers)
+
+
+def test_questions_of_a_run_and_its_answers(mmhal_file, tmp_path):
+    (questions,) = MMHal().file_questions(mmhal_file).values()
+    assert questions[3].image == "image3" and questions[3].meta["type"] == "counting"
+    own = tmp_path / "answers.jsonl"
+    own.write_text("".join(json.dumps(Answer.to(q, f"Answer {q.id}").record()) + "\n" for q in questions))
+    assert MMHal().prompts(MMHal().read_answers(own)) == MMHal().prompts(MMHal().read_answers(mmhal_file))
+    vallu = tmp_path / "vallu.jsonl"
+    vallu.write_text('{"question_id": 1, "prompt": "<image>\\nWhat?", "image": "a.png"}')
+    (questions,) = VaLLu().file_questions(vallu).values()
+    assert (questions[0].id, questions[0].text, questions[0].image) == (1, "What?", "a.png")
 
 
 def test_the_authors_templates(mmhal_file, tmp_path):
