@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import chair, parsers
-from .answers import read_bytes, read_json, read_records
+from .answers import read_json, read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError, UnknownNameError
 from .words import singular, tokenize
@@ -140,7 +140,7 @@ def knowledge(folder: str) -> Knowledge:
     """AMBER's `data` folder: annotations.json, relation.json and safe_words.txt, each gzip or not."""
     annotations = read_json(_find(folder, "annotations.json"))
     relation = read_json(_find(folder, "relation.json"))
-    safe = read_bytes(_find(folder, "safe_words.txt")).decode("utf-8").split()
+    safe = read_text(_find(folder, "safe_words.txt")).split()
     if not isinstance(relation, dict) or not isinstance(annotations, list):
         raise FileFormatError(f"{folder}: relation.json must be an object and annotations.json an array, as in AMBER.")
     items = {str(need(item, "id", f"{folder}/annotations.json")): item for item in annotations}

@@ -41,15 +41,20 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
+def read_text(path: Path) -> str:
+    """The text of a file, decompressed if it is gzip, without a byte order mark."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
 def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(where, JSON object) of a file of JSON lines or of one JSON array of objects, gzip or not.
 
     Raises FileFormatError naming file and line (or array entry) of what is not a JSON object.
     """
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             entries = json.loads(text)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .answers import read_bytes, read_json, read_records
+from .answers import read_json, read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .errors import EvalError, FileFormatError, MissingDependencyError, UnknownNameError
 from .words import singular, tokenize
@@ -214,7 +214,7 @@ def vocabulary_file(path: Path) -> Vocabulary:
     authors' data/synonyms.txt): a line per object, words separated by ", ", the first one its name.
     """
     path = Path(path)
-    text = read_bytes(path).decode("utf-8-sig")
+    text = read_text(path)
     if not text.lstrip().startswith("{"):
         lines = [line.split(", ") for line in text.split("\n") if line.strip()]
         if not lines or max(map(len, lines)) == 1:
@@ -385,14 +385,17 @@ class Chair(Evaluator):
         }
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
-        """A caption for each image of a list: JSON lines with `image_id` and, where its name differs, `image`."""
-        records = read_records(path)
-        return {
-            "captions": [
-                Question(identity := need(record, "image_id", where), self.prompt, str(record.get("image", identity)))
-                for where, record in records
-            ]
-        }
+        """A caption for each image of a list: JSON lines with `image_id` and `image`, the file's name.
+
+        Without `image` a number is an image of COCO's val2014.
+        """
+        questions = []
+        for where, record in read_records(path):
+            identity = need(record, "image_id", where)
+            number = image_key(identity)
+            name = f"COCO_val2014_{number:0>12}.jpg" if number.isdecimal() else str(identity)
+            questions.append(Question(identity, self.prompt, str(record.get("image") or name)))
+        return {"captions": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Captions as JSON lines with `image_id` and `caption` (or `question_id` and `answer`)."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .answers import line_of, read_bytes, read_records, write_whole
+from .answers import line_of, read_bytes, read_records, read_text, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .errors import EvalError, FileFormatError, MissingFileError
 
@@ -246,7 +246,7 @@ class Judged(Evaluator):
         """The template with its fields filled, by name or, as in the authors' own, by order."""
         if self.template is None:
             return default.format(**values)
-        text = read_bytes(Path(self.template)).decode("utf-8-sig")
+        text = read_text(Path(self.template))
         try:
             return text.format(*values.values(), **values)
         except (IndexError, KeyError, ValueError) as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from . import parsers
-from .answers import read_bytes, read_records
+from .answers import read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .errors import EvalError, FileFormatError, MissingFileError
 
@@ -196,7 +196,7 @@ def _task_lines(folder: Path, widths: tuple[int, ...]) -> list[_Line]:
         raise MissingFileError(f"{folder} has no task file; expected some of {', '.join(f'{t}.txt' for t in TASKS)}.")
     lines = []
     for task, path in files:
-        for number, text in enumerate(read_bytes(path).decode("utf-8-sig").split("\n"), 1):
+        for number, text in enumerate(read_text(path).split("\n"), 1):
             text = text.removesuffix("\r")
             if not text.strip():
                 continue

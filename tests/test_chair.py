@@ -582,6 +582,24 @@ def test_broken_objects_are_named(files, tmp_path, content, message):
         scorer.read_answers(tmp_path / "captions.jsonl")
 
 
+def test_questions_from_a_list_of_images(tmp_path):
+    path = tmp_path / "images.jsonl"
+    path.write_text('{"image_id": 42}\n{"image_id": 7, "image": "mine.png"}\n{"image_id": "x"}')
+    (questions,) = Chair(prompt="Describe.").file_questions(path).values()
+    assert [(q.id, q.image) for q in questions] == [(42, "COCO_val2014_000000000042.jpg"), (7, "mine.png"), ("x", "x")]
+    assert {question.text for question in questions} == {"Describe."}
+    path.write_text('{"image": "a.jpg"}')
+    with pytest.raises(FileFormatError, match="line 1: field 'image_id' is missing"):
+        Chair().file_questions(path)
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    path = tmp_path / "table.txt"
+    path.write_bytes(b"dog, \xff\xfe")
+    with pytest.raises(FileFormatError, match=r"table\.txt is not UTF-8 text"):
+        vocabulary_file(path)
+
+
 def test_unknown_parser_is_named():
     with pytest.raises(UnknownNameError, match=r"'spacy'.*pattern, wordnet-pos"):
         Chair(parser="spacy")
