@@ -247,8 +247,11 @@ def finished(caption: str) -> str:
 
 
 def image_key(image: Any) -> str:
-    """One spelling of an image id: 42, "42", "000000000042.jpg" and "COCO_val2014_000000000042.jpg" are "42"."""
-    found = re.fullmatch(r"(?:.*[/_])?(\d+)(?:\.\w+)?", str(image))
+    """One spelling of an image id: 42, "42", "000000000042.jpg" and "COCO_val2014_000000000042.jpg" are "42".
+
+    Other names stay as they are: "a/42.jpg" and "b/42.jpg" need not be the same image.
+    """
+    found = re.fullmatch(r"(?:(?:.*/)?COCO_[a-z]+\d{4}_)?(\d+)(?:\.\w+)?", str(image))
     return str(int(found[1])) if found else str(image)
 
 
@@ -391,9 +394,8 @@ class Chair(Evaluator):
         """
         questions = []
         for where, record in read_records(path):
-            identity = need(record, "image_id", where)
-            number = image_key(identity)
-            name = f"COCO_val2014_{number:0>12}.jpg" if number.isdecimal() else str(identity)
+            identity = image_key(need(record, "image_id", where))
+            name = f"COCO_val2014_{identity:0>12}.jpg" if identity.isdecimal() else identity
             questions.append(Question(identity, self.prompt, str(record.get("image") or name)))
         return {"captions": questions}
 
@@ -407,7 +409,7 @@ class Chair(Evaluator):
                 raise FileFormatError(f"{where}: field 'caption' must be text, found {type(caption).__name__}.")
             image = str(record.get("image") or identity)
             answer = Answer(
-                question_id=identity,
+                question_id=image_key(identity),
                 answer=caption or "",
                 text=record.get("text") or self.prompt,
                 image=image,
