@@ -288,10 +288,12 @@ class Amber(Evaluator):
         answers = []
         for where, record in records:
             identity = need(record, "id", where)
-            answer = Answer(identity, str(need(record, "response", where) or ""), image=f"AMBER_{identity}.jpg")
+            answer = Answer(identity, str(need(record, "response", where) or ""))
             if str(identity) in self._annotations():
                 label, meta = self._annotation(identity, where)
-                answer = replace(answer, label=label, meta=meta)
+                # The first 1,004 items are one description an image; which image the others ask about is in the queries.
+                image = f"AMBER_{identity}.jpg" if meta["type"] == "generative" else None
+                answer = replace(answer, label=label, meta=meta, image=image)
             else:
                 answer = replace(answer, error="AMBER has no annotation for this id")
             answers.append(answer)
