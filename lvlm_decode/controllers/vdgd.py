@@ -15,6 +15,7 @@ coin flip among candidates; here they are not divided.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -24,7 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
 from ..method import plausible
-from .base import AsCaller, Controller
+from .base import AsCaller, Controller, Limits
 from .prompts import asking, question_of
 from .rows import Rows
 
@@ -95,9 +96,10 @@ class VDGD(Controller):
         generation_config: Any,
     ) -> Any:
         samples = run.samples[0]
+        limits = Limits.of(run, input_ids, stopping_criteria, generation_config)
         questions = [question_of(sample).text for sample in samples]
         asked = [asking(s, self.describe.format(question=q)) for s, q in zip(samples, questions)]
-        descriptions, grounds, forwards = describe(run, asked, self.description_tokens, self.reduction)
+        descriptions, grounds, forwards = describe(run, asked, self, limits.eos)
         run.descriptions = [samples[0].tokenizer.decode(d, skip_special_tokens=True).strip() for d in descriptions]
         run.forwards = forwards
         grounded = [
@@ -105,14 +107,13 @@ class VDGD(Controller):
             for sample, description, question in zip(samples, run.descriptions, questions)
         ]
         text, vision, images = run.batch.rows(run.batch.resolve(grounded))
-        new_tokens = generation_config.max_length - input_ids.shape[1]
         prompts = input_ids[:: len(input_ids) // len(samples)]
         width = text["input_ids"].shape[1]
 
         processors = LogitsProcessorList([Grounding(self, grounds), AsCaller(logits_processor, prompts, width)])
         criteria = StoppingCriteriaList([AsCaller(stopping_criteria, prompts, width)])
         config = copy.deepcopy(generation_config)
-        config.max_length = width + new_tokens
+        config.max_length = width + limits.new_tokens
 
         def loop(module, input_ids, past_key_values, **model_kwargs):
             # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
@@ -138,7 +139,7 @@ class VDGD(Controller):
             do_sample=generation_config.do_sample,
             num_beams=generation_config.num_beams or 1,
             num_return_sequences=generation_config.num_return_sequences or 1,
-            max_new_tokens=new_tokens,
+            max_new_tokens=limits.new_tokens,
             cache_implementation="dynamic",
         )
         answered = out if isinstance(out, Tensor) else out.sequences
@@ -189,7 +190,7 @@ def candidates_of(method: VDGD, scores: Tensor) -> Tensor:
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
-def describe(run: Run, samples: list[Any], new_tokens: int, reduction: str) -> tuple[list[Tensor], Tensor, int]:
+def describe(run: Run, samples: list[Any], method: VDGD, ends: Sequence[int]) -> tuple[list[Tensor], Tensor, int]:
     """Greedy descriptions, and what their distributions give every token.
 
     The step that ends a description belongs to it, as in the scores that ``generate()`` returns.
@@ -199,8 +200,6 @@ def describe(run: Run, samples: list[Any], new_tokens: int, reduction: str) -> t
         log-probabilities; forwards run.
     """
     captured = run.batch.capture(run.batch.resolve(samples))
-    ends = captured.module.generation_config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
     pad = run.family.pad_token_id
     image = run.family.image_token_id
     rows = Rows(captured, pad)
@@ -208,12 +207,12 @@ def describe(run: Run, samples: list[Any], new_tokens: int, reduction: str) -> t
     texts: list[list[int]] = [[] for _ in samples]
     steps = [0] * len(samples)
     going = [True] * len(samples)
-    for step in range(new_tokens):
+    for step in range(method.description_tokens):
         said = logits.log_softmax(-1)
         live = torch.tensor(going, device=said.device)[:, None]
         if grounds is None:
             grounds = said.clone()
-        elif reduction == "min":
+        elif method.reduction == "min":
             grounds = torch.where(live, torch.maximum(grounds, said), grounds)
         else:
             grounds = torch.where(live, grounds + said, grounds)
@@ -228,10 +227,10 @@ def describe(run: Run, samples: list[Any], new_tokens: int, reduction: str) -> t
                     going[row] = False
                 else:
                     texts[row].append(token)
-        if not any(going) or step == new_tokens - 1:
+        if not any(going) or step == method.description_tokens - 1:
             break
         tokens = torch.where(torch.tensor(going, device=tokens.device), tokens, pad)
         logits = rows.extend(tokens[:, None])
-    if reduction == "avg":
+    if method.reduction == "avg":
         grounds = grounds / torch.tensor(steps, device=grounds.device)[:, None]
     return [torch.tensor(text, dtype=torch.long) for text in texts], grounds, rows.forwards

@@ -31,6 +31,9 @@ METHODS: dict[str, str] = {
     "uscd": ".uscd:USCD",
     "scmoe": ".scmoe:SCMoE",
     "opera": "lvlm_decode.controllers.opera:OPERA",
+    "cntp": "lvlm_decode.controllers.cntp:CNTP",
+    "vdgd": "lvlm_decode.controllers.vdgd:VDGD",
+    "mvp": "lvlm_decode.controllers.mvp:MVP",
 }
 
 
