@@ -161,9 +161,7 @@ def summary(results: Mapping[str, Measured], plain: str, rounds: int) -> dict[st
         }
         stats = result.stats
         if stats.cycles:
-            cycle = {
-                part: getattr(stats, f"{part}_s") / stats.cycles / unit for part in ("target", "draft", "other")
-            }
+            cycle = {part: getattr(stats, f"{part}_s") / stats.cycles / unit for part in ("target", "draft", "other")}
             entry["speculation"] = {
                 **stats.to_json(),
                 "alpha": round(alpha_of(stats.tau, len(stats.reached)), 4) if stats.reached else 0.0,
@@ -203,7 +201,9 @@ def caption_inputs(processor: Any, count: int, start: int = 0, prompt: str = CAP
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     scenes = lvlm_decode_data.load_scenes()[start : start + count]
-    return [dict(processor(images=[Image.open(s.path).convert("RGB")], text=[text], return_tensors="pt")) for s in scenes]
+    return [
+        dict(processor(images=[Image.open(s.path).convert("RGB")], text=[text], return_tensors="pt")) for s in scenes
+    ]
 
 
 def circumstances(model: torch.nn.Module) -> dict[str, Any]:
@@ -249,9 +249,7 @@ def speculative(
     inputs = [{k: v.to(model.device) for k, v in x.items()} for x in caption_inputs(processor, samples)]
     arms = {"plain": Arm(), "method": Arm(method), "method with drafter": Arm(method, drafter)}
     say(f"{samples} captions, {rounds} rounds, {len(arms)} arms")
-    results = measure(
-        model, processor, inputs, arms, max_new_tokens=max_new_tokens, rounds=rounds, options=options
-    )
+    results = measure(model, processor, inputs, arms, max_new_tokens=max_new_tokens, rounds=rounds, options=options)
     speculated = summary(results, "plain", rounds)
     own = speculated["method with drafter"]
     return {

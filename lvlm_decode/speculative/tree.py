@@ -42,7 +42,9 @@ class Shape:
             raise ParameterError(f"a draft tree starts with the root, parent -1; got parents {self.parents[:8]}.")
         for row, parent in enumerate(self.parents[1:], start=1):
             if not 0 <= parent < row:
-                raise ParameterError(f"row {row} of a draft tree has parent {parent}; parents stand before their children.")
+                raise ParameterError(
+                    f"row {row} of a draft tree has parent {parent}; parents stand before their children."
+                )
 
     def __len__(self) -> int:
         return len(self.parents)

@@ -61,13 +61,17 @@ def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> D
     if name == "none":
         return None
     if bracket and not rest.endswith(")"):
-        raise ParameterError(f"drafter {text!r}: the bracket is not closed; write name(parameter=value,parameter=value).")
+        raise ParameterError(
+            f"drafter {text!r}: the bracket is not closed; write name(parameter=value,parameter=value)."
+        )
     parameters: dict[str, Any] = {}
     # Commas inside a tuple of numbers do not separate parameters.
     for part in filter(None, re.split(r",(?![^(\[]*[)\]])", rest[:-1])):
         key, equals, value = part.partition("=")
         if not equals:
-            raise ParameterError(f"drafter {text!r}: {part!r} has no value; write name(parameter=value,parameter=value).")
+            raise ParameterError(
+                f"drafter {text!r}: {part!r} has no value; write name(parameter=value,parameter=value)."
+            )
         try:
             parameters[key.strip()] = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError):

@@ -52,7 +52,9 @@ class EarlyExit(Drafter):
             )
         if self.exits is not None:
             if not self.exits or not all(1 <= layer < count for layer in self.exits):
-                raise ParameterError(f"early-exit: exits = {self.exits} are not valid; the model has layers 1 to {count - 1}.")
+                raise ParameterError(
+                    f"early-exit: exits = {self.exits} are not valid; the model has layers 1 to {count - 1}."
+                )
             return tuple(sorted(self.exits))
         step = max(1, math.ceil((count - 1) / 8))
         return tuple(range(step, count, step))

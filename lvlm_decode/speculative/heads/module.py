@@ -310,7 +310,9 @@ class DraftHead(nn.Module):
         causal = torch.ones(width, width, dtype=torch.bool, device=z.device).tril()
         # A slot always sees itself, so that rows of padding give numbers and not NaN.
         mask = (causal & seen[:, None, :]) | torch.eye(width, dtype=torch.bool, device=z.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=config.num_kv_heads != config.num_heads)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask[:, None], enable_gqa=config.num_kv_heads != config.num_heads
+        )
         z = z + layer.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         return z + self.feed_forward(z), k, v
 

@@ -21,7 +21,7 @@ _FOREIGN = ("embed_tokens.weight", "lm_head.weight")
 
 
 def kind_of(state: Mapping[str, Tensor]) -> str:
-    """"vispec" for a head with an adaptor, else "msd": an EAGLE head has the same names, tell by where it came from."""
+    """ "vispec" for a head with an adaptor, else "msd": an EAGLE head has the same names, tell by where it came from."""
     return "vispec" if any(name.startswith("imadpt.") for name in state) else "msd"
 
 

@@ -46,7 +46,9 @@ class HeadRunner:
                 from_feature = from_feature @ head.img_fc.weight[:, :width]
             else:
                 self.w_global, shift = None, 0.0
-            bias = head.fc.bias if head.fc.bias is not None else torch.zeros(width, device=self.device, dtype=self.dtype)
+            bias = (
+                head.fc.bias if head.fc.bias is not None else torch.zeros(width, device=self.device, dtype=self.dtype)
+            )
             self.b_slot = bias + shift
             self.w_embed, self.w_feature = from_embed.contiguous(), from_feature.t().contiguous()
             attention, mlp = head.layer.self_attn, head.layer.mlp
