@@ -293,6 +293,7 @@ class Run:
             unit="answer",
             disable=self.quiet or not self.main,
             smoothing=0.05,
+            mininterval=1.0,
         )
         size = self.options.batch_size
         with bar:
