@@ -50,7 +50,7 @@ class CNTP(Controller):
     paper: ClassVar[str] = "Cautious Next Token Prediction (Wang et al., Findings of ACL 2025)"
     arxiv: ClassVar[str] = "2507.03038"
     aliases: ClassVar[dict[str, str]] = {"h_min": "min_entropy", "h_max": "max_entropy", "n_max": "max_trials"}
-    costs: ClassVar[tuple[str, ...]] = ("trials",)
+    costs: ClassVar[tuple[str, ...]] = ("search",)
     refuses: ClassVar[dict[str, str]] = {
         "beam": "its trials take the place of beams; leave out num_beams.",
         "stream": "most of what it draws is thrown away again; leave the streamer out.",

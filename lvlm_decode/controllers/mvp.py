@@ -46,14 +46,19 @@ class MVP(Controller):
 
     Args:
         answers: the words an answer can be, in lower case.
-        bottom_up, top_down, regular: ask for the three captions.
+        bottom_up: asks for the caption that goes from details to the whole.
+        top_down: asks for the caption that goes from the whole to details.
+        regular: asks for a plain caption.
         weights: of the three views, >= 0.
-        caption_temperature, caption_top_p, caption_tokens: how captions are drawn, and the longest one.
+        caption_temperature: captions are drawn at it, > 0.
+        caption_top_p: and from this nucleus, (0, 1].
+        caption_tokens: the longest caption, >= 1.
         prompt: the question under a caption; ``{caption}`` and ``{question}``.
         lower: put the question in lower case, as the authors' code does.
         paths: first tokens tried per view, >= 1; 3 in the authors' POPE setting.
         min_probability: first tokens less likely than this start no path.
-        path_temperature, path_tokens: how paths are drawn, and the longest one.
+        path_temperature: paths are drawn at it, > 0.
+        path_tokens: the longest path after its first token, >= 1.
         form: how a path that begins with the answer counts.
     """
 
@@ -61,7 +66,7 @@ class MVP(Controller):
     paper: ClassVar[str] = "Look, Compare, Decide: Multi-View Multi-Path Reasoning (Qu et al., COLING 2025)"
     arxiv: ClassVar[str] = "2408.17150"
     aliases: ClassVar[dict[str, str]] = {"topk": "paths"}
-    costs: ClassVar[tuple[str, ...]] = ("captions", "paths")
+    costs: ClassVar[tuple[str, ...]] = ("captions", "search")
     refuses: ClassVar[dict[str, str]] = {
         "sample": "it draws captions and paths by its own temperatures; pass do_sample=False.",
         "beam": "its paths take the place of beams; leave out num_beams.",

@@ -89,7 +89,7 @@ class OPERA(Controller):
         "sigma": "scale_factor",
         "num_candidates": "num_attn_candidates",
     }
-    costs: ClassVar[tuple[str, ...]] = ("beams", "candidates")
+    costs: ClassVar[tuple[str, ...]] = ("search", "attention")
     refuses: ClassVar[dict[str, str]] = {
         "sample": "it searches for the best answer and draws nothing; pass do_sample=False.",
         "beam": "it runs its own beams; set OPERA(num_beams=...) and leave num_beams out of generate().",

@@ -40,9 +40,11 @@ class VDGD(Controller):
     Args:
         candidates: which tokens of the answer's distribution are re-ranked.
         beta: of the plausibility mask, (0, 1].
-        top_p: of the nucleus, (0, 1]; ``temperature`` is its temperature, > 0. Both as in the authors' code.
+        top_p: of the nucleus, (0, 1], as in the authors' code.
+        temperature: of the nucleus, > 0, as in the authors' code.
         reduction: "min" takes the description token that grounds a candidate best, "avg" the mean over all.
-        mode: "replace" the scores of the answer by the grounding (paper), or "add" ``kappa`` times it to them.
+        mode: "replace" the scores of the answer by the grounding (paper), or "add" a multiple of it to them.
+        kappa: how much grounding "add" adds.
         describe: asks for the description; ``{question}`` is the question.
         prompt: the grounded question; ``{description}`` and ``{question}``.
         description_tokens: the longest description, >= 1.
@@ -52,7 +54,7 @@ class VDGD(Controller):
     paper: ClassVar[str] = "Visual Description Grounded Decoding (Ghosh et al., ICLR 2025)"
     arxiv: ClassVar[str] = "2405.15683"
     aliases: ClassVar[dict[str, str]] = {"kl_reduction": "reduction"}
-    costs: ClassVar[tuple[str, ...]] = ("description",)
+    costs: ClassVar[tuple[str, ...]] = ("captions",)
     refuses: ClassVar[dict[str, str]] = {
         "static": "the grounded prompt is longer than the one the cache was sized for; leave out cache_implementation.",
         "speculation": "a draft would be checked against a prompt it was not made for; leave the drafter out.",
