@@ -15,7 +15,7 @@ from ...errors import InputError, ParameterError, UnsupportedError
 from ...method import Step
 from ..heads import DraftHead, shipped
 from ..heads.runner import HeadRunner
-from ..tree import PAD, Tree, rerank, shape_of
+from ..tree import Tree, rerank, shape_of
 from .base import Context, Drafter, Features, Session, Verified
 
 

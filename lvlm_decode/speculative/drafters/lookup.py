@@ -6,7 +6,7 @@ it, which is also how lookups work here: one dictionary access for every length,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import ParameterError

@@ -173,7 +173,7 @@ class _Adaptor(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(S, M, D) features of S images, (S, M) bool which of them exist -> (S, q, D)."""
         images, _, _ = x.shape
-        queries, heads, size = self.q.shape
+        _, heads, size = self.q.shape
         k, v = (proj(x).unflatten(-1, (heads, size)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         q = self.q.transpose(0, 1).expand(images, -1, -1, -1).to(k.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])

@@ -1,0 +1,378 @@
+"""Draft heads: what each flag does to the slots, and that decoding runs what the module says."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import zoo
+from torch.nn import functional as F
+
+from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError, UnknownNameError
+from lvlm_decode.methods import parse
+from lvlm_decode.speculative import drafters
+from lvlm_decode.speculative.features import watched
+from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint, from_state_dict, shipped
+from lvlm_decode.speculative.heads.runner import HeadRunner
+
+SIZES = {
+    "hidden_size": 16,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+}
+
+
+def head_of(kind, seed=0, **more):
+    torch.manual_seed(seed)
+    head = DraftHead(HeadConfig(**{**SIZES, "kind": kind, **KINDS[kind], **more})).double().eval()
+    if head.config.use_global:
+        torch.nn.init.normal_(head.img_fc.weight, std=0.2)
+    return head
+
+
+#: Two rows: two images of unlike length; left padding and one image.
+IMAGE = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0, 0, 0]]).bool()
+MASK = torch.tensor([[1] * 10, [0, 0, *[1] * 8]]).bool()
+
+
+def prompt(seed=1):
+    torch.manual_seed(seed)
+    return torch.randn(2, 10, 16).double(), torch.randn(2, 10, 16).double()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_what_slots_hold(kind):
+    head = head_of(kind)
+    embeds, features = prompt()
+    slots = head.slots(embeds, features, IMAGE, MASK)
+    assert torch.equal(slots.positions[1], torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6, 7]))
+    text = MASK & ~IMAGE
+    if kind == "eagle":
+        assert torch.equal(slots.seen, MASK)
+        torch.testing.assert_close(slots.z, head.fc(torch.cat([embeds, features], -1)))
+    if kind == "msd":
+        assert torch.equal(slots.seen, MASK)
+        torch.testing.assert_close(slots.z[IMAGE], embeds[IMAGE])
+        torch.testing.assert_close(slots.z[text], head.fc(torch.cat([embeds, features], -1))[text])
+    if kind == "vispec":
+        # One slot stands for each image, at its last position; text keeps its own positions.
+        assert slots.seen[0].tolist() == [1, 0, 0, 1, 1, 1, 0, 1, 1, 1]
+        assert slots.seen[1].tolist() == [0, 0, 1, 0, 0, 0, 1, 1, 1, 1]
+        every = torch.ones(1, 3, dtype=torch.bool)
+        first = head.imadpt(embeds[:1, 1:4], every)[0]
+        second = head.imadpt(embeds[:1, 6:8], every[:, :2])[0]
+        torch.testing.assert_close(slots.z[0, 3], first[0])
+        torch.testing.assert_close(slots.z[0, 7], second[0])
+        # No global vector before the first image, its own after each.
+        expected = [torch.zeros(16).double(), *[first[1]] * 2, *[second[1]] * 2]
+        for at, g in zip((0, 4, 5, 8, 9), expected):
+            joined = head.img_fc(torch.cat([features[0, at], g]))
+            torch.testing.assert_close(slots.z[0, at], head.fc(torch.cat([embeds[0, at], joined])))
+        torch.testing.assert_close(slots.g[0], second[1])
+
+
+def test_a_new_vispec_head_is_an_eagle_head_on_text():
+    torch.manual_seed(0)
+    vispec = DraftHead(HeadConfig(**{**SIZES, **KINDS["vispec"]})).double()
+    eagle = DraftHead(HeadConfig(**{**SIZES, **KINDS["eagle"]})).double()
+    eagle.load_state_dict({k: v for k, v in vispec.state_dict().items() if k in eagle.state_dict()})
+    embeds, features = prompt()
+    none = torch.zeros_like(IMAGE)
+    torch.testing.assert_close(
+        vispec(vispec.slots(embeds, features, none, MASK)), eagle(eagle.slots(embeds, features, none, MASK))
+    )
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_padding_changes_nothing(kind):
+    head = head_of(kind)
+    embeds, features = prompt()
+    padded = head(head.slots(embeds, features, IMAGE, MASK))
+    alone = head(head.slots(embeds[1:, 2:], features[1:, 2:], IMAGE[1:, 2:], MASK[1:, 2:]))
+    seen = head.slots(embeds, features, IMAGE, MASK).seen[1, 2:]
+    torch.testing.assert_close(padded[1:, 2:][:, seen], alone[:, seen])
+
+
+def test_images_too_short_to_compress_are_refused():
+    head = head_of("vispec", queries=4)
+    embeds, features = prompt()
+    with pytest.raises(InputError, match="image of 2 tokens cannot be compressed to 3"):
+        head.slots(embeds, features, IMAGE, MASK)
+    with pytest.raises(ParameterError, match="queries = 1"):
+        HeadConfig(**SIZES, queries=1)
+    with pytest.raises(ParameterError, match="image = 'crop'"):
+        HeadConfig(**SIZES, image="crop")
+
+
+def test_dropped_images_are_not_seen():
+    head = head_of("msd", image="drop")
+    embeds, features = prompt()
+    one = head(head.slots(embeds, features, IMAGE, MASK))
+    other = embeds.clone()
+    other[IMAGE] = 7.0
+    two = head(head.slots(other, features, IMAGE, MASK))
+    text = MASK & ~IMAGE
+    torch.testing.assert_close(one[text], two[text])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_folded_weights_are_the_modules(kind):
+    tiny = zoo.tiny("llava")
+    model = copy.deepcopy(tiny.model).double()
+    torch.manual_seed(0)
+    head = DraftHead(HeadConfig.for_target(model, kind)).double()
+    if head.config.use_global:
+        torch.nn.init.normal_(head.img_fc.weight, std=0.2)
+        torch.nn.init.normal_(head.img_fc.bias)
+    runner = HeadRunner(head, model)
+    width = head.config.hidden_size
+    tokens, features = torch.randint(0, zoo.VOCABULARY, (2, 3)), torch.randn(2, 3, width).double()
+    g = torch.randn(2, width).double() if head.config.use_global else None
+    slots = dataclasses.replace(head.slots(features, features, torch.zeros(2, 3).bool(), torch.ones(2, 3).bool()), g=g)
+    expected = head.text_slots(model.get_input_embeddings()(tokens), features, None if g is None else g[:, None])
+    torch.testing.assert_close(runner.inputs(tokens, features, runner.constant(slots)), expected)
+
+
+def drafted_levels(kind, texts, images, how, **head_options):
+    """Guesses of the session along a run, beside those of the module over the whole text: pairs of (R, D)."""
+    tiny = zoo.tiny("llava")
+    model = copy.deepcopy(tiny.model).double()
+    torch.manual_seed(0)
+    head = DraftHead(HeadConfig.for_target(model, kind, **head_options)).double()
+    if head.config.use_global:
+        torch.nn.init.normal_(head.img_fc.weight, std=0.2)
+    inputs = tiny.inputs(texts, images=images, seed=5)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    drafter = drafters.get(kind)(head=head, **how)
+    pairs, begin = [], type(drafter).begin
+
+    def spied(self, context):
+        session = begin(self, context)
+        propose = session.propose
+
+        def wrapped(room):
+            pairs.append(([list(text) for text in context.tokens], session.guess.clone()))
+            return propose(room)
+
+        session.propose = wrapped
+        return session
+
+    drafter.begin = spied.__get__(drafter)
+    attach(model, parse("plain"), processor=tiny.tokenizer, drafter=drafter)
+    try:
+        model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, suppress_tokens=[zoo.IMAGE])
+        assert last_run(model).speculation.cycles > 0
+    finally:
+        detach(model)
+    return model, head, inputs, pairs
+
+
+@pytest.mark.parametrize("how", [{"top_k": 1, "depth": 3}, {"top_k": 2, "depth": 3, "rows": 6}], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@torch.no_grad()
+def test_a_session_guesses_what_the_module_guesses_from_true_features(kind, how):
+    """After every cycle the head's cache holds true features alone: its guess is that of one pass over the whole text."""
+    model, head, inputs, pairs = drafted_levels(kind, ["is it", "what is in"], [2, 1], how)
+    assert len(pairs) > 3
+    for texts, guess in pairs:
+        for b, text in enumerate(texts):
+            keep = inputs["attention_mask"][b].bool()
+            ids = inputs["input_ids"][b][keep]
+            generated = torch.tensor(text[len(ids) :])
+            full = torch.cat([ids, generated])[None]
+            images = inputs["pixel_values"][:2] if b == 0 else inputs["pixel_values"][2:]
+            with watched(model) as watcher:
+                model(input_ids=full, pixel_values=images, attention_mask=torch.ones_like(full))
+            image = full[:, 1:] == zoo.IMAGE
+            slots = head.slots(watcher.embeds[:, 1:], watcher.hidden[:, :-1], image, torch.ones_like(image))
+            torch.testing.assert_close(guess[b, -1], head(slots)[0, -1], atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_chain_is_the_heads_own_continuation():
+    model, head, inputs, pairs = drafted_levels("vispec", ["is it"], 1, {"top_k": 1, "depth": 3})
+    text, _ = pairs[0]
+    out = model.get_output_embeddings()
+    full = torch.tensor([[*inputs["input_ids"][0].tolist(), text[0][-1]]])
+    with watched(model) as watcher:
+        model(input_ids=full, pixel_values=inputs["pixel_values"])
+    embeds, features = watcher.embeds[:, 1:], watcher.hidden[:, :-1]
+    expected = []
+    for _ in range(3):
+        image = F.pad(full[:, 1:] == zoo.IMAGE, (0, embeds.shape[1] - full.shape[1] + 1))
+        last = head(head.slots(embeds, features, image, torch.ones_like(image)))[:, -1:]
+        token = out(last).argmax(-1)
+        expected.append(int(token))
+        embeds = torch.cat([embeds, model.get_input_embeddings()(token)], 1)
+        features = torch.cat([features, last], 1)
+    drafter = drafters.get("vispec")(head=head, top_k=1, depth=3)
+    seen = []
+    begin = type(drafter).begin
+
+    def spied(context):
+        session = begin(drafter, context)
+        propose = session.propose
+
+        def wrapped(room):
+            seen.append(propose(room).lists)
+            return propose(room)
+
+        session.propose = wrapped
+        return session
+
+    drafter.begin = spied
+    attach(model, parse("plain"), drafter=drafter)
+    try:
+        model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, suppress_tokens=[zoo.IMAGE])
+    finally:
+        detach(model)
+    assert seen[0][0][1:] == expected
+
+
+def test_a_trimmed_head_drafts_only_its_tokens():
+    tiny = zoo.tiny("llava")
+    torch.manual_seed(0)
+    allowed = torch.arange(0, zoo.VOCABULARY, 7)
+    head = DraftHead(HeadConfig.for_target(tiny.model, "msd", top_k=2, depth=3, rows=6), trim=allowed)
+    drafter, seen = drafters.get("msd")(head=head), set()
+    begin = type(drafter).begin
+
+    def spied(context):
+        session = begin(drafter, context)
+        propose = session.propose
+
+        def wrapped(room):
+            tree = propose(room)
+            seen.update(tree.lists[0][1:])
+            return tree
+
+        session.propose = wrapped
+        return session
+
+    drafter.begin = spied
+    attach(tiny.model, parse("plain"), drafter=drafter)
+    try:
+        tiny.model.generate(**tiny.inputs(["is it"]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+    finally:
+        detach(tiny.model)
+    assert seen and seen <= set(allowed.tolist())
+
+
+def test_saving_and_loading(tmp_path):
+    tiny = zoo.tiny("llava")
+    for trim in (None, torch.tensor([1, 5, 9])):
+        head = DraftHead(HeadConfig.for_target(tiny.model, "vispec", rows=5, depth=4, top_k=1), trim=trim)
+        head.save_pretrained(tmp_path)
+        again = DraftHead.from_pretrained(tmp_path)
+        assert again.config == head.config and again.config.fingerprint == fingerprint(tiny.model)
+        for name, value in head.state_dict().items():
+            torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
+    drafter = drafters.parse(f"vispec(path={tmp_path},depth=2)")
+    assert drafter.depth == 2 and drafter.head.config == head.config
+    with pytest.raises(InputError, match=r"no draft head.*train draft-head"):
+        DraftHead.from_pretrained(tmp_path / "missing")
+    with pytest.raises(InputError, match="of kind 'vispec'"):
+        drafters.parse(f"msd(path={tmp_path})")
+    with pytest.raises(InputError, match="no msd head ships for this model"):
+        shipped(tiny.model, "msd")
+    with pytest.raises(UnknownNameError, match="medusa"):
+        HeadConfig.for_target(tiny.model, "medusa")
+
+
+def test_a_head_for_another_width_is_refused():
+    tiny = zoo.tiny("llava")
+    head = DraftHead(HeadConfig(**SIZES, kind="msd"))
+    attach(tiny.model, parse("plain"), drafter=drafters.get("msd")(head=head))
+    try:
+        with pytest.raises(LvlmDecodeError, match="width 16 and 40 tokens"):
+            tiny.model.generate(**tiny.inputs(["is it"]), max_new_tokens=3)
+    finally:
+        detach(tiny.model)
+
+
+def published(kind, width=4096, heads=32, kv=32, inner=11008, vocabulary=32064, qkv_bias=False, device="meta"):
+    """Names and shapes of the published checkpoints, without their values."""
+    names = {
+        "embed_tokens.weight": (vocabulary, width),
+        "fc.weight": (width, 2 * width),
+        "fc.bias": (width,),
+        "layers.0.self_attn.q_proj.weight": (width, width),
+        "layers.0.self_attn.k_proj.weight": (kv * width // heads, width),
+        "layers.0.self_attn.v_proj.weight": (kv * width // heads, width),
+        "layers.0.self_attn.o_proj.weight": (width, width),
+        "layers.0.mlp.gate_proj.weight": (inner, width),
+        "layers.0.mlp.up_proj.weight": (inner, width),
+        "layers.0.mlp.down_proj.weight": (width, inner),
+        "layers.0.post_attention_layernorm.weight": (width,),
+    }
+    if qkv_bias:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            names[f"layers.0.self_attn.{name}.bias"] = (names[f"layers.0.self_attn.{name}.weight"][0],)
+    if kind == "vispec":
+        names |= {
+            "img_fc.weight": (width, 2 * width),
+            "img_fc.bias": (width,),
+            "imadpt.q": (2, heads, width // heads),
+            "imadpt.k_proj.weight": (width, width),
+            "imadpt.v_proj.weight": (width, width),
+            "imadpt.o_proj.weight": (width, width),
+        }
+        if qkv_bias:
+            names |= {"imadpt.k_proj.bias": (width,), "imadpt.v_proj.bias": (width,)}
+    return {
+        name: torch.randn(shape) if device != "meta" else torch.empty(shape, device=device)
+        for name, shape in names.items()
+    }
+
+
+@pytest.mark.parametrize("kind, parameters", [("vispec", 319.9e6), ("msd", 236.0e6)])
+def test_published_sizes_are_ours(kind, parameters):
+    """LLaVA-1.5-7B: layer 202.4 M + fc 33.6 M, and for ViSpec img_fc 33.6 M + adaptor 50.3 M."""
+    with torch.device("meta"):
+        config = HeadConfig(4096, 32, 32, 128, 11008, 32064, **{"kind": kind, **KINDS[kind]})
+        head = DraftHead(config)
+    theirs = {n: tuple(v.shape) for n, v in published(kind).items() if n != "embed_tokens.weight"}
+    ours = {n: tuple(v.shape) for n, v in head.state_dict().items()}
+    assert ours == theirs
+    assert sum(p.numel() for p in head.parameters()) == pytest.approx(parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("kind", ["vispec", "msd", "eagle"])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_published_state_dicts_load_and_draft(kind, qkv_bias, prefix):
+    tiny = zoo.tiny("llava")
+    text = tiny.model.config.text_config
+    torch.manual_seed(0)
+    # Full multi-head attention in the head although the target groups its keys, as in the Qwen heads.
+    state = published(kind, text.hidden_size, 4, 4, 40, zoo.VOCABULARY, qkv_bias, device="cpu")
+    state = {prefix + name: value for name, value in state.items()}
+    head = from_state_dict(state, tiny.model, kind if kind == "eagle" else None, rows=6, depth=2, top_k=2)
+    assert head.config.kind == kind and head.config.num_kv_heads == 4 and head.config.intermediate_size == 40
+    for name, value in head.state_dict().items():
+        torch.testing.assert_close(value, state[prefix + name])
+    inputs = tiny.inputs(["is it"])
+    expected = tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    attach(tiny.model, parse("plain"), drafter=drafters.get(kind)(head=head))
+    try:
+        assert torch.equal(tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False), expected)
+    finally:
+        detach(tiny.model)
+
+
+def test_foreign_state_dicts_are_refused():
+    tiny = zoo.tiny("llava")
+    width = tiny.model.config.text_config.hidden_size
+    good = published("vispec", width, 4, 4, 40, zoo.VOCABULARY, device="cpu")
+    with pytest.raises(InputError, match=r"no 'fc\.weight'"):
+        from_state_dict({"lm.weight": torch.zeros(1)}, tiny.model)
+    with pytest.raises(InputError, match=r"missing img_fc\.weight"):
+        from_state_dict({k: v for k, v in good.items() if k != "img_fc.weight"}, tiny.model)
+    with pytest.raises(InputError, match="unknown extra"):
+        from_state_dict({**good, "extra": torch.zeros(1)}, tiny.model)
+    with pytest.raises(InputError, match="belongs to another model"):
+        from_state_dict({**good, "fc.weight": torch.zeros(8, 16)}, tiny.model)
