@@ -1,0 +1,223 @@
+"""What is peculiar to each model family, shown on tiny models that are first shown to react to their images."""
+
+import copy
+
+import pytest
+import torch
+from zoo import BUILDERS, GRIDS, IMAGE, VISION_END, VISION_START, tiny
+
+from lvlm_decode import attach, detach
+from lvlm_decode.engine.attach import Run
+from lvlm_decode.engine.prepare import Batch
+from lvlm_decode.errors import InputError, UnsupportedError
+from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.methods.plain import Plain
+from lvlm_decode.methods.ritual import RITUAL, TRANSFORMS
+from lvlm_decode.methods.vcd import VCD
+
+ALL = list(FAMILIES)
+
+
+def test_every_registered_family_has_a_tiny_model():
+    assert set(BUILDERS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_reacts_to_its_image(family):
+    """Without this every other test of views could pass on a model that is blind."""
+    zoo = tiny(family)
+    one, other = zoo.inputs(["is it"], seed=0), zoo.inputs(["is it"], seed=5)
+    assert torch.equal(one["input_ids"], other["input_ids"])
+    with torch.no_grad():
+        a, b = (zoo.model(**inputs).logits[:, -1].log_softmax(-1) for inputs in (one, other))
+    assert float((a.exp() * (a - b)).sum()) > 0.05, "nats between the answers to two images"
+    noised = Run(zoo.model, VCD(), one, seed=0)
+    own, view = (noised.samples[v][0].images[0].features for v in (0, 1))
+    assert (own - view).abs().mean() > 0.05 * own.abs().mean()
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_reacts_to_its_prompt(family):
+    zoo = tiny(family)
+    with torch.no_grad():
+        a, b = (zoo.model(**zoo.inputs([text])).logits[:, -1].log_softmax(-1) for text in ("is it", "no it"))
+    assert float((a.exp() * (a - b)).sum()) > 0.05
+
+
+@pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize("method", [VCD(), RITUAL(transform="horizontal_flip")], ids=["vcd", "ritual"])
+def test_several_images_and_text_only_rows(family, method):
+    """A row of a mixed batch says what it says alone."""
+    zoo = tiny(family)
+    if zoo.text_only:
+        rows = [zoo.row("is it a dog", images=2, seed=1), zoo.row("ab", images=0), zoo.row("is", images=1, seed=3)]
+    else:
+        rows = [zoo.row("is it a dog", seed=1), zoo.row("ab", seed=2)]
+    new = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    attach(zoo.model, method)
+    try:
+        whole = zoo.model.generate(**zoo.batch(rows), sample_ids=range(len(rows)), seed=0, **new)
+        for number, row in enumerate(rows):
+            alone = zoo.model.generate(**zoo.batch([row]), sample_ids=[number], seed=0, **new)
+            assert alone.sequences[0, -4:].tolist() == whole.sequences[number, -4:].tolist()
+            finite = alone.logits[0][0].isfinite()
+            torch.testing.assert_close(
+                alone.logits[0][0][finite], whole.logits[0][number][finite], atol=2e-5, rtol=1e-4
+            )
+    finally:
+        detach(zoo.model)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_plain_rows_are_prepared_as_the_model_would(family):
+    zoo = tiny(family)
+    counts = [2, 0, 1] if zoo.text_only else [1, 1, 1]
+    inputs = zoo.inputs(["is it a dog", "ab", "is"], images=counts, seed=1)
+    kwargs = dict(do_sample=False, max_new_tokens=6)
+    before = zoo.model.generate(**copy.copy(inputs), **kwargs)
+    attach(zoo.model, Plain())
+    try:
+        attached = zoo.model.generate(**inputs, **kwargs)
+    finally:
+        detach(zoo.model)
+    assert torch.equal(before, attached)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_image_spans_hold_exactly_the_placeholders(family):
+    zoo = tiny(family)
+    images = 2 if zoo.max_images > 1 else 1
+    batch = Batch(family_of(zoo.model), zoo.inputs(["is it"], images=images))
+    (sample,) = batch.samples
+    inside = torch.zeros_like(sample.input_ids, dtype=torch.bool)
+    spans = sample.image_spans()
+    assert len(spans) == images
+    for (start, stop), image in zip(spans, sample.images):
+        inside[start:stop] = True
+        assert stop - start == len(image.features)
+    assert torch.equal(inside, sample.input_ids == IMAGE)
+    left = sample.without_image().sample.input_ids
+    assert not torch.isin(left, torch.tensor([IMAGE, VISION_START, VISION_END])).any()
+    assert len(left) == len(sample.input_ids) - len((~batch.family.drop_image(sample.input_ids)).nonzero())
+
+
+def test_an_unknown_family_raises_and_names_the_known_ones():
+    with pytest.raises(UnsupportedError, match=r"'llama' is not supported; supported are .*llava"):
+        family_of(tiny("llava").model.get_decoder())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "smolvlm", "llava_onevision"])
+@pytest.mark.parametrize("change", ["fewer", "none"])
+def test_images_that_do_not_fit_their_prompts_raise(family, change):
+    zoo = tiny(family)
+    inputs = zoo.inputs(["is it", "ab"])
+    places = (inputs["input_ids"][1] == IMAGE).nonzero().flatten()
+    inputs["input_ids"][1, places[:1] if change == "fewer" else places] = zoo.tokenizer("x").input_ids[-1]
+    with pytest.raises(InputError, match="belong together|every image needs|one image entry"):
+        Run(zoo.model, VCD(), inputs, seed=0)
+
+
+# Qwen: patches.
+
+
+def qwen_processor(family):
+    from transformers import Qwen2VLImageProcessor
+
+    vision = tiny(family).model.config.vision_config
+    mean, std = family_of(tiny(family).model).pixel_statistics
+    return Qwen2VLImageProcessor(
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        image_mean=list(mean),
+        image_std=list(std),
+        do_resize=False,
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("transform", ["horizontal_flip", "rotation"])
+def test_qwen_patches_are_edited_as_the_picture_they_were_cut_from(family, transform):
+    adapter, process = family_of(tiny(family).model), qwen_processor(family)
+    pictures = [
+        torch.rand(3, 4 * h, 4 * w, generator=torch.Generator().manual_seed(i)) for i, (h, w) in enumerate(GRIDS)
+    ]
+
+    def edit(x):
+        return TRANSFORMS[transform](x, torch.Generator().manual_seed(4)).clamp(0, 1)
+
+    plain = process(pictures, do_rescale=False, return_tensors="pt")
+    want = process([edit(p) for p in pictures], do_rescale=False, return_tensors="pt")
+    vision = {"image_grid_thw": plain["image_grid_thw"]}
+    assert vision["image_grid_thw"].tolist() == [[1, h, w] for h, w in GRIDS]
+    got = adapter.edit_pictures(edit, plain["pixel_values"], vision)
+    torch.testing.assert_close(got, want["pixel_values"], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(got, plain["pixel_values"], atol=0.1)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwen_noise_is_tied_over_the_two_frames(family):
+    zoo = tiny(family)
+    run = Run(zoo.model, VCD(noise_step=999), zoo.inputs(["is it"], images=2), seed=0)
+    frames = run.samples[1][0].vision["pixel_values"].view(-1, 3, 2, 16)
+    assert torch.equal(frames[:, :, 0], frames[:, :, 1])
+    assert 0.9 < float(frames[:, :, 0].std()) < 1.1
+    assert len(frames[:, :, 0].unique()) > 0.99 * frames[:, :, 0].numel()
+
+
+# Idefics: padding images.
+
+
+@pytest.mark.parametrize("method", [VCD(), RITUAL()], ids=["vcd", "ritual"])
+def test_idefics_padding_images_stay_empty(method):
+    zoo = tiny("smolvlm")
+    inputs = zoo.inputs(["is it", "ab"], images=[2, 1])
+    assert not inputs["pixel_values"][1, 1].any()
+    run = Run(zoo.model, method, inputs, seed=0)
+    view = run.samples[1][1].vision["pixel_values"]
+    assert view[0, 0].any() and not view[0, 1].any()
+    assert len(run.samples[1][1].images) == 1
+
+
+# LLaVA-OneVision: tiles only for a prompt with one image.
+
+
+def test_onevision_counts_images_per_row():
+    zoo = tiny("llava_onevision")
+    run = Run(zoo.model, VCD(), zoo.inputs(["is it", "ab", "cd"], images=[2, 0, 1]), seed=0)
+    several, none, single = run.samples[1]
+    assert several.vision["batch_num_images"].tolist() == [2] and single.vision["batch_num_images"].tolist() == [1]
+    assert none.vision == {}
+    lengths = [len(image.features) for image in (*several.images, *single.images)]
+    assert lengths[2] > max(lengths[:2]), "tiles"
+
+
+# InstructBLIP: two prompts.
+
+
+def test_instructblip_encodes_a_picture_once_for_several_queries():
+    zoo = tiny("instructblip")
+    family = family_of(zoo.model)
+    batch = Batch(family, zoo.inputs(["is it", "ab"]), processor=zoo.processor)
+    seen = []
+    hook = zoo.model.vision_model.register_forward_hook(lambda m, a, out: seen.append(len(out.last_hidden_state)))
+    try:
+        views = [sample.with_query(lambda query: "what " + query).sample for sample in batch.samples]
+        resolved = batch.resolve([*batch.samples, *views])
+    finally:
+        hook.remove()
+    assert seen == [2], "one pass over two pictures for four rows"
+    for own, other in zip(resolved[:2], resolved[2:]):
+        assert not torch.allclose(own.images[0].features, other.images[0].features, atol=1e-3)
+    with torch.no_grad():
+        view = resolved[3].vision
+        want = zoo.model.get_image_features(**view, return_dict=True).pooler_output[0]
+    torch.testing.assert_close(resolved[3].images[0].features, want, atol=1e-5, rtol=1e-4)
+
+
+def test_instructblip_puts_a_prefix_after_the_image_and_the_begin_token():
+    family = family_of(tiny("instructblip").model)
+    ids = torch.tensor([IMAGE, IMAGE, 1, 9])
+    assert family.insert_prefix(ids, torch.tensor([7]))[0].tolist() == [IMAGE, IMAGE, 1, 7, 9]
+    ids = torch.tensor([1, IMAGE, IMAGE, 9])
+    assert family_of(tiny("llava").model).insert_prefix(ids, torch.tensor([7]))[0].tolist() == [1, 7, IMAGE, IMAGE, 9]
