@@ -1,0 +1,159 @@
+"""What each method costs, counted: vision passes, forwards of the language model, attention rows, projected rows."""
+
+import contextlib
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from test_contract import NAMES, method_of
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
+from zoo import LAYERS, tiny
+
+from lvlm_decode import attach, detach
+from lvlm_decode.engine import attention
+
+B, NEW = 2, 4
+VIEWS = dict(plain=1, mask=1, dola=1, deco=1, lol=3)
+
+
+@dataclass
+class Count:
+    """What was counted during one call."""
+
+    passes: int = 0
+    pictures: int = 0
+    forwards: int = 0
+    rows: set = field(default_factory=set)
+    attention: list = field(default_factory=list)
+    eager: int = 0
+    states: list = field(default_factory=list)
+    projected: list = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def counting(model, monkeypatch):
+    count = Count()
+    decoder = model.get_decoder()
+    inner = next(m for m in model.get_encoder(modality="image").modules() if isinstance(m, torch.nn.Linear))
+
+    def vision(module, args):
+        count.passes += 1
+        count.pictures += len(args[0])
+
+    def language(module, args, kwargs, output):
+        count.forwards += 1
+        states = getattr(output, "hidden_states", None)
+        count.states.append([] if states is None else [i for i, s in enumerate(states) if s is not None])
+        count.rows.add(len(output.last_hidden_state))
+
+    def head(module, args):
+        count.projected.append(args[0].shape[:-1].numel())
+
+    def eager(*args, **kwargs):
+        count.eager += 1
+        raise AssertionError("eager attention")
+
+    for module in (modeling_llama, modeling_qwen3_vl_moe):
+        monkeypatch.setattr(module, "eager_attention_forward", eager)
+    hooks = [
+        # A layer inside: an encoder that only repeats what it said runs none of them.
+        inner.register_forward_pre_hook(vision),
+        decoder.register_forward_hook(language, with_kwargs=True),
+        model.get_output_embeddings().register_forward_pre_hook(head),
+    ]
+    before = len(attention.materialised)
+    try:
+        yield count
+    finally:
+        count.attention = attention.materialised[before:]
+        for hook in hooks:
+            hook.remove()
+
+
+def costs(name, monkeypatch, family="llava", method=None):
+    zoo = tiny(family)
+    inputs = zoo.inputs(["is it a dog?", "ab"])
+    attach(zoo.model, method or method_of(name, family), processor=zoo.processor)
+    try:
+        with counting(zoo.model, monkeypatch) as count:
+            zoo.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
+    finally:
+        detach(zoo.model)
+    return count
+
+
+def family_for(name):
+    return "qwen3_vl_moe" if name == "scmoe" else "llava"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_vision_pass_whatever_the_views(name, monkeypatch):
+    count = costs(name, monkeypatch, family_for(name))
+    assert count.passes == 1
+    if name != "scmoe":  # whose rows of pixels are patches
+        assert count.pictures == (2 * B if name in ("vcd", "ritual") else B), "only edited pixels are encoded as well"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_forward_per_token(name, monkeypatch):
+    count = costs(name, monkeypatch, family_for(name))
+    extra = dict(avisc=1, code=3)  # one prefill that is looked at; a description of three tokens
+    assert count.forwards == NEW + extra.get(name, 0)
+    rows = VIEWS.get(name, 2) * B
+    assert count.rows == ({B, rows} if name in extra else {rows})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
+    count = costs(name, monkeypatch, family_for(name))
+    want = {
+        # From the second token on, every layer but the first, the newest row of view 0.
+        "pai": [(B, 1)] * (NEW - 1) * (LAYERS - 1),
+        # One layer, the newest row of the pruned view.
+        "sid": [(B, 1)] * NEW,
+        # Every layer's last row, once.
+        "avisc": [(B, 1)] * LAYERS,
+    }.get(name, [])
+    assert count.attention == want
+    assert count.eager == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
+    count = costs(name, monkeypatch, family_for(name))
+    layers = {"dola": [0, 1, 3], "deco": [2, 3], "lol": [2]}.get(name, [])
+    assert all(states == layers for states in count.states)
+    # The head sees the newest position of every row, and that of the early layers: of view 0, and of the amateur's.
+    rows = VIEWS.get(name, 2) * B
+    early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2}.get(name, [])
+    if name not in ("avisc", "code"):
+        assert count.projected == [rows, *early] * NEW
+
+
+def test_a_sum_shares_the_pass_and_the_forward(monkeypatch):
+    from lvlm_decode.methods import parse
+
+    count = costs("vcd+ritual+icd+vdd", monkeypatch, method=parse("vcd+ritual+icd+vdd"))
+    assert (count.passes, count.pictures, count.forwards) == (1, 3 * B, NEW)
+    assert count.rows == {5 * B}
+
+
+@pytest.mark.parametrize("name,pictures", [("icd", B), ("lqcd", B), ("vcd", 2 * B), ("damro", B)])
+def test_the_qformer_reads_another_prompt_without_another_vision_pass(name, pictures, monkeypatch):
+    count = costs(name, monkeypatch, "instructblip")
+    assert (count.passes, count.pictures) == (1, pictures)
+
+
+def test_an_amateur_that_is_another_model_runs_its_own_forwards(monkeypatch):
+    import copy
+
+    from lvlm_decode.methods.lol import LOL
+
+    amateur = copy.deepcopy(tiny("llava").model)
+    seen = []
+    amateur.get_decoder().register_forward_hook(lambda module, args, output: seen.append(len(output.last_hidden_state)))
+    count = costs("lol", monkeypatch, method=LOL(model=amateur))
+    assert count.forwards == NEW and count.rows == {2 * B}, "the sample and its guided view"
+    assert seen == [B] * NEW
+    assert torch.is_grad_enabled()
