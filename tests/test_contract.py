@@ -132,8 +132,8 @@ def scores(out) -> torch.Tensor:
 def assert_scores(got: torch.Tensor, want: torch.Tensor, atol: float = 1e-5) -> None:
     """Equal to ``atol`` where both are finite, and masked at the same tokens.
 
-    CODE's threshold is the divergence of its views: on a text-only row, whose views are equal, it is rounding error, and
-    the tokens at its edge are ones of next to no probability.
+    CODE's threshold is the divergence of its views: on a text-only row, whose views are equal, it is rounding error,
+    and the tokens at its edge are ones of next to no probability.
     """
     moved = got.isfinite() != want.isfinite()
     if moved.any():

@@ -113,7 +113,7 @@ def test_images_that_do_not_fit_their_prompts_raise(family, change):
     inputs = zoo.inputs(["is it", "ab"])
     places = (inputs["input_ids"][1] == IMAGE).nonzero().flatten()
     inputs["input_ids"][1, places[:1] if change == "fewer" else places] = zoo.tokenizer("x").input_ids[-1]
-    with pytest.raises(InputError, match="belong together|every image needs|one image entry"):
+    with pytest.raises(InputError, match=r"belong together|every image needs|one image entry"):
         Run(zoo.model, VCD(), inputs, seed=0)
 
 

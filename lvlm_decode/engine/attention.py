@@ -1,7 +1,7 @@
 """Reading and changing the decoder's attention for a call, under sdpa, without ``output_attentions``.
 
-One attention function is registered once. It calls the stock sdpa; while :func:`editing` is open it also asks the edits,
-which compute just the rows they need. The language model's other layers and the vision encoder are untouched.
+One attention function is registered once. It calls the stock sdpa; while :func:`editing` is open it also asks the
+edits, which compute just the rows they need. The language model's other layers and the vision encoder are untouched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ materialised: list[tuple[int, int]] = []
 
 
 class Edit:
-    """What may be done to one layer's attention. Letters: R rows, H heads, q queries of this forward, S slots of keys."""
+    """What may be done to one layer's attention. R rows, H heads, q queries of this forward, S slots of keys."""
 
     def mask(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
         """The mask (R or 1, 1, q, S) the layer attends under."""

@@ -39,8 +39,8 @@ def family_of(model: torch.nn.Module) -> Family:
     entry = FAMILIES.get(model_type)
     if entry is None:
         raise UnsupportedError(
-            f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. If this is the "
-            "language model inside an LVLM, attach to the LVLM itself; a new family is one line in "
+            f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. If this is "
+            "the language model inside an LVLM, attach to the LVLM itself; a new family is one line in "
             "lvlm_decode.families.FAMILIES."
         )
     module, name = entry.split(":")

@@ -127,7 +127,7 @@ class Family:
         return [Encoded(f, tuple(layer[i] for layer in split)) for i, f in enumerate(features)]
 
     def pack(self, images: Sequence[Encoded]) -> Any:
-        """The images in the form ``mm_encoder_outputs["image"]`` wants; a fresh object, for ``generate()`` mutates it."""
+        """The images as ``mm_encoder_outputs["image"]`` wants them; a fresh object, for ``generate()`` mutates it."""
         out = copy.copy(self._template)
         features = [image.features for image in images]
         stackable = isinstance(self._template.pooler_output, Tensor) and len({f.shape for f in features}) == 1

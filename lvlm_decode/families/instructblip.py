@@ -15,8 +15,8 @@ from .base import Encoded, Family
 class InstructBlip(Family):
     """Two prompt slots: ``input_ids`` for the language model, ``qformer_input_ids`` for the Q-Former.
 
-    The visual tokens depend on the Q-Former's prompt, so a view with another one has its own. The vision encoder runs once
-    per picture all the same: only the Q-Former runs again.
+    The visual tokens depend on the Q-Former's prompt, so a view with another one has its own. The vision encoder runs
+    once per picture all the same: only the Q-Former runs again.
     """
 
     prompt_keys = ("qformer_input_ids", "qformer_attention_mask")

@@ -13,8 +13,8 @@ from .base import Family
 class QwenVL(Family):
     """Patches of all images in one matrix; ``image_grid_thw`` says whose they are.
 
-    A row of ``pixel_values`` is one patch (channels, frames, P, P) flattened, patches ordered by the 2 x 2 group that is
-    merged into one token. A still image fills both frames, so whatever edits pixels must treat the copies alike.
+    A row of ``pixel_values`` is one patch (channels, frames, P, P) flattened, patches ordered by the 2 x 2 group that
+    is merged into one token. A still image fills both frames, so whatever edits pixels must treat the copies alike.
     """
 
     has_cls = False

@@ -4,8 +4,8 @@
     blind tokens: image tokens whose mean attention over those layers exceeds mu + lambda * sigma
     scores = (1 + alpha) * l(image) - alpha * l(image with all other tokens' features set to zero)
 
-Follows the authors' code: gamma 0.5, lambda 1, the "zeros" scheme. alpha is 1 there, and their scripts pass 3 for POPE and
-2.5 for AMBER on LLaVA. The attention is read in one prefill of the batch before decoding.
+Follows the authors' code: gamma 0.5, lambda 1, the "zeros" scheme. alpha is 1 there, and their scripts pass 3 for POPE
+and 2.5 for AMBER on LLaVA. The attention is read in one prefill of the batch before decoding.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     scores = (1 + alpha) * l(image, prompt) - alpha * l(prompt)
 
-As in the authors' code there is no plausibility mask; they use alpha 0.5 for summaries and 1 for conflicts of knowledge.
-Long answers at alpha >= 1 want ``beta`` set: without the mask improbable tokens can win.
+As in the authors' code there is no plausibility mask; they use alpha 0.5 for summaries and 1 for conflicts of
+knowledge. Long answers at alpha >= 1 want ``beta`` set: without the mask improbable tokens can win.
 """
 
 from __future__ import annotations

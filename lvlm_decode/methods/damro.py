@@ -1,14 +1,16 @@
-"""DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination (Gong et al., EMNLP 2024; arXiv 2410.04514).
+"""DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination.
+
+Gong et al., EMNLP 2024; arXiv 2410.04514.
 
     outliers = the k patches the vision encoder's CLS token attends to most
     scores = (1 + alpha) * l(image) - alpha * l(the outliers' tokens alone)
 
-Follows the authors' code. LLaVA: k 10, alpha 2; the layer that produces the features; ``attention="concat"``, one softmax over
-query and key of all heads together (``"mean_heads"`` is the encoder's own attention, as the paper's figure shows it).
-LLaVA-NeXT: only the small whole image, then the newline token. InstructBLIP: k 4 and alpha 0.5 for POPE, 1.5 for CHAIR, the
-last layer but one, mean over heads; its code reads the encoder's rows one place too early, CLS included
-(``offset="code"``; ``"fixed"`` reads the patches that were chosen). The authors sample directly: temperature, top-p and
-penalties are accepted and ignored there, and apply here.
+Follows the authors' code. LLaVA: k 10, alpha 2; the layer that produces the features; ``attention="concat"``, one
+softmax over query and key of all heads together (``"mean_heads"`` is the encoder's own attention, as the paper's
+figure shows it). LLaVA-NeXT: only the small whole image, then the newline token. InstructBLIP: k 4 and alpha 0.5 for
+POPE, 1.5 for CHAIR, the last layer but one, mean over heads; its code reads the encoder's rows one place too early,
+CLS included (``offset="code"``; ``"fixed"`` reads the patches that were chosen). The authors sample directly:
+temperature, top-p and penalties are accepted and ignored there, and apply here.
 """
 
 from __future__ import annotations

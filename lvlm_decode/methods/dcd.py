@@ -2,9 +2,9 @@
 
     scores = (1 + alpha) * l(image through P_pos) - alpha * l(image through P_neg)
 
-P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers of
-preference triples (``lvlm-decode train``). Without ``positive`` the model's own projector is the positive one, the paper's
-negative-only variant. The vision encoder runs once for both. alpha and beta are not the paper's values.
+P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers
+of preference triples (``lvlm-decode train``). Without ``positive`` the model's own projector is the positive one, the
+paper's negative-only variant. The vision encoder runs once for both. alpha and beta are not the paper's values.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
     own = projector.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         raise ParameterError(
-            f"dcd: the given projector has {len(state)} tensors that are not those of {type(projector).__name__}; give one "
-            "that was trained from this model's projector."
+            f"dcd: the given projector has {len(state)} tensors that are not those of {type(projector).__name__}; give "
+            "one that was trained from this model's projector."
         )
     # The parameters keep their identity, so hooks and optimisers that hold them are undisturbed.
     before = [(value, value.data) for value in projector.state_dict(keep_vars=True).values()]

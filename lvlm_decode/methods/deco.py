@@ -4,8 +4,9 @@
     (j*, k*) = argmax over layers j and tokens k in C of p_j(k),    p_j = softmax(head(norm(h_j)))
     scores = l_N + alpha * p_j*(k*) * l_j*      inside C
 
-An early layer is added, not subtracted, and the final norm is applied to it. Follows the authors' code, whose alpha is 0.6
-(its table says 0.5 for some rows); it reads the candidates of the first row of a batch, here every row has its own.
+An early layer is added, not subtracted, and the final norm is applied to it. Follows the authors' code, whose alpha
+is 0.6 (its table says 0.5 for some rows); it reads the candidates of the first row of a batch, here every row has its
+own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class DeCo(Method):
 
     Args:
         alpha: strength of the early layer, >= 0.
-        layers: numbers of the preceding layers, 1 being the output of the first; ``None`` takes the share of the model that
-            20 to 28 is of the authors' 32 layers. (Their code takes 15 to 24 for InstructBLIP.)
+        layers: numbers of the preceding layers, 1 being the output of the first; ``None`` takes the share of the
+            model that 20 to 28 is of the authors' 32 layers. (Their code takes 15 to 24 for InstructBLIP.)
         top_k: at most so many candidates.
         top_p: the candidates' cumulative probability, in (0, 1].
     """

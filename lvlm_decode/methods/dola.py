@@ -4,8 +4,8 @@
     scores = log q_N - log q_j*      where q_N >= beta * max q_N
 
 Follows the authors' code: no final norm on the early layers (``norm_early``), and Jensen-Shannon with both divergences
-reversed, KL(M || q) instead of KL(q || M) (``divergence="jsd"`` gives the paper's). Unlike it, every row and position chooses
-its own layer; the code averages over the batch, so that one row's choice depends on the others.
+reversed, KL(M || q) instead of KL(q || M) (``divergence="jsd"`` gives the paper's). Unlike it, every row and position
+chooses its own layer; the code averages over the batch, so that one row's choice depends on the others.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class DoLa(Method):
     """The last layer against the early layer that disagrees with it most.
 
     Args:
-        layers: candidate early layers: ``"low"`` or ``"high"`` half of the even layers as Hugging Face's DoLa counted them
-            (the authors' buckets at 32 and 40 layers), or layer numbers, 0 being the embeddings.
+        layers: candidate early layers: ``"low"`` or ``"high"`` half of the even layers as Hugging Face's DoLa counted
+            them (the authors' buckets at 32 and 40 layers), or layer numbers, 0 being the embeddings.
         beta: plausibility threshold in (0, 1], the authors' ``relative_top``; ``None`` for no mask.
         divergence: which Jensen-Shannon chooses the layer.
         norm_early: apply the final norm to early layers before the language head.

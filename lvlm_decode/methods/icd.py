@@ -2,9 +2,10 @@
 
     scores = (1 + alpha) * l(image, prompt) - alpha * l(image, disturbance + prompt)
 
-The disturbance is a role that confuses. In the authors' code it replaces LLaVA's system prompt (``system``: give it as it
-stands in your prompt and it is taken out of the second branch) and goes to InstructBLIP's Q-Former only, alone or before the
-question (``qformer``). They release five disturbances and do not say which gave their table; the default is one of them.
+The disturbance is a role that confuses. In the authors' code it replaces LLaVA's system prompt (``system``: give it
+as it stands in your prompt and it is taken out of the second branch) and goes to InstructBLIP's Q-Former only, alone
+or before the question (``qformer``). They release five disturbances and do not say which gave their table; the
+default is one of them.
 """
 
 from __future__ import annotations

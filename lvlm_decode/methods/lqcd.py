@@ -1,11 +1,12 @@
 """Leading Query Contrastive Decoding (arXiv 2408.11261).
 
-    scores = (1 + alpha) * l(image, neutral query) - alpha * l(image, leading query),   mask relative to the neutral query
+    scores = (1 + alpha) * l(image, neutral query) - alpha * l(image, leading query),   mask on the neutral query
 
-``form="plain"``: the prompt holds the neutral query, and ``hint`` makes it leading, as the benchmarks of the paper's first
-version do. ``form="neutral"``: the prompt holds the user's leading query; what ``suggestion`` matches is taken out of it for
-the neutral one, and a query without a suggestion is its own neutral form. The paper's second version rewrites with a language
-model and scales alpha by the query's sentiment; neither is here. No code was released; alpha and beta are not the paper's.
+``form="plain"``: the prompt holds the neutral query, and ``hint`` makes it leading, as the benchmarks of the paper's
+first version do. ``form="neutral"``: the prompt holds the user's leading query; what ``suggestion`` matches is taken
+out of it for the neutral one, and a query without a suggestion is its own neutral form. The paper's second version
+rewrites with a language model and scales alpha by the query's sentiment; neither is here. No code was released; alpha
+and beta are not the paper's.
 
 InstructBLIP's Q-Former reads the query too, so by default both of its prompts lead (``slots``).
 """

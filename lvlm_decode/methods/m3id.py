@@ -2,13 +2,14 @@
 
     scores_t = lc + 1[max p_c < threshold] * (exp(decay * t) - 1) * (lc - lu)
 
-``lc`` and ``lu`` are the log-probabilities with and without the image, ``t`` the number of the token. The authors released no
-code; the defaults are those of the re-implementation in AvisC's repository: decay 0.02, t = 1 at the first token, no
-indicator, and a plausibility mask that the formula does not have. RITUAL's repository counts from 0 (``first=0``), so that its
-first token is plain. (The usual writing is (1 - g) / g with g = exp(-decay * t), which is the factor above.)
+``lc`` and ``lu`` are the log-probabilities with and without the image, ``t`` the number of the token. The authors
+released no code; the defaults are those of the re-implementation in AvisC's repository: decay 0.02, t = 1 at the
+first token, no indicator, and a plausibility mask that the formula does not have. RITUAL's repository counts from 0
+(``first=0``), so that its first token is plain. (The usual writing is (1 - g) / g with g = exp(-decay * t), which is
+the factor above.)
 
-The factor grows without bound: 0.02 at the first token, 1.7 at the 50th, 53 at the 200th. ``cap`` bounds it. On answers of
-one word the method is little more than its mask.
+The factor grows without bound: 0.02 at the first token, 1.7 at the 50th, 53 at the 200th. ``cap`` bounds it. On
+answers of one word the method is little more than its mask.
 """
 
 from __future__ import annotations

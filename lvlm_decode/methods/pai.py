@@ -3,10 +3,10 @@
     w_j <- w_j + alpha * |w_j|                 scores of the newest token towards image tokens j, before the softmax
     scores = gamma * (lsm l(image) - lsm l(no image)) + lsm l(no image)     the second branch attends as usual
 
-Follows the authors' code: alpha 0.2, decoder layers from the third on, gamma 1.1 of their README (their CHAIR script passes
-2), a mask at 0.1 together with the second branch, and no boost on the prompt when there is one, so that the first token is
-unboosted; ``first_token="boosted"`` boosts it as the paper's equation reads. Only rows that choose a token are boosted, and
-only those are computed beside sdpa.
+Follows the authors' code: alpha 0.2, decoder layers from the third on, gamma 1.1 of their README (their CHAIR script
+passes 2), a mask at 0.1 together with the second branch, and no boost on the prompt when there is one, so that the
+first token is unboosted; ``first_token="boosted"`` boosts it as the paper's equation reads. Only rows that choose a
+token are boosted, and only those are computed beside sdpa.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     scores = (1 + alpha) * l_strong - alpha * l_weak,    l = logits / temperature of its branch,   mask on l_strong
 
-The strong branch routes as the model does; in the weak one every token goes to the expert of rank ``rank`` alone. Follows the
-authors' code, whose names are the other way round: its beta 0.5 is ``alpha`` here, its alpha 0.1 is ``beta``. Unlike in VCD,
-temperature comes before contrast and mask. The routers work per row, so both branches share one forward.
+The strong branch routes as the model does; in the weak one every token goes to the expert of rank ``rank`` alone.
+Follows the authors' code, whose names are the other way round: its beta 0.5 is ``alpha`` here, its alpha 0.1 is
+``beta``. Unlike in VCD, temperature comes before contrast and mask. The routers work per row, so both branches share
+one forward.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     scores = (1 + alpha) * l(image) - alpha * l(image, only the least attended image tokens visible in later layers)
 
-In the second branch the newest token's attention in one early layer, mean over heads, ranks the image tokens; all layers
-after it see the lowest ``share`` of them only. The ranking is made anew for every token. Follows the authors' code:
-the second layer ranks, 100 of 576 tokens stay (50 for captions); the paper says the third layer and 10 %:
+In the second branch the newest token's attention in one early layer, mean over heads, ranks the image tokens; all
+layers after it see the lowest ``share`` of them only. The ranking is made anew for every token. Follows the authors'
+code: the second layer ranks, 100 of 576 tokens stay (50 for captions); the paper says the third layer and 10 %:
 ``rank_layer=2, share=0.1``. Image tokens are masked, not dropped. The authors' greedy path leaves the mask out:
 ``beta=None``; their sampler runs at alpha 0.5, the value of the paper and of their parser is 1.
 """
@@ -56,7 +56,8 @@ class SID(Contrast):
         count = run.model.config.get_text_config().num_hidden_layers
         if self.rank_layer >= count - 1:
             raise UnsupportedError(
-                f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to {count - 1}."
+                f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to "
+                f"{count - 1}."
             )
         return editing(run.module, _Prune(self, run.view_number(self.name), run.family.image_token_id))
 

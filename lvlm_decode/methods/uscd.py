@@ -2,9 +2,9 @@
 
     scores = l(image) - alpha * l(no image)     where the next token is uncertain,    l(image) elsewhere
 
-Written for code generation, where the lame prompt is the prompt without its examples. What carries over to an LVLM is the
-gate: contrast only where the model is unsure. The lame prompt here is the prompt without its image. A token counts as
-uncertain when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
+Written for code generation, where the lame prompt is the prompt without its examples. What carries over to an LVLM is
+the gate: contrast only where the model is unsure. The lame prompt here is the prompt without its image. A token counts
+as uncertain when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
 certain one. No code was released; alpha, beta and threshold are not the paper's.
 """
 

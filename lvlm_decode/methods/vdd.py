@@ -3,8 +3,8 @@
     scores = (1 + alpha) * l(image) - alpha * mean over the image-less prompts of l(prompt)
 
 The image-less prompt has its image token removed (``absent="none"``), replaced by one unknown token (``"unknown"``), or
-both are run and their logits averaged (``"both"``), as in the authors' code. alpha 1 and beta 0.1 are the code's; its scripts
-pass beta 0.2. The paper's second part, a calibration of closed answers, is no decoding method and is not here.
+both are run and their logits averaged (``"both"``), as in the authors' code. alpha 1 and beta 0.1 are the code's; its
+scripts pass beta 0.2. The paper's second part, a calibration of closed answers, is no decoding method and is not here.
 """
 
 from __future__ import annotations
