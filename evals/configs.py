@@ -313,7 +313,7 @@ def _line(
         return (*head, shown, theirs, "–")
     target = published / scale
     low, high = (bound.low - target, bound.high - target) if bound else (None, None)
-    return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True))
+    return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True, trusted=False))
 
 
 def _gains(
@@ -338,7 +338,7 @@ def _gains(
                     round(theirs[key] - before[key], 4) / (100 if column.kind == "percent" else 1), column.kind
                 )
                 interval = pair.differences.get(key) if pair else None
-                shown = "–" if interval is None else difference_value(interval, column)
+                shown = "–" if interval is None else difference_value(interval, column, pair.clusters)
                 lines.append((row.name, split, column.title, shown, replace(gain, signed=True)))
     if not lines:
         return []

@@ -34,6 +34,8 @@ from .errors import MissingFileError, SettingsError
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).
 SHARP_TEMPERATURE = 0.25
 CONTROLS = ("plain", "mask")
+# OPERA's default; its control is plain beam search with as many.
+OPERA_BEAMS = 5
 # The mask's own default; a method that names another beta is compared with the mask at that beta.
 DEFAULT_BETA = 0.1
 
@@ -106,17 +108,28 @@ def slug(name: str) -> str:
 def controls(method: str, decoding: Decoding) -> list[tuple[str, Decoding]]:
     """The (method, decoding) pairs a method must be read against, the method itself left out.
 
-    Greedy always. With sampling or beams the plain model in the same way; with sampling the plausibility mask alone,
-    because the mask by itself already lifts sampled scores; for RITUAL the mask at temperature 0.25.
+    Greedy always. With sampling or beams, also a method's own beams, the plain model in the same way; with sampling
+    the plausibility mask alone, because the mask by itself already lifts sampled scores; for RITUAL the mask at
+    temperature 0.25.
     """
     wanted = [("plain", GREEDY)]
     if decoding != GREEDY:
         wanted.append(("plain", decoding))
+    if beams := own_beams(method):
+        wanted.append(("plain", Decoding(num_beams=beams)))
     if decoding.do_sample:
         wanted.append((mask_of(method), decoding))
         if "ritual" in re.split(r"\W+", method.lower()):
             wanted.append((mask_of(method), Decoding(do_sample=True, temperature=SHARP_TEMPERATURE)))
     return [pair for pair in dict.fromkeys(wanted) if pair != (method, decoding)]
+
+
+def own_beams(method: str) -> int | None:
+    """The beams of a method that searches with beams of its own (OPERA); None for others."""
+    if not re.match(r"opera\b", method.lower()):
+        return None
+    given = re.search(r"num_beams=(\d+)", method)
+    return int(given[1]) if given else OPERA_BEAMS
 
 
 def mask_of(method: str) -> str:

@@ -30,7 +30,6 @@ from .plan import Cell, Decoding, Result, Settings, cells, claim, score_cell, wr
 TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
 # Weights up to this size are hashed, so that answers of retrained small models cannot mix.
 HASHED_BYTES = 200_000_000
-OPERA_BEAMS = 5
 START_BATCH = 64
 
 
@@ -162,8 +161,8 @@ def processes() -> tuple[Share, Any]:
 
 
 def decoding_for(method: str, wanted: Decoding | None, parameters: Mapping[str, Any] | None = None) -> Decoding:
-    """The decoding a method runs with: the wanted one, or sampling at temperature 1 as the papers do where it can, else
-    five beams, else greedy. Raises the method's own sentence when it refuses what was wanted.
+    """The decoding a method runs with: the wanted one, or sampling at temperature 1 as the papers do where the method
+    can, else greedy. Raises EvalError with the method's own reason when it refuses what was wanted.
     """
     parsed = lvlm_decode.parse(method, **_own(method, parameters or {}))
     refused = {mode: reason for part in parsed.parts() for mode, reason in part.refuses.items()}
@@ -172,9 +171,7 @@ def decoding_for(method: str, wanted: Decoding | None, parameters: Mapping[str, 
         if mode in refused:
             raise EvalError(f"{method} cannot run with {wanted.name}: {refused[mode]}")
         return wanted
-    if "sample" not in refused:
-        return Decoding(do_sample=True)
-    return Decoding(num_beams=OPERA_BEAMS) if "greedy" in refused else Decoding()
+    return Decoding(do_sample="sample" not in refused)
 
 
 def check_parameters(methods: Sequence[str], parameters: Mapping[str, Any]) -> None:

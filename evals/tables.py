@@ -32,11 +32,13 @@ class Value:
     high: float | None = None
     signed: bool = False
     spread: float | None = None
+    # False where the interval rests on too few images to mark anything by it.
+    trusted: bool = True
 
     @property
     def starred(self) -> bool:
-        """A difference whose interval excludes zero."""
-        return self.signed and self.low is not None and (self.low > 0 or self.high < 0)
+        """A difference whose interval excludes zero and may be trusted to."""
+        return self.signed and self.trusted and self.low is not None and (self.low > 0 or self.high < 0)
 
     def text(self) -> str:
         if self.kind == "count":
@@ -184,7 +186,7 @@ def _difference_values(found: Comparison, columns: Sequence[Column]) -> list[str
     values: list[str | Value] = []
     for column in columns:
         interval = found.differences.get(column.key)
-        values.append("–" if interval is None else difference_value(interval, column))
+        values.append("–" if interval is None else difference_value(interval, column, found.clusters))
     test = found.mcnemar
     if test is None:
         return [*values, "–", "–", "–"]
@@ -192,8 +194,10 @@ def _difference_values(found: Comparison, columns: Sequence[Column]) -> list[str
     return [*values, f"{test.gained}/{test.lost}", exact, Value(test.p_clustered, "p")]
 
 
-def difference_value(interval: Interval, column: Column) -> Value:
-    return Value(interval.value, column.kind, interval.low, interval.high, signed=True)
+def difference_value(interval: Interval, column: Column, images: int) -> Value:
+    """A difference as a table shows it."""
+    trusted = images >= FEW_IMAGES
+    return Value(interval.value, column.kind, interval.low, interval.high, signed=True, trusted=trusted)
 
 
 def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, replicates: int = REPLICATES) -> list[str]:
@@ -210,7 +214,9 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
         "multiplicity."
     )
     if images < FEW_IMAGES:
-        found.append(f"Only {images} images: such intervals are too short, so take them for a sketch.")
+        found.append(
+            f"Only {images} images: such intervals are too short, so nothing is marked; take them for a sketch."
+        )
     for result in results:
         where = f"{result.method}, {result.decoding.name}, seed {result.seed}"
         found += [f"{where}: {sentence}" for sentence in result.audit.sentences()]

@@ -82,7 +82,9 @@ def test_controls_always_come_along():
     assert controls("vcd(alpha=0.5)+ritual", SAMPLE)[-1] == sharp
     assert controls("ritual", SAMPLE)[-1] == sharp
     assert controls("vcd", GREEDY) == [("plain", GREEDY)]
-    assert controls("opera", Decoding(num_beams=5)) == [("plain", GREEDY), ("plain", Decoding(num_beams=5))]
+    assert controls("deco", Decoding(num_beams=3)) == [("plain", GREEDY), ("plain", Decoding(num_beams=3))]
+    assert controls("opera", GREEDY) == [("plain", GREEDY), ("plain", Decoding(num_beams=5))]
+    assert controls("opera(num_beams=4)", GREEDY)[-1] == ("plain", Decoding(num_beams=4))
     assert controls("plain", GREEDY) == []
 
 
@@ -118,6 +120,9 @@ def test_method_names_are_safe_folders():
 def test_default_decoding_is_sampling_and_wishes_are_honoured():
     assert decoding_for("vcd", None) == SAMPLE
     assert decoding_for("vcd", GREEDY) == GREEDY
+    assert decoding_for("opera", None) == GREEDY
+    with pytest.raises(EvalError, match="opera cannot run with sample: it searches for the best answer"):
+        decoding_for("opera", SAMPLE)
     with pytest.raises(SettingsError, match="--param gamma belongs to none of vcd, plain"):
         check_parameters(["vcd", "plain"], {"gamma": 1})
     check_parameters(["vcd", "plain"], {"cd_alpha": 0.5})

@@ -106,14 +106,14 @@ def test_numbers_of_a_table_are_the_summary_s(tmp_path):
 
 
 def test_differences_are_paired_and_signed(tmp_path):
-    _, differences = blocks(results_of(make_run(tmp_path)), replicates=500)
+    _, differences = blocks(results_of(make_run(tmp_path, questions=240)), replicates=500)
     (line,) = [row for row in differences.lines if row[:2] == ("plain, sample", "plain, greedy")]
     accuracy = line[differences.columns.index("Δ Accuracy")]
     assert (
         accuracy.value < 0 and accuracy.high < 0 and accuracy.text().startswith("-") and accuracy.text().endswith("*")
     )
     gained, lost = map(int, line[differences.columns.index("Gained/lost")].split("/"))
-    assert lost - gained == round(-accuracy.value * 120)
+    assert lost - gained == round(-accuracy.value * 240)
 
 
 def test_seeds_give_a_mean_and_a_spread(tmp_path):
@@ -139,7 +139,8 @@ def test_notes_say_what_the_numbers_are_and_name_trouble(tmp_path):
     assert "95% bootstrap over images (200 replicates)" in text
     assert "6 comparisons, not corrected for multiplicity" in text
     assert "vcd, sample, seed 0: 2 questions without an answer (not scored): 3, 4." in text
-    assert "Only 20 images: such intervals are too short" in text
+    assert "Only 20 images: such intervals are too short, so nothing is marked" in text
+    assert "]*" not in text
     assert "Only" not in markdown(blocks(results_of(make_run(tmp_path / "more", questions=240)), 200))
 
 
