@@ -9,6 +9,7 @@ knowledge. Long answers at alpha >= 1 want ``beta`` set: without the mask improb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,10 +26,10 @@ class CAD(Contrast):
         beta: plausibility threshold in (0, 1], or ``None`` for no mask.
     """
 
-    name = "cad"
-    paper = "Trusting Your Evidence: Hallucinate Less with Context-aware Decoding"
-    arxiv = "2305.14739"
-    costs = ("text",)
+    name: ClassVar[str] = "cad"
+    paper: ClassVar[str] = "Context-Aware Decoding (Shi et al., NAACL 2024)"
+    arxiv: ClassVar[str] = "2305.14739"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
 
     alpha: float = 0.5
     beta: float | None = None

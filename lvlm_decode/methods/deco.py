@@ -12,6 +12,7 @@ own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,12 +33,12 @@ class DeCo(Method):
         top_p: the candidates' cumulative probability, in (0, 1].
     """
 
-    name = "deco"
-    paper = "MLLM can see? Dynamic Correction Decoding for Hallucination Mitigation"
-    arxiv = "2410.11779"
-    aliases = {"threshold_top_p": "top_p", "threshold_top_k": "top_k"}  # noqa: RUF012
-    costs = ("layers",)
-    owns = "the choice of an early layer"
+    name: ClassVar[str] = "deco"
+    paper: ClassVar[str] = "Dynamic Correction Decoding (Wang et al., ICLR 2025)"
+    arxiv: ClassVar[str] = "2410.11779"
+    aliases: ClassVar[dict[str, str]] = {"threshold_top_p": "top_p", "threshold_top_k": "top_k"}
+    costs: ClassVar[tuple[str, ...]] = ("layers",)
+    owns: ClassVar[str | None] = "the choice of an early layer"
 
     alpha: float = 0.6
     layers: tuple[int, ...] | None = None

@@ -11,7 +11,7 @@ chooses its own layer; the code averages over the batch, so that one row's choic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,12 +32,12 @@ class DoLa(Method):
         norm_early: apply the final norm to early layers before the language head.
     """
 
-    name = "dola"
-    paper = "DoLa: Decoding by Contrasting Layers Improves Factuality in Large Language Models"
-    arxiv = "2309.03883"
-    aliases = {"dola_layers": "layers", "relative_top": "beta", **Method.aliases}  # noqa: RUF012
-    costs = ("layers",)
-    owns = "the choice of an early layer"
+    name: ClassVar[str] = "dola"
+    paper: ClassVar[str] = "Decoding by Contrasting Layers (Chuang et al., ICLR 2024)"
+    arxiv: ClassVar[str] = "2309.03883"
+    aliases: ClassVar[dict[str, str]] = {"dola_layers": "layers", "relative_top": "beta", **Method.aliases}
+    costs: ClassVar[tuple[str, ...]] = ("layers",)
+    owns: ClassVar[str | None] = "the choice of an early layer"
 
     layers: Literal["low", "high"] | tuple[int, ...] = "high"
     beta: float | None = 0.1

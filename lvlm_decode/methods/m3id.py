@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,10 +37,10 @@ class M3ID(Method):
         first: ``t`` of the first generated token.
     """
 
-    name = "m3id"
-    paper = "Multi-Modal Hallucination Control by Visual Information Grounding"
-    arxiv = "2403.14003"
-    costs = ("text",)
+    name: ClassVar[str] = "m3id"
+    paper: ClassVar[str] = "Multi-Modal Mutual-Information Decoding (Favero et al., CVPR 2024)"
+    arxiv: ClassVar[str] = "2403.14003"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
 
     decay: float = 0.02
     beta: float | None = 0.1

@@ -10,7 +10,7 @@ scripts pass beta 0.2. The paper's second part, a calibration of closed answers,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,10 +29,10 @@ class VDD(Contrast):
         unknown_id: the token of ``"unknown"``; the authors' code writes id 0, LLaMA's ``<unk>``.
     """
 
-    name = "vdd"
-    paper = "Debiasing Multimodal Large Language Models"
-    arxiv = "2403.05262"
-    costs = ("text",)
+    name: ClassVar[str] = "vdd"
+    paper: ClassVar[str] = "Visual Debias Decoding (Zhang et al., 2024)"
+    arxiv: ClassVar[str] = "2403.05262"
+    costs: ClassVar[tuple[str, ...]] = ("text",)
 
     alpha: float = 1.0
     beta: float | None = 0.1
