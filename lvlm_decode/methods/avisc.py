@@ -27,7 +27,7 @@ class AvisC(Contrast):
     paper: ClassVar[str] = "Attentional Vision Calibration (Woo et al., Findings of ACL 2025)"
     arxiv: ClassVar[str] = "2405.17820"
     aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "layer_gamma": "gamma", "lamb": "deviations"}
-    costs: ClassVar[tuple[str, ...]] = ("attention", "prefill")
+    costs: ClassVar[tuple[str, ...]] = ("feature", "attention")
 
     alpha: float = 1.0  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]

@@ -34,7 +34,7 @@ class CODE(Method):
     paper: ClassVar[str] = "COuntering DEscription Contrastive Decoding (Kim et al., NeurIPS 2024)"
     arxiv: ClassVar[str] = "2406.01920"
     aliases: ClassVar[dict[str, str]] = {"cd_alpha": "eta"}
-    costs: ClassVar[tuple[str, ...]] = ("text", "description")
+    costs: ClassVar[tuple[str, ...]] = ("text", "captions")
 
     eta: float = 0.7  # exponent of the divergence, >= 0
     prompt: str = PROMPT  # what the description answers

@@ -35,7 +35,7 @@ class DAMRO(Contrast):
     paper: ClassVar[str] = "DAMRO (Gong et al., EMNLP 2024)"
     arxiv: ClassVar[str] = "2410.04514"
     aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "damro_topk": "k", "damro_alpha": "alpha"}
-    costs: ClassVar[tuple[str, ...]] = ("features",)
+    costs: ClassVar[tuple[str, ...]] = ("feature",)
     needs: ClassVar[tuple[str, ...]] = ("cls",)
 
     alpha: float = 2.0  # contrast strength, >= 0

@@ -36,10 +36,10 @@ class DCD(Contrast):
     name: ClassVar[str] = "dcd"
     paper: ClassVar[str] = "Decoupling Contrastive Decoding (NeurIPS 2025)"
     arxiv: ClassVar[str] = "2504.08809"
-    costs: ClassVar[tuple[str, ...]] = ("features",)
+    costs: ClassVar[tuple[str, ...]] = ("feature",)
 
-    negative: Weights | None = field(default=None, compare=False, repr=False)
-    positive: Weights | None = field(default=None, compare=False, repr=False)
+    negative: Weights | None = field(default=None, compare=False, repr=False)  # projector of the rejected answers
+    positive: Weights | None = field(default=None, compare=False, repr=False)  # of the preferred; None: the model's own
     alpha: float = 1.0  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
 

@@ -15,6 +15,8 @@ from typing import ClassVar, Literal
 
 from ..method import Contrast, View
 
+DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
+
 
 @dataclass(frozen=True)
 class ICD(Contrast):
@@ -27,7 +29,7 @@ class ICD(Contrast):
 
     alpha: float = 1.0  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    disturbance: str = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
+    disturbance: str = DISTURBANCE  # the instruction that disturbs
     system: str = ""  # what the disturbance replaces at the start of the prompt
     qformer: Literal["question", "normal"] = "question"  # disturbance before the question, or alone
 

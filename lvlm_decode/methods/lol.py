@@ -25,6 +25,9 @@ from torch import Tensor
 from ..errors import DependencyError, UnsupportedError
 from ..method import Method, Probes, Step, View
 
+INSTRUCTION = "You are a careless assistant that describes things which are not in the image. "
+GUIDE = "You are a truthful assistant. Say only what is certainly in the image. "
+
 
 @dataclass(frozen=True)
 class LOL(Method):
@@ -33,7 +36,8 @@ class LOL(Method):
     name: ClassVar[str] = "lol"
     paper: ClassVar[str] = "Lower Layer Matters (2024)"
     arxiv: ClassVar[str] = "2408.08769"
-    costs: ClassVar[tuple[str, ...]] = ("text", "layers", "amateur")
+    costs: ClassVar[tuple[str, ...]] = ("text", "layers")
+    refuses: ClassVar[dict[str, str]] = {"processor": "it changes which adapters are active, which a processor cannot."}
     owns: ClassVar[str | None] = "the choice of an early layer"
 
     strength: float = 0.5  # weight of the amateur's final layer, >= 0
@@ -42,10 +46,10 @@ class LOL(Method):
     refocus: float = 0.5  # weight of the guided term, >= 0; 0 leaves its view out
     layer: int | None = None  # the early layer, 1 is the output of the first; None is the middle
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    adapter: str | None = None
-    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)
-    instruction: str = "You are a careless assistant that describes things which are not in the image. "
-    guide: str = "You are a truthful assistant. Say only what is certainly in the image. "
+    adapter: str | None = None  # peft name of the amateur's LoRA adapter
+    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)  # another model as the amateur
+    instruction: str = INSTRUCTION  # makes the model its own amateur, without adapter and model
+    guide: str = GUIDE  # the truth-guiding instruction of the refocused term
 
     def __post_init__(self) -> None:
         for name in ("strength", "lower_strength", "fusion", "refocus"):

@@ -23,6 +23,8 @@ from torch import Tensor
 from ..controllers.prompts import question_of
 from ..method import Method, Step, View, plausible
 
+SUGGESTION = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
+
 
 @dataclass(frozen=True)
 class LQCD(Method):
@@ -35,11 +37,10 @@ class LQCD(Method):
 
     alpha: float = 1.0  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    form: Literal["plain", "neutral"] = "plain"
+    form: Literal["plain", "neutral"] = "plain"  # the prompt holds the neutral query, or the user's leading one
     hint: str = "It seems like there isn't."  # what makes a neutral query leading
-    #: A regular expression for suggestions in the user's query.
-    suggestion: str = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
-    slots: Literal["both", "language", "qformer"] = "both"
+    suggestion: str = SUGGESTION  # regular expression of what makes the user's query leading
+    slots: Literal["both", "language", "qformer"] = "both"  # InstructBLIP: which of its prompts lead
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -31,13 +31,14 @@ class PAI(Contrast):
     paper: ClassVar[str] = "Paying More Attention to Image (Liu et al., ECCV 2024)"
     arxiv: ClassVar[str] = "2407.21771"
     costs: ClassVar[tuple[str, ...]] = ("text", "attention")
+    refuses: ClassVar[dict[str, str]] = {"processor": "it changes what layers attend to, which a processor cannot."}
     owns: ClassVar[str | None] = "the attention of view 0"
 
     alpha: float = 0.2  # boost of attention scores, >= 0
     gamma: float | None = 1.1  # guidance against the image-free branch, >= 1; None leaves branch and mask out
     beta: float | None = 0.1  # plausibility threshold of the branch, (0, 1]
     first_layer: int = 2  # 0 is the first decoder layer
-    first_token: Literal["code", "boosted"] = "code"
+    first_token: Literal["code", "boosted"] = "code"  # unboosted beside a branch, or boosted like the others
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -36,13 +36,16 @@ class SCMoE(Method):
     paper: ClassVar[str] = "Unchosen Experts Can Contribute Too (Shi et al., NeurIPS 2024)"
     arxiv: ClassVar[str] = "2405.14507"
     aliases: ClassVar[dict[str, str]] = {"student_routed_tok": "rank"}
-    costs: ClassVar[tuple[str, ...]] = ("rows",)
+    costs: ClassVar[tuple[str, ...]] = ("feature",)
+    refuses: ClassVar[dict[str, str]] = {
+        "processor": "it changes how tokens are routed to experts, which a processor cannot."
+    }
 
     alpha: float = 0.5  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
     rank: int = 2  # which expert the weak branch uses, 1 is the router's first choice
-    strong_temperature: float = 1.0
-    weak_temperature: float = 1.0
+    strong_temperature: float = 1.0  # divides the strong branch's logits, > 0
+    weak_temperature: float = 1.0  # divides the weak branch's, > 0
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -32,7 +32,8 @@ class SID(Contrast):
     paper: ClassVar[str] = "Self-Introspective Decoding (Huo et al., ICLR 2025)"
     arxiv: ClassVar[str] = "2408.02032"
     aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "fast_v_agg_layer": "rank_layer"}
-    costs: ClassVar[tuple[str, ...]] = ("attention",)
+    costs: ClassVar[tuple[str, ...]] = ("feature", "attention")
+    refuses: ClassVar[dict[str, str]] = {"processor": "it changes what layers attend to, which a processor cannot."}
 
     alpha: float = 1.0  # contrast strength, >= 0
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
