@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,14 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def answer_of(record: dict[str, Any], where: str) -> Answer:
-    """An answer from a JSON object; fields this library does not know go into `meta`."""
+    """An answer from a JSON object; fields this library does not know go into `meta`.
+
+    Two forms: `answer` (and `text` or `question` for what was asked), and that of LLaVA's and VCD's scripts, where
+    `prompt` is what was asked and `text` is the answer.
+    """
     record = dict(record)
+    if "answer" not in record and {"prompt", "text"} <= set(record):
+        record["answer"], record["text"] = record["text"], record.pop("prompt")
     for name, others in _ALIASES.items():
         for other in others:
             if name not in record and other in record:
@@ -114,6 +120,26 @@ def answer_of(record: dict[str, Any], where: str) -> Answer:
 def read_answers(path: Path) -> list[Answer]:
     """All answers of a file; any broken line is an error that names it."""
     return [answer_of(record, where) for where, record in read_records(path)]
+
+
+def with_questions(answers: Sequence[Answer], questions: Sequence[Question]) -> list[Answer]:
+    """The answers with the label, image, cluster and meta of the question of the same id where they lack them."""
+    asked = {str(question.id): question for question in questions}
+    if len(asked) < len(questions):
+        raise FileFormatError("The question files share ids, so answers cannot be told apart; give one file.")
+    return [
+        answer
+        if (question := asked.get(str(answer.question_id))) is None
+        else replace(
+            answer,
+            text=answer.text or question.text,
+            label=question.label if answer.label is None else answer.label,
+            image=question.image if answer.image is None else answer.image,
+            cluster=question.cluster if answer.cluster is None else answer.cluster,
+            meta={**question.meta, **answer.meta},
+        )
+        for answer in answers
+    ]
 
 
 def line_of(record: dict[str, Any]) -> bytes:

@@ -171,7 +171,9 @@ def score_command(
     parser: Annotated[str | None, typer.Option(help="Word parser of chair: pattern or wordnet-pos.")] = None,
     objects: Annotated[Path | None, typer.Option(help="chair: JSON object, image id to object names.")] = None,
     vocabulary: Annotated[Path | None, typer.Option(help="chair: synonym table.")] = None,
-    questions: Annotated[Path | None, typer.Option(help="What was asked, to find missing and unknown ids.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="What was asked: labels that answers lack, missing and unknown ids.")
+    ] = None,
     option: OptionList = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     rows: Annotated[Path | None, typer.Option(help="Also write the scored rows with their evidence here.")] = None,
@@ -201,7 +203,7 @@ def score_command(
         return
     if len(target) != 2:
         raise SettingsError("score takes a run's folder, or a benchmark and a file: lvlm-decode score pope FILE.")
-    from .answers import write_rows
+    from .answers import with_questions, write_rows
 
     name, path = target
     evaluator_class(name)
@@ -211,6 +213,7 @@ def score_command(
     if questions is not None:
         splits = chosen.file_questions(questions)
         asked = [question for split in splits.values() for question in split]
+        answers = with_questions(answers, asked)
     usable, trouble = audit(answers, asked)
     if not usable:
         raise EvalError(f"{path} has no answer that can be scored. {' '.join(trouble.sentences())}")

@@ -180,6 +180,10 @@ class Pope(Evaluator):
         return pope_files(path)
 
     def row(self, answer: Answer) -> Row:
+        if answer.label is None:
+            raise FileFormatError(
+                f"question {answer.question_id} has no label; put `label` into the answers, or give --questions FILE."
+            )
         label = _label(answer.label, f"question {answer.question_id}")
         verdict, clear = parsers.rule(self.rule)(answer.answer, label)
         return Row.of(answer, parsed=verdict, correct=verdict == label, rule=self.rule, clear=clear, text=answer.text)

@@ -364,6 +364,69 @@ def test_ids_may_be_text_and_line_separators_may_occur_in_answers(tmp_path):
     assert read_answers(path)[0].answer == "Yes\u2028it is"
 
 
+def cli(*arguments):
+    import typer
+    from typer.testing import CliRunner
+
+    from evals.commands import add_to
+
+    app = typer.Typer()
+    add_to(app)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_file_of_answers_is_scored_from_the_command_line(tmp_path):
+    path = shared_path("data/pope/answers/llava-v1.5-13b__coco_random_2910.jsonl.gz")
+    done = cli("score", "pope", path, "--rule", "pope-official", "--json", "--rows", tmp_path / "rows.jsonl")
+    assert done.exit_code == 0
+    report = json.loads(done.stdout)
+    assert {key: report[key] for key in ("n", "tp", "fp", "tn", "fn")} == dict(n=2910, tp=1182, fp=31, tn=1379, fn=318)
+    assert report["accuracy"] == pytest.approx(0.88007, abs=1e-5) and report["rule"] == "pope-official"
+    assert "problems" not in report and done.stderr == ""
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2910
+    assert "Accuracy 88.0%" in cli("score", "pope", path).stdout
+
+
+def test_trouble_in_a_file_of_answers_is_in_the_report_and_on_stderr(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    lines = [(1, "Yes"), (1, "No"), (2, ""), (9, "No")]
+    path.write_text("".join(json.dumps({"question_id": i, "answer": a, "label": "yes"}) + "\n" for i, a in lines))
+    asked = tmp_path / "questions.jsonl"
+    asked.write_text(
+        "".join(json.dumps({"question_id": i, "image": "a", "text": "Q?", "label": "yes"}) + "\n" for i in (1, 2, 3))
+    )
+    done = cli("score", "pope", path, "--questions", asked, "--json")
+    report = json.loads(done.stdout)
+    assert report["n"] == 2 and report["tp"] == 2
+    problems = {kind: found["ids"] for kind, found in report["problems"].items()}
+    assert problems == {"duplicate": ["1"], "unknown": ["9"], "missing": ["3"], "empty": ["2"]}
+    assert done.stderr.count("warning:") == 4
+
+
+def test_llava_s_answer_files_take_their_labels_from_the_question_file(tmp_path):
+    path, asked = tmp_path / "answers.jsonl", tmp_path / "questions.jsonl"
+    path.write_text(
+        json.dumps({"question_id": 1, "prompt": "Is there a dog?", "text": "No, there is not.", "model_id": "m"})
+    )
+    asked.write_text(json.dumps({"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "no"}))
+    report = json.loads(cli("score", "pope", path, "--questions", asked, "--json").stdout)
+    assert (report["tn"], report["n"]) == (1, 1)
+    done = cli("score", "pope", path)
+    assert done.exit_code == 1
+    assert (
+        done.stderr.strip() == "error: question 1 has no label; put `label` into the answers, or give --questions FILE."
+    )
+
+
+def test_a_broken_line_is_one_sentence_on_the_command_line(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"question_id": 1, "answer": "yes", "label": "yes"}\n{"question_id": 2,\n')
+    done = cli("score", "pope", path)
+    assert done.exit_code == 1 and "answers.jsonl, line 2: broken JSON" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert cli("score", "pope", tmp_path / "none.jsonl").stderr.startswith("error: ")
+
+
 def test_scoring_imports_no_torch():
     code = (
         "import sys, evals, evals.pope, evals.metrics, evals.tables, evals.loaders, evals.answers, evals.plots\n"
