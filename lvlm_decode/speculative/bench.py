@@ -1,16 +1,18 @@
 """Measuring what a drafter brings: paired runs in one process, on the same inputs, token ids compared.
 
 Every sample runs through every arm, the order rotating from round to round, so that a slow moment of the machine hits all
-arms alike. Ratios are taken within a round of a sample; their median is reported.
+arms alike. Ratios are taken within a round of a sample; their median is reported. Drafters that learn between calls are
+warmed up on other samples, and every timed call starts from that state: no drafter ever measures an answer it has seen.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,6 +30,8 @@ from .drafters import Drafter
 from .stats import Stats
 
 CAPTION = "Please describe this image in detail."
+#: Scenes that drafters learn from before others are measured.
+WARM = 24
 
 
 @dataclass(frozen=True)
@@ -98,18 +102,26 @@ def measure(
     *,
     max_new_tokens: int,
     rounds: int = 3,
+    warm: Sequence[Mapping[str, Tensor]] = (),
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Measured]:
-    """Run every sample through every arm ``rounds`` times, after one untimed round that also warms drafters up.
+    """Run every sample through every arm ``rounds`` times, after an untimed round.
 
     Args:
         samples: inputs of ``generate()``, one sample each.
         arms: name -> arm.
+        warm: other samples, on which drafters that learn between calls learn first.
         options: arguments of every call, for instance ``do_sample`` and ``temperature``; greedy by default. The seed of a
             sampled call is passed to attached models only.
     """
     common = {"do_sample": False, "max_new_tokens": max_new_tokens, **(options or {})}
     bare = {key: value for key, value in common.items() if key != "seed"}
+    how = {name: {**(bare if arm.method is None else common), **arm.options} for name, arm in arms.items()}
+    for name, arm in arms.items():
+        if arm.drafter is not None and type(arm.drafter).fork is not Drafter.fork:
+            with ready(model, processor, arm):
+                for inputs in warm:
+                    _timed(model, inputs, **how[name])
     results = {name: Measured() for name in arms}
     names = list(arms)
     for turn in range(rounds + 1):
@@ -119,16 +131,17 @@ def measure(
             shift = (turn + number) % len(names)
             for name in names[shift:] + names[:shift]:
                 arm, result = arms[name], results[name]
-                how = {**(bare if arm.method is None else common), **arm.options}
+                if arm.drafter is not None:
+                    arm = dataclasses.replace(arm, drafter=arm.drafter.fork())
                 with ready(model, processor, arm):
-                    answer, seconds = _timed(model, inputs, **how)
+                    answer, seconds = _timed(model, inputs, **how[name])
                     if turn:
                         result.seconds[-1].append(seconds)
                         if arm.drafter is not None:
                             result.stats = result.stats + last_run(model).speculation
                     else:
                         result.answers.append(answer)
-                        firsts = [_timed(model, inputs, **{**how, "max_new_tokens": 1})[1] for _ in range(3)]
+                        firsts = [_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1] for _ in range(3)]
                         result.prefill.append(statistics.median(firsts))
     return results
 
@@ -144,7 +157,7 @@ def mismatches(of: Measured, to: Measured) -> int:
     return sum(a != b for a, b in zip(of.answers, to.answers))
 
 
-def summary(results: Mapping[str, Measured], plain: str, rounds: int) -> dict[str, Any]:
+def summary(results: Mapping[str, Measured], plain: str) -> dict[str, Any]:
     """Per arm: milliseconds per token, ratios to the arm ``plain``, acceptance, the split, and the cost formula.
 
     The formula's unit is a decoding step of ``plain``; what it predicts stands beside what was measured.
@@ -243,14 +256,21 @@ def speculative(
     max_new_tokens: int,
     rounds: int = 3,
     options: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """``lvlm-decode bench speculative``: a method with a drafter against itself without one, and against plain."""
-    inputs = [{k: v.to(model.device) for k, v in x.items()} for x in caption_inputs(processor, samples)]
+    inputs = [{k: v.to(model.device) for k, v in x.items()} for x in caption_inputs(processor, samples + WARM)]
     arms = {"plain": Arm(), "method": Arm(method), "method with drafter": Arm(method, drafter)}
-    say(f"{samples} captions, {rounds} rounds, {len(arms)} arms")
-    results = measure(model, processor, inputs, arms, max_new_tokens=max_new_tokens, rounds=rounds, options=options)
-    speculated = summary(results, "plain", rounds)
+    results = measure(
+        model,
+        processor,
+        inputs[WARM:],
+        arms,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        warm=inputs[:WARM],
+        options=options,
+    )
+    speculated = summary(results, "plain")
     own = speculated["method with drafter"]
     return {
         "mismatches": mismatches(results["method with drafter"], results["method"]),

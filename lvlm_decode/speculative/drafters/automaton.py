@@ -8,6 +8,7 @@ grows). The longer match proposes.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -113,6 +114,9 @@ class SuffixAutomaton(Drafter):
         """Add one text to what is remembered between calls."""
         for token in [*tokens, -1]:
             self.seen.extend(token)
+
+    def fork(self) -> Drafter:
+        return copy.deepcopy(self)
 
     def forget(self) -> None:
         self.seen = Automaton()

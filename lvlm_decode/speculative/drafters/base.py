@@ -168,3 +168,7 @@ class Drafter:
     def begin(self, context: Context) -> Session:
         """The session of one call."""
         raise NotImplementedError
+
+    def fork(self) -> Drafter:
+        """A drafter that knows what this one knows and keeps what it learns to itself; itself if it learns nothing."""
+        return self

@@ -7,6 +7,7 @@ updates it, accepted or not; a static tree, deeper for better ranks, is filled f
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -50,6 +51,9 @@ class Recycling(Drafter):
         if self.adjacency is None or self.adjacency.shape[0] != size or self.adjacency.device != context.device:
             self.adjacency = torch.full((size, self.width), PAD, dtype=torch.long, device=context.device)
         return _RecyclingSession(self, context)
+
+    def fork(self) -> Drafter:
+        return copy.deepcopy(self)
 
     def forget(self) -> None:
         self.adjacency = None
