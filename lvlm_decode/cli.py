@@ -21,9 +21,17 @@ app = typer.Typer(
 
 @app.command()
 @one_sentence
-def methods(as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False) -> None:
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README.")] = False,
+) -> None:
     """Every method: its paper, parameters and defaults, what it costs, what it cannot do; read off the code."""
+    from .catalogue import markdown
     from .catalogue import methods as described
+
+    if as_markdown:
+        typer.echo(markdown())
+        return
 
     found = described()
     if as_json:

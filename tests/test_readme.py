@@ -1,0 +1,49 @@
+"""The README says what is so: computed parts are computed again, its code runs, its figures are the recorded ones."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from lvlm_decode import catalogue
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.S)
+    assert found, f"README.md has no block {name}"
+    return found[1].strip()
+
+
+def test_table_of_methods_is_the_registry():
+    assert block("methods") == catalogue.markdown(), "run: lvlm-decode methods --markdown, and paste it into README.md"
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = block("test")
+    assert "pytest" in command and "pip install" in command and "venv" in command
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "<!-- test -->" in script, ".ci/run reads the command out of README.md"
+
+
+def test_code_of_the_readme_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.split()) > 5
+    statements = [line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(statements) <= 12
+
+
+def test_layout_of_the_readme_exists():
+    for path in re.findall(r"^\| `([\w./-]+/?)` \|", README, re.M):
+        if "/" in path:
+            assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!https?:)([^)#]+)\)", README))
+def test_links_lead_somewhere(path):
+    assert (ROOT / path).exists()
