@@ -225,7 +225,7 @@ class DraftHead(nn.Module):
                     self.img_fc.bias.zero_()
         inverse = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
-        self.register_buffer("trim", trim, persistent=trim is not None)
+        self.register_buffer("trim", trim)
 
     @property
     def layer(self) -> _Layer:

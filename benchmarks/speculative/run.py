@@ -1,0 +1,258 @@
+"""Speculation measured on this machine: plain, VCD and VCD+RITUAL with every drafter, against Hugging Face's own loops.
+
+    python benchmarks/speculative/run.py captions  --output benchmarks/speculative/captions.json
+    python benchmarks/speculative/run.py replay    --output benchmarks/speculative/replay.json
+
+``captions``: the small LLaVA that ships, captions of held-out scenes at batch 1. Hugging Face's assisted decoding needs an
+assistant of the same vocabulary; it gets the model itself cut after its first two layers, sharing all other weights.
+
+``replay``: a LLaVA with random weights of at least 200 M parameters, whose text means nothing. Its drafts are *replayed*
+from the answer it gave before, each token spoilt with a set probability: this measures what a drafter of that acceptance
+would bring at that size, and says nothing about whether such a drafter exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from evals.runner import load
+from lvlm_decode.errors import InputError
+from lvlm_decode.methods import parse
+from lvlm_decode.speculative import drafters
+from lvlm_decode.speculative.bench import (
+    WARM,
+    Arm,
+    caption_inputs,
+    circumstances,
+    measure,
+    mismatches,
+    ratio,
+    raw,
+    summary,
+)
+
+METHODS = ("plain", "vcd", "vcd+ritual")
+DRAFTERS = (
+    "lookup",
+    "copyspec",
+    "recycling(rows=12,depth=5)",
+    "automaton(shortest=1)",
+    "early-exit",
+    "eagle",
+    "msd",
+    "vispec",
+    "vispec(top_k=2,depth=4,rows=8)",
+    "vispec(contrast=True)",
+)
+ASSISTANT_LAYERS = 2
+
+
+def truncated(model: LlavaForConditionalGeneration, layers: int) -> LlavaForConditionalGeneration:
+    """The model with its first ``layers`` decoder layers alone; every weight it has is shared."""
+    memo = {id(parameter): parameter for parameter in model.parameters()}
+    short = copy.deepcopy(model, memo)
+    decoder = short.get_decoder()
+    decoder.layers = decoder.layers[:layers]
+    decoder.config.num_hidden_layers = layers
+    return short
+
+
+def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...]) -> dict:
+    loaded = load("tiny")
+    model, processor = loaded.model, loaded.processor
+    inputs = caption_inputs(processor, samples + WARM)
+    arms = {
+        "hf plain": Arm(),
+        "hf prompt lookup": Arm(options={"prompt_lookup_num_tokens": 8}),
+        # A layer short of what it was trained with, the assistant also drafts image placeholders, which the model refuses.
+        "hf assisted": Arm(
+            options={
+                "assistant_model": truncated(model, ASSISTANT_LAYERS),
+                "suppress_tokens": [model.config.image_token_id],
+            }
+        ),
+        # Our loop with drafts of no tokens: the best plain loop of this library.
+        "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)")),
+    }
+    for name in methods:
+        if name != "plain":
+            arms[name] = Arm(parse(name))
+            arms[f"{name} sequential"] = Arm(parse(name), execution="sequential")
+        for drafter in DRAFTERS:
+            if name == "plain" and "contrast" in drafter:
+                continue
+            try:
+                arms[f"{name} | {drafter}"] = Arm(parse(name), drafters.parse(drafter, model=model))
+            except InputError as error:
+                print(f"left out: {name} | {drafter}: {error}")
+    # Views are keyed, so that every arm of a method sees the same noise.
+    results = measure(
+        model,
+        processor,
+        inputs[WARM:],
+        arms,
+        max_new_tokens=tokens,
+        rounds=rounds,
+        warm=inputs[:WARM],
+        options={"seed": 0},
+    )
+    base = {name: results[name if name != "plain" else "hf plain"] for name in methods}
+    drafted = {name: result for name, result in results.items() if "|" in name}
+    best = {
+        name: min(
+            (n for n in drafted if n.startswith(f"{name} |")), key=lambda n: ratio(results[n], results["hf plain"])
+        )
+        for name in methods
+    }
+    heads = [
+        n for n in drafted if n.startswith("plain |") and n.split("| ")[1].split("(")[0] in ("vispec", "msd", "eagle")
+    ]
+    targets = {
+        "best_drafter": best,
+        "plain_with_best_head_speedup": {
+            n: {
+                "call": round(1 / ratio(results[n], results["hf plain"]), 3),
+                "decode": round(1 / ratio(results[n], results["hf plain"], True), 3),
+                "decode_vs_own_loop": round(1 / ratio(results[n], results["plain"], True), 3),
+            }
+            for n in heads
+        },
+    }
+    if "vcd" in methods:
+        targets["vcd_best_vs_plain"] = {
+            "call": round(ratio(results[best["vcd"]], results["hf plain"]), 3),
+            "decode": round(ratio(results[best["vcd"]], results["hf plain"], True), 3),
+        }
+        targets["vcd_best_speedup_over_sequential"] = {
+            "call": round(1 / ratio(results[best["vcd"]], results["vcd sequential"]), 3),
+            "decode": round(1 / ratio(results[best["vcd"]], results["vcd sequential"], True), 3),
+        }
+    return {
+        "what": f"captions of {samples} held-out scenes by tiny-llava, batch 1, greedy, at most {tokens} tokens",
+        "assistant": f"the model itself cut after layer {ASSISTANT_LAYERS}",
+        "mismatches": {name: mismatches(result, base[name.split(" |")[0]]) for name, result in drafted.items()}
+        | {
+            name: mismatches(results[name], results["hf plain"])
+            for name in ("plain", "hf prompt lookup", "hf assisted")
+        },
+        "targets": targets,
+        "arms": summary(results, "hf plain"),
+        "raw": raw(results),
+        "circumstances": circumstances(model),
+    }
+
+
+def random_llava(hidden: int = 1024, layers: int = 14, vocabulary: int = 8192) -> LlavaForConditionalGeneration:
+    """A LLaVA of random weights; the default has more than 200 M parameters."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 2.75),
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=vocabulary - 1,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, acceptances: tuple[float, ...]) -> dict:
+    model = random_llava()
+    image = model.config.image_token_index
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat(
+        [
+            torch.randint(3, 8000, (6,), generator=generator),
+            torch.full((64,), image),
+            torch.randint(3, 8000, (24,), generator=generator),
+        ]
+    )[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 112, 112, generator=generator),
+    }
+    options = {"seed": 0, "eos_token_id": None, "suppress_tokens": [image]}
+    arms = {"hf plain": Arm(), "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)"))}
+    for name in methods:
+        method = parse(name)
+        if name != "plain":
+            arms[name] = Arm(method)
+            arms[f"{name} sequential"] = Arm(method, execution="sequential")
+        first = measure(model, None, [inputs], {name: Arm(method)}, max_new_tokens=tokens, rounds=0, options=options)
+        for acceptance in acceptances:
+            drafter = drafters.get("replay")(answers=first[name].answers, acceptance=acceptance, tokens=depth)
+            arms[f"{name} | replay {acceptance}"] = Arm(method, drafter)
+    results = measure(model, None, [inputs], arms, max_new_tokens=tokens, rounds=rounds, options=options)
+    drafted = [name for name in results if "|" in name]
+    return {
+        "what": f"random LLaVA, {tokens} tokens, drafts of {depth} tokens replayed from the known answer with set acceptance",
+        "mismatches": {
+            name: mismatches(results[name], results["hf plain" if name.startswith("plain") else name.split(" |")[0]])
+            for name in drafted
+        },
+        "speedup_over_sequential": {
+            name: round(1 / ratio(results[name], results[f"{name.split(' |')[0]} sequential"], True), 3)
+            for name in drafted
+            if not name.startswith("plain")
+        },
+        "arms": summary(results, "hf plain"),
+        "raw": raw(results),
+        "circumstances": circumstances(model),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("captions", "replay"))
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--depth", type=int, default=5)
+    parser.add_argument("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9])
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    methods = tuple(options.methods)
+    if options.what == "captions":
+        report = captions(options.samples, options.tokens or 96, options.rounds, methods)
+    else:
+        report = replay(options.tokens or 32, options.rounds, methods, options.depth, tuple(options.acceptance))
+    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, arm in report["arms"].items():
+        more = arm.get("speculation", {})
+        print(
+            f"{name:44s} {arm['ms_per_token']:8.2f} ms  x{arm['vs_plain']:.2f}  decode x{arm['vs_plain_decode']:.2f}  tau {more.get('tau', '')}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The commands and scripts around speculation: bench, training of heads, the GPU script at small shapes."""
+
+import importlib.util
+import json
+import sys
+
+import lvlm_decode_data
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError
+from lvlm_decode.methods import parse
+from lvlm_decode.speculative import drafters
+from lvlm_decode.speculative.bench import Arm, Measured, measure, mismatches, ratio, summary
+from lvlm_decode.speculative.commands import bench
+from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, shipped
+from lvlm_decode.training.draft_heads import (
+    Objective,
+    Settings,
+    eagle_loss,
+    file_items,
+    frequent_tokens,
+    train,
+    vispec_loss,
+)
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(path.replace("/", "_"), ROOT / "benchmarks" / f"{path}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiny_llava():
+    try:
+        return str(lvlm_decode_data.tiny_path("tiny-llava"))
+    except FileNotFoundError as error:
+        pytest.skip(f"the small LLaVA is not here: {error}")
+
+
+def test_the_gpu_script_runs_at_small_shapes(tmp_path):
+    module = script("gpu/llava_shapes")
+    report = module.main(["--tiny", "--repeats", "1", "--context", "40", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    expected = {f"stacked V={v} rows={r}" for v in (1, 2, 3) for r in (1, 31, 61)}
+    assert expected | {"plain", "draft vispec rows=1", "draft msd rows=8"} <= set(report["rows"])
+    assert all(row["ms"] > 0 and row["floor_ms"] > 0 for row in report["rows"].values())
+
+
+def test_the_gpu_scripts_floors_are_those_of_the_specification():
+    module = script("gpu/llava_shapes")
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**module.SHAPES["llava-1.5-7b"])).to(torch.bfloat16)
+    for views, rows, floor in [(1, 1, 2.851), (2, 1, 2.950), (3, 1, 3.048), (2, 31, 2.950)]:
+        assert module.floor_of(model, views, rows, 900, 4.8e12, 790e12)["floor_ms"] == pytest.approx(floor, abs=2e-3)
+
+
+def test_bench_command(tiny_llava):
+    arguments = ["speculative", "--method", "vcd", "--drafter", "recycling(rows=6,depth=3)", "--samples", "1"]
+    result = CliRunner().invoke(bench, [*arguments, "--max-new-tokens", "8", "--rounds", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["mismatches"] == 0 and report["time_per_token_vs_plain"] > 0
+    assert report["tau"] >= 0 and set(report["split"]) == {"target", "draft", "other"}
+    assert report["circumstances"]["dtype"] == "torch.float32" and "load_average" in report["circumstances"]
+    result = CliRunner().invoke(bench, ["speculative", "--drafter", "medusa"])
+    assert result.exit_code == 1 and "unknown drafter 'medusa'" in result.output
+
+
+def test_ratios_are_paired():
+    slow = Measured([[1] * 4, [1] * 4], [[4.0, 40.0], [8.0, 80.0]], [1.0, 10.0])
+    fast = Measured([[1] * 4, [2] * 4], [[2.0, 20.0], [4.0, 40.0]], [1.0, 10.0])
+    assert ratio(fast, slow) == 0.5 and mismatches(fast, slow) == 1
+    assert ratio(fast, slow, decode_only=True) == pytest.approx((1 / 3 + 3 / 7) / 2)
+    rows = summary({"plain": slow, "fast": fast}, "plain")
+    assert rows["fast"]["vs_plain"] == 0.5 and rows["plain"]["vs_plain_decode"] == 1.0
+
+
+def test_a_drafter_is_never_measured_on_an_answer_it_has_seen(tiny_llava):
+    from evals.runner import load
+    from lvlm_decode.speculative.bench import caption_inputs
+
+    loaded = load(tiny_llava)
+    inputs = caption_inputs(loaded.processor, 2)
+    drafter = drafters.parse("automaton")
+    results = measure(
+        loaded.model,
+        loaded.processor,
+        inputs[1:],
+        {"a": Arm(parse("plain"), drafter)},
+        max_new_tokens=12,
+        warm=inputs[:1],
+    )
+    # What is remembered afterwards is the warm-up's answer alone.
+    assert drafter.seen.text.count(-1) == 1 and len(results["a"].seconds) == 3
+
+
+@torch.no_grad()
+def test_losses():
+    torch.manual_seed(0)
+    target = F.softmax(torch.randn(5, 30), -1)
+    perfect = target.log()
+    assert vispec_loss(perfect, target) < vispec_loss(perfect + torch.randn(5, 30), target)
+    # Nothing in common: ten times the largest L1 distance, beside ListMLE.
+    one, other = torch.full((1, 30), -50.0), torch.zeros(1, 30)
+    one[0, 3], other[0, 7] = 50.0, 1.0
+    order = other.topk(10, -1).indices
+    scores = one.gather(-1, order)[0]
+    listmle = sum(scores[i:].logsumexp(0) - scores[i] for i in range(10))
+    assert vispec_loss(one, other) == pytest.approx(20 + 0.1 * float(listmle), rel=1e-5)
+    features = torch.randn(5, 8)
+    entropy = -(target * target.log()).sum(-1).mean()
+    assert eagle_loss(features, features, perfect, target) == pytest.approx(0.1 * float(entropy), rel=1e-5)
+
+
+def toy_batch():
+    torch.manual_seed(1)
+    image = torch.zeros(2, 9, dtype=torch.bool)
+    image[:, 2:5] = True
+    answer = torch.zeros(2, 9, dtype=torch.bool)
+    answer[:, 6:] = True
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 8:] = answer[1, 8:] = False
+    return {
+        "embeds": torch.randn(2, 9, 16),
+        "hidden": torch.randn(2, 9, 16),
+        "image": image,
+        "answer": answer,
+        "mask": mask,
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_objectives_reach_every_parameter_and_ignore_what_is_not_the_answer(kind, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=24, vocab_size=30)
+    head = DraftHead(HeadConfig(**sizes, **{"kind": kind, **KINDS[kind]}))
+    out = nn.Linear(16, 30, bias=False).requires_grad_(False)
+    objective = Objective(head, out, Settings("", tmp_path, kind=kind, noise=0.0))
+    batch = toy_batch()
+    result = objective(batch, pictures=True)
+    result["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+    assert 0 < result["overlap"] < 1
+    # Beyond the row's end nothing counts.
+    changed = {name: value.clone() for name, value in batch.items()}
+    changed["hidden"][1, 8], changed["embeds"][1, 8] = 9.0, 9.0
+    torch.testing.assert_close(objective(changed, True)["loss"], result["loss"])
+    # The last feature predicts what follows the answer; the one before it is a target.
+    changed["hidden"][1, 7] = 9.0
+    torch.testing.assert_close(objective(changed, True)["loss"], result["loss"])
+    changed["hidden"][1, 6] = 9.0
+    assert not torch.isclose(objective(changed, True)["loss"], result["loss"])
+
+
+def test_the_unrolled_pass_reads_the_heads_own_guesses(tmp_path):
+    """With one supervised slot whose inputs are all guesses, the true features before it stop mattering."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=24, vocab_size=30)
+    head = DraftHead(HeadConfig(**sizes, **{"kind": "vispec", **KINDS["vispec"]}))
+    out = nn.Linear(16, 30, bias=False).requires_grad_(False)
+    once = Objective(head, out, Settings("", tmp_path, kind="vispec", noise=0.0, unroll=0))
+    twice = Objective(head, out, Settings("", tmp_path, kind="vispec", noise=0.0, unroll=1))
+    batch = toy_batch()
+    assert not torch.isclose(once(batch, True)["loss"], twice(batch, True)["loss"])
+    # Text-only batches of ViSpec take EAGLE's losses, unrolled or not.
+    assert torch.isclose(once(batch, False)["loss"], twice(batch, False)["loss"])
+
+
+def test_stages():
+    share = lambda kind, at: Settings("", None, kind=kind).picture_share(at)  # noqa: E731
+    assert [share("eagle", at) for at in (0, 0.5)] == [1, 1]
+    assert [share("vispec", at) for at in (0, 0.24, 0.26, 1)] == [0, 0, 1, 1]
+    assert [share("msd", at) for at in (0, 0.49, 0.5, 0.75, 1)] == [0, 0, 0, 0.5, 1]
+    with pytest.raises(ParameterError, match="medusa"):
+        Settings("", None, kind="medusa")
+
+
+@pytest.mark.parametrize("kind", ["vispec", "msd"])
+def test_training_and_resuming_end_in_the_same_head(kind, tiny_llava, tmp_path):
+    settings = dict(
+        target=tiny_llava,
+        kind=kind,
+        samples=6,
+        text_samples=4,
+        steps=4,
+        batch=3,
+        lr=1e-3,
+        max_new_tokens=12,
+        held_out=1,
+        evaluate_every=2,
+        checkpoint_every=2,
+        rows=5,
+        depth=3,
+        top_k=1,
+        vocabulary=300,
+    )
+    said = []
+    report = train(Settings(output=tmp_path / "whole", **settings), said.append)
+    assert [entry["step"] for entry in report["curve"]] == [2, 4] and all("tau" in entry for entry in report["curve"])
+    assert report == json.loads((tmp_path / "whole" / "training.json").read_text())
+    whole = DraftHead.from_pretrained(tmp_path / "whole")
+    assert whole.config.kind == kind and len(whole.trim) == 300 and whole.config.depth == 3
+
+    class Killed(Exception):
+        pass
+
+    def stop_after_two(text):
+        if '"step": 4' in text:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(Settings(output=tmp_path / "broken", **settings), stop_after_two)
+    train(Settings(output=tmp_path / "broken", resume=True, **settings), said.append)
+    assert "resumed at step 2" in said
+    again = DraftHead.from_pretrained(tmp_path / "broken")
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-2)
+
+
+def test_files_of_pictures_and_texts(tmp_path):
+    lines = [{"prompt": f"p{n}", "image": f"{n}.png"} for n in range(3)] + [{"prompt": "t", "answer": "a"}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    pictures, texts, held = file_items(path, 1)
+    assert [i.prompt for i in pictures] == ["p0", "p1"] and [i.prompt for i in held] == ["p2"]
+    assert texts[0].answer == "a" and texts[0].load is None
+    with pytest.raises(InputError, match="3 records with an image"):
+        file_items(path, 3)
+    path.write_text('{"image": "x.png"}')
+    with pytest.raises(InputError, match=r"data\.jsonl:1: .*'prompt'"):
+        file_items(path, 1)
+    assert frequent_tokens([Item([5, 5, 5, 7, 7, 7, 2], 1)], 2, 10).tolist() == [5, 7]
+
+
+class Item:
+    def __init__(self, ids, start):
+        self.ids, self.start = ids, start
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
+def test_shipped_heads_draft_for_their_model(name):
+    """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
+    from evals.runner import load
+    from lvlm_decode.engine.attach import attach, detach, last_run
+    from lvlm_decode.speculative.bench import caption_inputs
+
+    try:
+        loaded = load(str(lvlm_decode_data.tiny_path(name)))
+    except FileNotFoundError as error:
+        pytest.skip(f"{name} is not here: {error}")
+    found = []
+    for kind in KINDS:
+        try:
+            shipped(loaded.model, kind)
+        except LvlmDecodeError:
+            continue
+        found.append(kind)
+    if not found:
+        pytest.skip(f"no head ships for these weights of {name}; train one with: lvlm-decode train draft-head")
+    inputs = caption_inputs(loaded.processor, 3)
+    for kind in found:
+        cycles = accepted = 0
+        for x in inputs:
+            expected = loaded.model.generate(**x, max_new_tokens=48, do_sample=False)
+            attach(loaded.model, parse("plain"), drafter=kind)
+            try:
+                assert torch.equal(loaded.model.generate(**x, max_new_tokens=48, do_sample=False), expected)
+                stats = last_run(loaded.model).speculation
+            finally:
+                detach(loaded.model)
+            cycles, accepted = cycles + stats.cycles, accepted + stats.accepted
+        assert accepted / cycles > 1, kind
+
+
+def test_the_package_holds_no_head_without_its_training_report():
+    folders = [path.parent for path in (lvlm_decode_data.HERE / "heads").glob("*/head.json")]
+    for folder in folders:
+        report = json.loads((folder / "training.json").read_text())
+        assert report["curve"][-1]["tau"] > 0
+        assert (folder / "head.safetensors").stat().st_size < 4 << 20
