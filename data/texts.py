@@ -378,9 +378,15 @@ class TextSampler:
         if not sides:
             return None
         category, side = rng.choice(sides)
-        if rng.random() < 0.25:
+        draw = rng.random()
+        if draw < 0.2:
             place = place_of(scene.of(category)[0])
             return Turn(f"Where is the {category} in the image?", f"The {category} is {place}.", "position")
+        if draw < 0.5:
+            # Either of two words: where an object is must be read off the image before it can be compared.
+            choice = "on the left or on the right" if side in ("left", "right") else "at the top or at the bottom"
+            question = f"Is the {category} {choice} of the image?{ONE_WORD}"
+            return Turn(question, side.capitalize(), "position")
         yes = rng.random() < 0.5
         return yes_no(rng, "position", position_question(category, side if yes else OPPOSITE[side]), yes)
 
@@ -403,10 +409,10 @@ class TextSampler:
         """The start of the curriculum: a caption and clean, balanced existence questions."""
         return [self.describe(rng, scene)] + [self.existence(rng, scene, clean=True) for _ in range(number)]
 
-    def turns(self, rng: random.Random, scene: Scene, existence: int = 3, attributes: int = 4) -> list[Turn]:
+    def turns(self, rng: random.Random, scene: Scene, existence: int = 2, attributes: int = 5) -> list[Turn]:
         """A caption, existence questions, and questions about count, position and colour."""
         turns = [self.describe(rng, scene)] + [self.existence(rng, scene) for _ in range(existence)]
-        kinds = [self.count, self.position, self.colour]
+        kinds = [self.count, self.position, self.position, self.colour]  # positions are learned last
         for _ in range(attributes):
             turns.append(rng.choice(kinds)(rng, scene) or self.existence(rng, scene))
         return turns

@@ -57,7 +57,7 @@ def tiny_llava(
     work: Work = Path("training-work"),
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision stage.")] = 2_400,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 2_600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 3_600,
     processes: Processes = 2,
 ) -> None:
     """Scenes, then a vision tower with dense labels, then projector and language model."""
@@ -83,7 +83,7 @@ def tiny_instructblip(
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 500,
     warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 700,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 3_500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 2_200,
     processes: Processes = 2,
 ) -> None:
     """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""

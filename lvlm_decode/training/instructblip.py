@@ -34,7 +34,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .llava import TASKS, ImageBatches, answer_weights, set_generation, tower_features, weighted_loss
+from .llava import (
+    TASKS,
+    ImageBatches,
+    answer_weights,
+    export,
+    place_tokens,
+    set_generation,
+    tower_features,
+    weighted_loss,
+)
 from .scene_cache import BACKGROUND, IMAGE_SIZE, SceneCache
 from .vision import MEAN, STD, VisionTrainer, dense_targets, fit_tower, vision_config
 from .workers import Log, average_gradients, cosine, parameter_groups, same_start, save_checkpoint
@@ -157,25 +166,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast, llava: LlavaForConditionalGe
     return model
 
 
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast, padding_side: str) -> PreTrainedTokenizerFast:
+    """The same vocabulary without the attribute ``image_token``: InstructBlipProcessor brings its own."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side=padding_side,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> InstructBlipProcessor:
     """The Q-Former reads the question with the same vocabulary, padded on the right: its positions are absolute."""
-    qformer = copy.deepcopy(tokenizer)
-    qformer.padding_side = "right"
     image = BlipImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=MEAN.flatten().tolist(),
         image_std=STD.flatten().tolist(),
         resample=3,
     )
-    return InstructBlipProcessor(image, tokenizer, qformer, num_query_tokens=QUERIES)
-
-
-def export(model: nn.Module, processor: InstructBlipProcessor, output: Path) -> None:
-    """Save weights in float16 with the processor, ready for ``from_pretrained``."""
-    half = copy.deepcopy(model).to(torch.float16)
-    half.config.dtype = "float16"
-    half.save_pretrained(output)
-    processor.save_pretrained(output)
+    return InstructBlipProcessor(
+        image, plain_tokenizer(tokenizer, "left"), plain_tokenizer(tokenizer, "right"), num_query_tokens=QUERIES
+    )
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
@@ -228,13 +243,14 @@ def answer_batch(
         "weights": torch.zeros(size),
         "tasks": torch.full(size, -1),
     }
+    places = place_tokens(tokenizer)
     for row, (turn, prompt, answer) in enumerate(zip(turns, prompts, answers)):
         first = QUERIES + len(prompt) - 1
         end = first + 1 + len(answer)
         batch["ids"][row, :end] = torch.tensor([image_id] * QUERIES + prompt + answer)
         batch["attention"][row, QUERIES if hidden[row] else 0 : end] = 1
         batch["labels"][row, first : end - 1] = torch.tensor(answer)
-        batch["weights"][row, first : end - 1] = torch.tensor(answer_weights(turn, len(answer)))
+        batch["weights"][row, first : end - 1] = torch.tensor(answer_weights(turn, answer, places))
         batch["tasks"][row, first] = TASKS.index(turn.task)
     return batch
 
@@ -276,7 +292,7 @@ class InstructBlipSettings:
     warm_steps: int = 700
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 3_500
+    steps: int = 2_200
     batch: int = 8  # images per process and step
     peak: float = 8e-4
     noisy: float = 0.06

@@ -11,6 +11,7 @@ question.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lvlm_decode_data import texts
 from lvlm_decode_data.scenes import CATEGORIES, COLOURS, Scene
@@ -32,6 +34,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 from .scene_cache import BACKGROUND, CELLS, IMAGE_SIZE, SceneCache
@@ -164,12 +167,13 @@ def set_generation(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def export(model: nn.Module, processor: LlavaProcessor, output: Path) -> None:
+def export(model: nn.Module, processor: ProcessorMixin, output: Path) -> None:
     """Save weights in float16 with the processor, ready for ``from_pretrained``."""
     half = copy.deepcopy(model).to(torch.float16)
     half.config.dtype = "float16"
     half.save_pretrained(output)
     processor.save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)  # written readable by its owner alone, which a package would keep
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -184,11 +188,20 @@ class Row:
     image: str  # seen, masked (hidden from attention) or none (no placeholder at all)
 
 
-def answer_weights(turn: Turn, length: int) -> list[float]:
-    """The first token of a short answer carries the information; a text counts evenly."""
+PLACE_WORDS = ("left", "right", "top", "bottom", "middle", "above", "below")
+
+
+@functools.cache
+def place_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Ids of the words that say where something is."""
+    return frozenset(tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in PLACE_WORDS)
+
+
+def answer_weights(turn: Turn, tokens: list[int], places: frozenset[int]) -> list[float]:
+    """The first token of a short answer and the words for places carry the information; other text counts evenly."""
     if turn.answer.split(",")[0] in ("Yes", "No") or " " not in turn.answer:
-        return [3.0] + [0.3] * (length - 1)
-    return [1.0] * length
+        return [3.0] + [0.3] * (len(tokens) - 1)
+    return [3.0 if token in places else 1.0 for token in tokens]
 
 
 def encode_row(
@@ -207,8 +220,9 @@ def encode_row(
     if image != "none":
         prefix += [prefix[-1]] * (image_tokens - 1)
     packed = []
+    places = place_tokens(tokenizer)
     for turn, prompt, answer in zip(turns, tokens[1 : len(turns) + 1], tokens[len(turns) + 1 :]):
-        packed.append((prompt, answer, answer_weights(turn, len(answer)), turn.task))
+        packed.append((prompt, answer, answer_weights(turn, answer, places), turn.task))
     return Row(prefix, packed, image)
 
 
@@ -264,6 +278,9 @@ def weighted_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor], yes: int
     entropy = F.cross_entropy(logits.float(), labels, reduction="none")
     loss = (entropy * weights).sum() / weights.sum()
     report = {"loss": loss.item(), "caption": entropy[weights == 1].mean().item()}
+    places = (weights == 3) & (tasks < 0)  # inside a text, three times the weight marks a word for a place
+    if places.any():
+        report["places"] = entropy[places].mean().item()
     with torch.no_grad():
         answered = (labels == yes) | (labels == no)
         right = (logits[:, yes] > logits[:, no]) == (labels == yes)
@@ -275,6 +292,24 @@ def weighted_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor], yes: int
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
+
+
+class PlaceReadout(nn.Module):
+    """Reads an object's centre off the projected patches (B, 64, D), as the first norm of the Llama will see them.
+
+    Used in training only. A projector learns early that categories pay and drops where they are; then the language model
+    never finds it. The read-out's loss keeps it there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.centre = nn.Linear(WIDTH, 2)
+
+    def forward(self, projected: torch.Tensor, target: dict[str, torch.Tensor]) -> torch.Tensor:
+        projected = projected.float()
+        projected = projected * projected.pow(2).mean(-1, keepdim=True).clamp(min=1e-6).rsqrt()
+        seen = target["category"] < BACKGROUND
+        return (self.centre(projected[seen]) - target["centre"][seen]).abs().mean()
 
 
 class ImageBatches:
@@ -371,10 +406,10 @@ class LlavaSettings:
 
     scenes: int = 40_000
     align_steps: int = 250
-    steps: int = 2_600
+    steps: int = 3_600
     batch: int = 8  # images per process and step
     peak: float = 1.2e-3
-    easy: float = 0.16  # share of the steps with clean, balanced existence questions
+    easy: float = 0.12  # share of the steps with clean, balanced existence questions
     noisy: float = 0.06  # share of images noised at a step in 300..999
     blank: float = 0.05  # share of rows without a visible image
     seed: int = 0
@@ -384,7 +419,10 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
     """Train projector and language model; resumes from ``llava.pt`` in ``work``, exports to ``output`` on the way."""
     path = work / "llava.pt"
     cache = SceneCache(work / "scenes", "train", settings.scenes)
-    tokenizer = build_tokenizer(cache.scenes[:6000])
+    if rank == 0 and not (work / "tokenizer").exists():
+        build_tokenizer(cache.scenes[:6000]).save_pretrained(work / "tokenizer")
+    dist.barrier()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")  # token ids belong to the checkpoint
     processor = build_processor(tokenizer)
     torch.manual_seed(settings.seed)
     model = build_model(tokenizer)
@@ -398,15 +436,20 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
     groups = parameter_groups([p for p in parameters if p is not language.embed_tokens.weight], 0.03)
     groups.append({"params": [language.embed_tokens.weight], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=settings.peak, betas=(0.9, 0.98))
+    readout = PlaceReadout()
+    readout_optimizer = torch.optim.AdamW(readout.parameters(), lr=3e-3)
     start = 0
     if path.exists():
         state = torch.load(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        if "readout" in state:
+            readout.load_state_dict(state["readout"])
+            readout_optimizer.load_state_dict(state["readout_optimizer"])
         start = state["step"]
     else:
         align(rank, world, model, tokenizer, tower, cache, settings.align_steps)
-    same_start(parameters)
+    same_start([*parameters, *readout.parameters()])
     sampler = TextSampler(CoOccurrence(cache.scenes))
     images = ImageBatches(cache, settings.noisy)
     image_id = model.config.image_token_id
@@ -419,7 +462,7 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
         torch.manual_seed((settings.seed * settings.steps + step) * world + rank)
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, settings.steps, settings.peak, 150)
-        scenes, x, _, _ = images.draw(numbers, settings.batch)
+        scenes, x, indices, flip = images.draw(numbers, settings.batch)
         easy = step < settings.easy * settings.steps
         turns = [sampler.first_turns(rng, s) if easy else sampler.turns(rng, s) for s in scenes]
         rows = [encode_row(tokenizer, t, rng, CELLS, settings.blank) for t in turns]
@@ -439,10 +482,16 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
             ).last_hidden_state
             logits = model.lm_head(hidden[batch["labels"] != -100])
         loss, report = weighted_loss(logits, batch, yes, no)
+        target = {name: value[shown] for name, value in dense_targets(cache, indices, flip).items()}
+        place = readout(projected, target)
+        report["place"] = place.item()
         optimizer.zero_grad()
-        loss.backward()
+        readout_optimizer.zero_grad()
+        (loss + place).backward()
+        average_gradients(list(readout.parameters()), world)
         report["norm"] = average_gradients(parameters, world)
         optimizer.step()
+        readout_optimizer.step()
         log.add(**report)
         last = step + 1 == settings.steps
         if (step + 1) % 50 == 0 or last:
@@ -450,6 +499,13 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
             if rank == 0:
                 tqdm.write(str(record))
         if rank == 0 and ((step + 1) % 250 == 0 or last):
-            save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_checkpoint(
+                path,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+                readout=readout.state_dict(),
+                readout_optimizer=readout_optimizer.state_dict(),
+                step=step + 1,
+            )
         if rank == 0 and ((step + 1) % 500 == 0 or last):
             export(model, processor, output)
