@@ -143,8 +143,10 @@ add_to(app)
 
 
 def _mount() -> None:
+    from .speculative.commands import bench
     from .training.commands import app as train
 
+    app.add_typer(bench, name="bench")
     app.add_typer(train, name="train")
 
 
