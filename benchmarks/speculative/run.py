@@ -248,10 +248,9 @@ def main() -> None:
         report = replay(options.tokens or 32, options.rounds, methods, options.depth, tuple(options.acceptance))
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, arm in report["arms"].items():
-        more = arm.get("speculation", {})
-        print(
-            f"{name:44s} {arm['ms_per_token']:8.2f} ms  x{arm['vs_plain']:.2f}  decode x{arm['vs_plain_decode']:.2f}  tau {more.get('tau', '')}"
-        )
+        tau = arm.get("speculation", {}).get("tau", "")
+        ratios = f"x{arm['vs_plain']:.2f}  decode x{arm['vs_plain_decode']:.2f}"
+        print(f"{name:44s} {arm['ms_per_token']:8.2f} ms  {ratios}  tau {tau}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import Annotated
 
 import typer
 
+from ..speculative.commands import draft_head
+
 app = typer.Typer(help="Train the small models that ship with the repository.", no_args_is_help=True)
 
 Work = Annotated[Path, typer.Option(help="Folder of scenes, checkpoints and the log; about 1.2 GB.")]
@@ -122,6 +124,9 @@ def check(
             record.mkdir(parents=True, exist_ok=True)
             (record / f"{result['model']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     typer.echo(facts.table(measured))
+
+
+app.command("draft-head")(draft_head)
 
 
 if __name__ == "__main__":
