@@ -113,6 +113,8 @@ class Method:
     refuses: ClassVar[Mapping[str, str]] = {}
     #: Families it needs something of that they may lack; see ``families``.
     needs: ClassVar[tuple[str, ...]] = ()
+    #: Parameters (of those it has) that switch it off: its scores are then the plain model's. ``None``: it has none.
+    off: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": None}
     #: Two methods that own the same rule cannot be added up.
     owns: ClassVar[str | None] = None
 

@@ -5,22 +5,24 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from test_contract import NAMES, method_of
+from test_contract import NAMES, family_for, method_of
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 from zoo import LAYERS, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine import attention
+from lvlm_decode.engine.attach import last_run
+from lvlm_decode.methods import load
 
 B, NEW = 2, 4
-VIEWS = dict(plain=1, mask=1, dola=1, deco=1, lol=3)
 
 
 @dataclass
 class Count:
     """What was counted during one call."""
 
+    views: int = 0
     passes: int = 0
     pictures: int = 0
     forwards: int = 0
@@ -78,21 +80,19 @@ def costs(name, monkeypatch, family="llava", method=None):
     try:
         with counting(zoo.model, monkeypatch) as count:
             zoo.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
+        count.views = len(last_run(zoo.model).samples)
     finally:
         detach(zoo.model)
     return count
-
-
-def family_for(name):
-    return "qwen3_vl_moe" if name == "scmoe" else "llava"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_vision_pass_whatever_the_views(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
     assert count.passes == 1
-    if name != "scmoe":  # whose rows of pixels are patches
-        assert count.pictures == (2 * B if name in ("vcd", "ritual") else B), "only edited pixels are encoded as well"
+    if family_for(name) == "llava":  # the rows that Qwen encodes are patches
+        edited = load(name).costs.count("image")
+        assert count.pictures == (1 + edited) * B, "only edited pixels are encoded as well"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_one_forward_per_token(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
     extra = dict(avisc=1, code=3)  # one prefill that is looked at; a description of three tokens
     assert count.forwards == NEW + extra.get(name, 0)
-    rows = VIEWS.get(name, 2) * B
+    rows = count.views * B
     assert count.rows == ({B, rows} if name in extra else {rows})
 
 
@@ -125,7 +125,7 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     layers = {"dola": [0, 1, 3], "deco": [2, 3], "lol": [2]}.get(name, [])
     assert all(states == layers for states in count.states)
     # The head sees the newest position of every row, and that of the early layers: of view 0, and of the amateur's.
-    rows = VIEWS.get(name, 2) * B
+    rows = count.views * B
     early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2}.get(name, [])
     if name not in ("avisc", "code"):
         assert count.projected == [rows, *early] * NEW

@@ -693,16 +693,16 @@ def test_scmoe_sends_the_weak_rows_to_one_expert():
     inputs = zoo.inputs(["is it a dog?", "ab"])
     routers = [m for m in zoo.model.modules() if type(m).__name__.endswith("TopKRouter")]
     seen = []
+    zoo.model.generate(**inputs, do_sample=False, max_new_tokens=1)
+    hooked = [len(router._forward_hooks) for router in routers]
     attach(zoo.model, SCMoE(rank=2))
-    # Hooked after the method's own would be: the order of hooks is that of their registration.
-    original = type(routers[0]).forward
     try:
         zoo.model.generate(**inputs, do_sample=False, max_new_tokens=2)
         run = last_run(zoo.model)
         logits = run.lanes.last_step.logits
     finally:
         detach(zoo.model)
-    assert not any(router._forward_hooks for router in routers) and original is type(routers[0]).forward
+    assert [len(router._forward_hooks) for router in routers] == hooked
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
     # The weak branch by hand: every router gives rank 2 all the weight.
@@ -731,10 +731,5 @@ def test_scmoe_sends_the_weak_rows_to_one_expert():
 
 
 def test_scmoe_needs_experts():
-    with pytest.raises(UnsupportedError, match="no routers"):
-        zoo = tiny("llava")
-        attach(zoo.model, SCMoE())
-        try:
-            zoo.model.generate(**zoo.inputs(["is it"]), max_new_tokens=1)
-        finally:
-            detach(zoo.model)
+    with pytest.raises(UnsupportedError, match="mixture of experts"):
+        attach(tiny("llava").model, SCMoE())

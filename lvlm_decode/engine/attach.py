@@ -188,13 +188,17 @@ def check_needs(method: Method, family: Family) -> None:
         for need in part.needs:
             if not getattr(family, f"has_{need}"):
                 raise UnsupportedError(
-                    f"{part.name} needs a vision encoder with {NEEDS[need]}, which {family.config.model_type} does not "
-                    "have; choose another method or model."
+                    f"{part.name} needs {NEEDS[need]}, which {family.config.model_type} does not have; choose another "
+                    "method or model."
                 )
 
 
 #: What ``Method.needs`` may name: key -> in words.
-NEEDS = {"cls": "a CLS token", "qformer": "a Q-Former"}
+NEEDS = {
+    "cls": "a vision encoder with a CLS token",
+    "qformer": "a Q-Former",
+    "experts": "a decoder with a mixture of experts",
+}
 
 
 def check_modes(method: Method, modes: Sequence[str]) -> None:

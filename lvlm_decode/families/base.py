@@ -212,6 +212,14 @@ class Family:
         mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels) for v in self.pixel_statistics)
         return (edit((pixels * std + mean).float().clamp(0, 1)).to(pixels) - mean) / std
 
+    def routers(self) -> list[torch.nn.Module]:
+        """The decoder's top-k routers, each of which says (logits, weights, experts) per token."""
+        return [part for part in self.model.get_decoder().modules() if type(part).__name__.endswith("TopKRouter")]
+
+    @property
+    def has_experts(self) -> bool:
+        return bool(self.routers())
+
     def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
         """The part of ``model``, one of this family, whose loop decodes."""
         return model

@@ -12,7 +12,7 @@ the plain model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ class CODE(Method):
     arxiv: ClassVar[str] = "2406.01920"
     aliases: ClassVar[dict[str, str]] = {"cd_alpha": "eta"}
     costs: ClassVar[tuple[str, ...]] = ("text", "captions")
+    off: ClassVar[dict[str, Any] | None] = {"eta": 0.0}
 
     eta: float = 0.7  # exponent of the divergence, >= 0
     prompt: str = PROMPT  # what the description answers

@@ -11,7 +11,7 @@ chooses its own layer; the code averages over the batch, so that one row's choic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class DoLa(Method):
     arxiv: ClassVar[str] = "2309.03883"
     aliases: ClassVar[dict[str, str]] = {"dola_layers": "layers", "relative_top": "beta", **Method.aliases}
     costs: ClassVar[tuple[str, ...]] = ("layers",)
+    off: ClassVar[dict[str, Any] | None] = None
     owns: ClassVar[str | None] = "the choice of an early layer"
 
     layers: Literal["low", "high"] | tuple[int, ...] = "high"

@@ -38,6 +38,7 @@ class LOL(Method):
     arxiv: ClassVar[str] = "2408.08769"
     costs: ClassVar[tuple[str, ...]] = ("text", "layers")
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes which adapters are active, which a processor cannot."}
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "fusion": 0.0, "refocus": 0.0, "beta": None}
     owns: ClassVar[str | None] = "the choice of an early layer"
 
     strength: float = 0.5  # weight of the amateur's final layer, >= 0

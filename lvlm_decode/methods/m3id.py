@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class M3ID(Method):
     paper: ClassVar[str] = "Multi-Modal Mutual-Information Decoding (Favero et al., CVPR 2024)"
     arxiv: ClassVar[str] = "2403.14003"
     costs: ClassVar[tuple[str, ...]] = ("text",)
+    off: ClassVar[dict[str, Any] | None] = {"decay": 0.0, "beta": None}
 
     decay: float = 0.02
     beta: float | None = 0.1

@@ -32,6 +32,7 @@ class PAI(Contrast):
     arxiv: ClassVar[str] = "2407.21771"
     costs: ClassVar[tuple[str, ...]] = ("text", "attention")
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes what layers attend to, which a processor cannot."}
+    off: ClassVar[dict[str, Any] | None] = {"alpha": 0.0, "gamma": 1.0, "beta": None}
     owns: ClassVar[str | None] = "the attention of view 0"
 
     alpha: float = 0.2  # boost of attention scores, >= 0

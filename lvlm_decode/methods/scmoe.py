@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine.stack import running_lane
-from ..errors import UnsupportedError
 from ..method import Method, Step, View, plausible
-
-
-def routers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The top-k routers of a decoder in the form transformers gives them: (logits, weights, experts) per token."""
-    return [part for part in module.modules() if type(part).__name__.endswith("TopKRouter")]
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,7 @@ class SCMoE(Method):
     arxiv: ClassVar[str] = "2405.14507"
     aliases: ClassVar[dict[str, str]] = {"student_routed_tok": "rank"}
     costs: ClassVar[tuple[str, ...]] = ("feature",)
+    needs: ClassVar[tuple[str, ...]] = ("experts",)
     refuses: ClassVar[dict[str, str]] = {
         "processor": "it changes how tokens are routed to experts, which a processor cannot."
     }
@@ -59,11 +54,7 @@ class SCMoE(Method):
 
     @contextmanager
     def patch(self, run: Any) -> Iterator[None]:
-        routers = routers_of(run.module.get_decoder())
-        if not routers:
-            raise UnsupportedError(
-                f"scmoe needs a decoder with a mixture of experts, and {run.family.config.model_type} has no routers."
-            )
+        routers = run.family.routers()
         view = run.view_number(self.name)
 
         def weaken(module: torch.nn.Module, args: Any, output: Any) -> Any:
