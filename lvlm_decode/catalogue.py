@@ -95,12 +95,13 @@ def markdown() -> str:
     ]
     for method in methods():
         paper = f"[{method['paper']}](https://arxiv.org/abs/{method['arxiv']})" if method["arxiv"] else method["paper"]
-        values = ", ".join(f"`{p['name']}` ({_short(p['default'])})" for p in method["parameters"])
+        values = ", ".join(f"`{p['name']}`{_short(p['default'])}" for p in method["parameters"])
         cannot = ", ".join(method["refuses"]) or "–"
         lines.append(f"| `{method['name']}` | {paper} | {values or '–'} | {method['cost']} | {cannot} |")
     return "\n".join(lines)
 
 
 def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 28 else text[:25] + "..."
+    """The default in brackets where it fits a table: numbers and single words."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f" ({text})" if re.fullmatch(r"[\w.-]{1,12}", text) and value is not None else ""

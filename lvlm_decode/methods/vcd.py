@@ -51,7 +51,7 @@ class VCD(Contrast):
     alpha: float = 1.0  # contrast strength, >= 0; 0 leaves the mask alone
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
     noise_step: int = 500  # of 1000
-    schedule: Literal["code", "paper"] = "code"
+    schedule: Literal["code", "paper"] = "code"  # sigmoid (authors' code) or constant 0.1 a step (paper)
 
     def __post_init__(self):
         self.check(self.alpha >= 0, "alpha", "at least 0")
