@@ -87,9 +87,9 @@ def generate(
     from .methods import parse
 
     chosen = [parse(name, **pairs(param, "--param")) for name in (method or ["plain"])]
-    loaded = load(model, dtype=dtype)
     path = scene_path(str(image))
     picture = folder_images(path.parent).open(path.name)
+    loaded = load(model, dtype=dtype)
     text = prompt_of(loaded.processor, Question("", prompt, path.name), Options())
     inputs = loaded.processor(images=[picture], text=[text], return_tensors="pt").to(loaded.model.device)
     sampling: dict[str, Any] = {"do_sample": do_sample, "num_beams": num_beams}
