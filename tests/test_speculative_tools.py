@@ -221,6 +221,7 @@ def test_training_and_resuming_end_in_the_same_head(kind, tiny_llava, tmp_path):
         train(Settings(output=tmp_path / "broken", **settings), stop_after_two)
     train(Settings(output=tmp_path / "broken", resume=True, **settings), said.append)
     assert "resumed at step 2" in said
+    assert not list((tmp_path / "broken").glob("answers*")) and not (tmp_path / "broken" / "training.pt").exists()
     again = DraftHead.from_pretrained(tmp_path / "broken")
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-2)

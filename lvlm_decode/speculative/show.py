@@ -97,8 +97,8 @@ def draw_tree(draft: Draft, word: Callable[[int], str], ax: Any = None) -> Any:
         ax.text(x, y, word(draft.tokens[row]), ha="center", va="center", bbox=box, zorder=2)
     x, y = places[draft.path[-1]]
     box = {"boxstyle": "round", "fc": "white", "ec": ACCEPTED, "ls": "--"}
-    shift = 0.0 if not draft.shape.children[draft.path[-1]] else 0.5
-    ax.text(x + shift, y - 0.75, word(draft.committed[-1]), ha="center", va="center", bbox=box, zorder=3)
+    shift = 0.0 if not draft.shape.children[draft.path[-1]] else 0.8
+    ax.text(x + shift, y - 0.6, word(draft.committed[-1]), ha="center", va="center", bbox=box, zorder=3)
     ax.set_xlim(-0.8, max(x for x, _ in places) + 1.2)
     ax.set_ylim(min(y for _, y in places) - 1.2, 0.6)
     ax.axis("off")

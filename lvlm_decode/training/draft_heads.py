@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -44,10 +45,10 @@ from ..families import family_of
 from ..methods.plain import Plain
 from ..speculative.drafters import get as drafter_class
 from ..speculative.features import watched
-from ..speculative.heads import KINDS, DraftHead, HeadConfig
+from ..speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint
 from ..speculative.stats import Stats
 
-CHECKPOINT = "training.pt"
+CHECKPOINT, ANSWERS = "training.pt", "answers.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Settings:
         evaluate_every, checkpoint_every: in steps.
         held_out: prompts whose acceptance is measured.
         rows, depth, top_k: how the head drafts by default; the authors' values when ``None``.
+        answers: file of the answers that were generated, written when it is not there; heads of several kinds for one
+            target can share it. Kept beside the checkpoint until the run is over when ``None``.
         resume: go on from the checkpoint in ``output``.
     """
 
@@ -97,6 +100,7 @@ class Settings:
     depth: int | None = None
     top_k: int | None = None
     seed: int = 0
+    answers: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -342,6 +346,27 @@ def acceptance(target: Target, head: DraftHead, items: Sequence[Item], settings:
     return total
 
 
+def answer_all(target: Target, items: Sequence[Item], settings: Settings, path: Path) -> None:
+    """Complete ``items``, from ``path`` if it holds the answers of this target to these prompts; else write it."""
+    of = {
+        "target": fingerprint(target.model),
+        "prompts": hashlib.blake2b("\n".join(item.prompt for item in items).encode(), digest_size=8).hexdigest(),
+        "temperature": settings.temperature,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+    }
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["of"] == of:
+            for item, (start, ids) in zip(items, record["items"], strict=True):
+                item.start, item.ids = start, ids
+            return
+    torch.manual_seed(settings.seed)
+    target.complete(items, settings)
+    record = {"of": of, "items": [[item.start, item.ids] for item in items]}
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
 def frequent_tokens(items: Sequence[Item], count: int, vocabulary: int) -> Tensor:
     """(count,) the tokens most frequent in the answers, in order of id; unseen ones by id."""
     counts = torch.zeros(vocabulary, dtype=torch.long)
@@ -371,10 +396,9 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         raise InputError(
             f"{settings.kind} starts with text, and the data has no record without an image; add some or set text_share = 0."
         )
-    torch.manual_seed(settings.seed + rank)
-    if settings.text_until < 1:
-        target.complete(pictures, settings)
-    target.complete(texts, settings)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    answers = settings.answers or settings.output / ANSWERS
+    answer_all(target, [*pictures, *texts], settings, answers.with_name(f"{answers.stem}-{rank}{answers.suffix}"))
     if settings.vocabulary is not None:
         head.trim = frequent_tokens(pictures, settings.vocabulary, head.config.vocab_size)
     say(f"{len(pictures)} answered pictures and {len(texts)} texts on process {rank} of {world}")
@@ -384,7 +408,6 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     warm = max(1, int(settings.steps * settings.warmup))
     rate = lambda step: min((step + 1) / warm, (settings.steps - step) / max(settings.steps - warm, 1))  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    settings.output.mkdir(parents=True, exist_ok=True)
     first, curve = 0, []
     checkpoint = settings.output / CHECKPOINT
     if settings.resume and checkpoint.is_file():
@@ -445,4 +468,6 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     if accelerator.is_main_process:
         (settings.output / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         checkpoint.unlink(missing_ok=True)
+    if settings.answers is None:
+        (settings.output / f"{answers.stem}-{rank}{answers.suffix}").unlink(missing_ok=True)
     return report
