@@ -152,12 +152,12 @@ class OPERA(Controller):
                 self,
                 limits,
                 prompt=ids,
-                counted=self._prompt_length(run, ids, image),
+                counted=self._prompt_length(run, sample.input_ids),
                 process=mode["logits_processor"],
                 length_penalty=generation_config.length_penalty,
                 early_stopping=generation_config.early_stopping,
             )
-            for ids, image in zip(input_ids, images)
+            for ids, sample in zip(input_ids, run.batch.samples)
         ]
         recorder = Recorder(captured.module)
         with torch.no_grad(), editing(captured.module, recorder):
@@ -172,13 +172,15 @@ class OPERA(Controller):
         scores = torch.tensor([score for _, score in answers], device=input_ids.device)
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
 
-    def _prompt_length(self, run: Run, ids: Tensor, image: Tensor) -> int:
+    def _prompt_length(self, run: Run, ids: Tensor) -> int:
+        """``ids`` (P,) is a prompt without padding."""
         if self.prompt_length is not None:
             return self.prompt_length
         if run.module is not run.model:
             return 1
+        image = ids == run.family.image_token_id
         first = image & ~torch.cat([image.new_zeros(1), image[:-1]])
-        return int((ids != run.family.pad_token_id).sum() - image.sum() + first.sum())
+        return int((~image).sum() + first.sum())
 
 
 def spans(images: Tensor) -> list[tuple[int, int]]:
