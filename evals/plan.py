@@ -10,6 +10,7 @@ the folder each cell lives in. Imports no torch; `runner` fills the cells, `tabl
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -189,6 +190,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {
         k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}.{key}" if name else str(key)).items()
     }
+
+
+def questions_hash(questions: Sequence[Question]) -> str:
+    """What tells two lists of questions apart: ids, texts, labels, images, order."""
+    return hashlib.sha256(b"".join(line_of(asdict(question)) for question in questions)).hexdigest()[:16]
 
 
 def write_questions(folder: Path, questions: Sequence[Question]) -> None:

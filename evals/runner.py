@@ -25,7 +25,18 @@ from .answers import append_answers, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
 from .errors import EvalError, MissingFileError, SettingsError
 from .loaders import Source, fingerprint
-from .plan import Cell, Decoding, Result, Settings, cells, claim, score_cell, write_questions
+from .plan import (
+    Cell,
+    Decoding,
+    Result,
+    Settings,
+    cells,
+    claim,
+    questions_hash,
+    score_cell,
+    split_folder,
+    write_questions,
+)
 
 TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
 # Weights up to this size are hashed, so that answers of retrained small models cannot mix.
@@ -271,7 +282,7 @@ class Run:
             "template": self.options.template,
             "drafter": self.options.drafter,
             "model": dict(self.loaded.settings),
-            "data": dict(self.source.settings),
+            "data": {**self.source.settings, "split_hash": questions_hash(self.source.splits[cell.split])},
         }
         return Settings(decides, environment(self.loaded.model, self.options))
 
@@ -282,9 +293,15 @@ class Run:
         asked = self.source.first(self.limit)
         plan = self.cells()
         folders = {cell: cell.folder(self.out, self.evaluator.name) for cell in plan}
+        # The others check what the main process wrote: two writers of one file would be a race.
+        if not self.main:
+            self.state.wait_for_everyone()
         for cell in plan:
             claim(folders[cell], self.settings(cell))
-            write_questions(folders[cell].parents[2], asked.splits[cell.split])
+            if self.main:
+                write_questions(split_folder(folders[cell]), asked.splits[cell.split])
+        if self.main and self.state is not None:
+            self.state.wait_for_everyone()
         bar = tqdm(
             total=sum(len(asked.splits[cell.split]) for cell in plan) // self.share.count,
             unit="answer",
@@ -324,9 +341,7 @@ class Run:
     @contextmanager
     def _attached(self, method: str) -> Iterator[None]:
         parsed = lvlm_decode.parse(method, **_own(method, self.options.parameters))
-        # Controls stay what they are: a drafter changes no answer, but a control must not depend on that claim.
-        drafter = {"drafter": self.options.drafter} if self.options.drafter else {}
-        lvlm_decode.attach(self.loaded.model, parsed, processor=self.loaded.processor, **drafter)
+        lvlm_decode.attach(self.loaded.model, parsed, processor=self.loaded.processor, drafter=self.options.drafter)
         try:
             yield
         finally:
@@ -336,9 +351,6 @@ class Run:
         """Answer this process's share of a cell, appending after every batch."""
         own = folder / self.share.file
         resume_answers(own, repair=True)
-        if self.main:
-            for left in folder.glob("*.partial"):
-                left.unlink()
         known = {str(a.question_id) for a in _answers(folder) if a.error is None}
         for number, batch in enumerate(batches_of(questions, size)):
             if number % self.share.count != self.share.index:
@@ -380,10 +392,14 @@ class Run:
 
     def _generate(self, cell: Cell, questions: Sequence[Question], images: Sequence[Any]) -> list[Answer]:
         processor, model = self.loaded.processor, self.loaded.model
-        prompts = [prompt_of(processor, question, self.options) for question in questions]
-        inputs = processor(
-            text=prompts, padding=True, return_tensors="pt", **({"images": list(images)} if images else {})
-        )
+        try:
+            inputs = self._inputs(questions, images)
+        except (ValueError, TypeError, OSError) as error:
+            # One sample that the processor cannot take must not cost the others their answers.
+            if len(questions) == 1:
+                return [Answer.to(questions[0], "", error=f"the processor cannot take this sample ({error})")]
+            alone = [images[i : i + 1] for i in range(len(questions))]
+            return [answer for q, image in zip(questions, alone) for answer in self._generate(cell, [q], image)]
         inputs = inputs.to(model.device)
         with torch.inference_mode():
             generated = model.generate(
@@ -398,8 +414,18 @@ class Run:
         lengths = token_counts(new, model.generation_config.eos_token_id)
         return [Answer.to(q, text.strip(), tokens=n) for q, text, n in zip(questions, texts, lengths)]
 
+    def _inputs(self, questions: Sequence[Question], images: Sequence[Any]) -> Any:
+        """The processor's tensors of a batch, left-padded."""
+        prompts = [prompt_of(self.loaded.processor, question, self.options) for question in questions]
+        given = {"images": list(images)} if images else {}
+        return self.loaded.processor(text=prompts, padding=True, return_tensors="pt", **given)
+
     def _merge(self, cell: Cell, folder: Path, questions: Sequence[Question]) -> None:
         """One answers file in the order of the questions, once all parts are there; the parts are removed."""
+        # Left by a kill in the middle of a write; another --shard may be writing right now, so those stay.
+        if self.state is not None or self.share.count == 1:
+            for left in folder.glob("*.partial"):
+                left.unlink(missing_ok=True)
         best: dict[str, Answer] = {}
         for answer in _answers(folder):
             name = str(answer.question_id)
