@@ -58,6 +58,11 @@ class Decoding:
             )
         if self.num_beams < 1:
             raise SettingsError(f"num_beams is {self.num_beams}; it must be at least 1.")
+        if self.do_sample and self.num_beams > 1:
+            raise SettingsError(
+                "beam sampling draws over all beams at once, so an answer would depend on its batch; leave out --num-beams "
+                "or add --no-do-sample."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingsError(f"top_p is {self.top_p}; it must lie in (0, 1].")
 
@@ -73,8 +78,6 @@ class Decoding:
             parts.append(f"p{self.top_p:g}")
         if self.top_k is not None:
             parts.append(f"k{self.top_k}")
-        if self.num_beams > 1:
-            parts.append(f"beam{self.num_beams}")
         return "-".join(parts)
 
     def arguments(self) -> dict[str, Any]:

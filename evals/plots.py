@@ -33,7 +33,7 @@ def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
     evaluator, split = methods[0].results[0].evaluator, methods[0].results[0].split
     across, up = evaluator.axes
     titles = {column.key: column.title for column in evaluator.columns}
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
     colours = pyplot.get_cmap("tab10")
     for i, method in enumerate(methods):
         bounds = intervals(evaluator, method.runs, replicates)
@@ -49,14 +49,15 @@ def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
             fmt="o" if is_control(method.name) else "D",
             markerfacecolor="white" if is_control(method.name) else colour,
             color=colour,
-            elinewidth=0.8,
+            elinewidth=0.7,
+            alpha=0.85,
             label=method.label,
         )
     axes.set_xlabel(f"{titles.get(across, across)} (%)")
     axes.set_ylabel(f"{titles.get(up, up)} (%)")
     axes.set_title(f"{evaluator.name}, {split}")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -278,15 +278,17 @@ _LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "Δ": 
 _LATEX |= {"↓": r"$\downarrow$", "–": "--", "<": "$<$", "*": r"$^{*}$", "+": "$+$", "~": r"\textasciitilde{}"}
 
 
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+def _latex(value: str | Value) -> str:
+    text = "".join(_LATEX.get(letter, letter) for letter in _text(value))
+    # A minus sign, where a hyphen in a name stays one.
+    return text.replace("-", "$-$") if isinstance(value, Value) else text
 
 
 def latex(made: Sequence[Block]) -> str:
     """LaTeX tables (booktabs), notes below each."""
     parts = []
     for block in made:
-        body = [" & ".join(_latex(_text(value)) for value in line) + r" \\" for line in block.lines]
+        body = [" & ".join(_latex(value) for value in line) + r" \\" for line in block.lines]
         lines = [r"\begin{table}", r"\centering", rf"\begin{{tabular}}{{{'l' * len(block.columns)}}}", r"\toprule"]
         lines += [" & ".join(map(_latex, block.columns)) + r" \\", r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
         caption = " ".join([f"{block.title}.", *block.notes])

@@ -108,7 +108,12 @@ def test_decodings_have_unique_names_and_sane_ranges():
     ]
     assert [d.name for d in different] == ["greedy", "sample", "sample-t0.25", "sample-p0.9", "sample-k50", "beam5"]
     assert SAMPLE.arguments()["top_k"] == 0  # Hugging Face's default of 50 would not be the model's distribution
-    for wrong in ({"do_sample": True, "temperature": 0}, {"num_beams": 0}, {"top_p": 1.5}):
+    for wrong in (
+        {"do_sample": True, "temperature": 0},
+        {"num_beams": 0},
+        {"top_p": 1.5},
+        {"do_sample": True, "num_beams": 2},
+    ):
         with pytest.raises(SettingsError):
             Decoding(**wrong)
 
