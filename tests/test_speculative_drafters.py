@@ -137,7 +137,7 @@ def test_the_confidence_stop_follows_the_running_acceptance():
     for _ in range(30):
         session.count(Verified(tree, nothing, [[0, 1, 2, 3]], [[2, 3, 4, 5]]))
     assert len(proposed(session)[0]) == 8
-    with pytest.raises(ParameterError, match="stop = 1.5"):
+    with pytest.raises(ParameterError, match=r"stop = 1\.5"):
         drafters.parse("lookup(stop=1.5)")
 
 
@@ -146,9 +146,9 @@ def test_names_and_parameters():
     given = drafters.parse("recycling(rows=8, chances=(0.5,0.2), depth=3)")
     assert (given.rows, given.chances, given.depth) == (8, (0.5, 0.2), 3)
     assert drafters.parse(given) is given
-    with pytest.raises(UnknownNameError, match="unknown drafter 'medusa'.*recycling"):
+    with pytest.raises(UnknownNameError, match=r"unknown drafter 'medusa'.*recycling"):
         drafters.parse("medusa")
-    with pytest.raises(UnknownNameError, match="no parameter 'row'.*rows"):
+    with pytest.raises(UnknownNameError, match=r"no parameter 'row'.*rows"):
         drafters.parse("recycling(row=8)")
     with pytest.raises(ParameterError, match="'rows' has no value"):
         drafters.parse("recycling(rows)")
@@ -159,9 +159,10 @@ def test_names_and_parameters():
 
 
 def generate(model, tiny, drafter, **options):
+    options = {"do_sample": False, **options}
     attach(model, parse("plain"), processor=tiny.tokenizer, drafter=drafter)
     try:
-        out = model.generate(**tiny.inputs(["is it"], seed=2), max_new_tokens=24, do_sample=False, **options)
+        out = model.generate(**tiny.inputs(["is it"], seed=2), max_new_tokens=24, **options)
         return out, last_run(model).speculation
     finally:
         detach(model)
@@ -179,6 +180,10 @@ def test_early_exit_at_the_last_layer_but_one_of_a_model_whose_last_layer_does_n
         _, stats = generate(model, tiny, drafters.parse("early-exit(exits=(3,),tokens=4)"), eos_token_id=None)
         # Its drafts are the model's own choices; only their number varies.
         assert stats.acceptance == [1.0] * len(stats.acceptance) and stats.tau >= 2
+        # Sampled drafts are coupled with the target's draws, so they are right too.
+        sampled = {"do_sample": True, "seed": 1, "temperature": 1.5, "top_k": 20}
+        _, stats = generate(model, tiny, drafters.parse("early-exit(exits=(3,))"), eos_token_id=None, **sampled)
+        assert stats.acceptance == [1.0] * len(stats.acceptance)
         # Among several exits the one that is right is found from measured acceptance.
         session_exit = drafters.parse("early-exit(tokens=4)")
         _, stats = generate(model, tiny, session_exit, eos_token_id=None)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 
 import lvlm_decode_data
@@ -159,6 +161,35 @@ def test_objectives_reach_every_parameter_and_ignore_what_is_not_the_answer(kind
     torch.testing.assert_close(objective(changed, True)["loss"], result["loss"])
     changed["hidden"][1, 6] = 9.0
     assert not torch.isclose(objective(changed, True)["loss"], result["loss"])
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_objectives_run_under_bfloat16_autocast(kind, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_heads=4, num_kv_heads=4, head_dim=4, intermediate_size=24, vocab_size=30)
+    head = DraftHead(HeadConfig(**sizes, **{"kind": kind, **KINDS[kind]}))
+    objective = Objective(head, nn.Linear(16, 30, bias=False), Settings("", tmp_path, kind=kind, noise=0.0))
+    batch = toy_batch()
+    expected = objective(batch, True)["loss"]
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(half, True)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss.float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_two_processes_train_one_head(tiny_llava, tmp_path):
+    # accelerate's own launcher starts one process on a CPU; torch's starts what accelerate finds on several GPUs.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "lvlm_decode.cli", "train", "draft-head"]
+    command += ["--target", tiny_llava, "--output", str(tmp_path), "--kind", "vispec", "--samples", "4", "--steps", "2"]
+    command += ["--text-samples", "4", "--batch", "2", "--max-new-tokens", "8", "--held-out", "1", "--lr", "1e-3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout
+    assert json.loads((tmp_path / "training.json").read_text())["curve"][-1]["step"] == 2
+    assert DraftHead.from_pretrained(tmp_path).config.kind == "vispec"
 
 
 def test_the_unrolled_pass_reads_the_heads_own_guesses(tmp_path):

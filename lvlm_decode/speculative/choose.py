@@ -72,6 +72,7 @@ class Chooser:
         #: (1, S + generated) ids of each row; kept only for processors that read them.
         self.history = [] if self.row_wise else [prompt[b : b + 1] for b in range(self.rows)]
         self.record = record
+        self.size = 0
         self.recorded: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(self.rows)]
         self._noise: dict[tuple[int, int], Tensor] = {}
 
@@ -86,6 +87,7 @@ class Chooser:
         Returns:
             (sample, row) -> token, to be asked along a path, from the root.
         """
+        self.size = scores.shape[-1]
         if self.row_wise and self.noise is None and not self.record:
             chosen = self._process_all(scores).argmax(-1).tolist()
             return lambda sample, row: chosen[sample][row]
@@ -100,7 +102,8 @@ class Chooser:
             else:
                 own = self._process_one(sample, scores[sample, row], tree.lists[sample][row] if row else None)
             if self.noise is not None:
-                drawn = (own + self._gumbel(sample, generated[sample] + tree.shape(sample).depth[row], own)).argmax()
+                position = generated[sample] + tree.shape(sample).depth[row]
+                drawn = (own + self._gumbel(sample, position, len(own), own.device)).argmax()
                 token = int(drawn)
                 if self.record:
                     own = torch.full_like(own, float("-inf")).index_fill_(0, drawn, 0.0)
@@ -111,6 +114,27 @@ class Chooser:
             return token
 
         return choose
+
+    def couple(self, scores: Tensor, positions: Sequence[int], ids: Tensor | None = None) -> Tensor:
+        """A draft's scores under the noise that the target will draw with: couples what both choose.
+
+        The best token of ``log q + G`` is far likelier to be the best one of ``log p + G`` than a token drawn apart
+        (arXiv 2408.07978). Allowed because acceptance compares choices: the draft is then a function of prefix and noise.
+
+        Args:
+            scores: (B, t, N) scores of a draft.
+            positions: for each sample the position of the token they choose.
+            ids: (N,) tokens the scores are for; ``None`` for the whole vocabulary.
+
+        Returns:
+            (B, t, N); ``scores`` themselves unless tokens are drawn.
+        """
+        if self.noise is None:
+            return scores
+        out = self._process_all(scores) if self.row_wise else scores
+        size = scores.shape[-1] if ids is None else self.size
+        noise = torch.stack([self._gumbel(b, position, size, scores.device) for b, position in enumerate(positions)])
+        return out + (noise if ids is None else noise[:, ids])[:, None]
 
     def commit(self, sample: int, token: int) -> None:
         """``token`` now ends the text of ``sample``."""
@@ -132,11 +156,10 @@ class Chooser:
         ids = self.history[sample].expand(self.rows, -1)
         return self.processors(ids, scores.expand(self.rows, -1).clone())[sample]
 
-    def _gumbel(self, sample: int, position: int, like: Tensor) -> Tensor:
+    def _gumbel(self, sample: int, position: int, size: int, device: torch.device) -> Tensor:
         key = (sample, position)
         if key not in self._noise:
-            noise = gumbel(self.noise.seed, self.noise.row_ids[sample], position, like.shape[-1])
-            self._noise[key] = noise.to(like.device)
+            self._noise[key] = gumbel(self.noise.seed, self.noise.row_ids[sample], position, size).to(device)
         return self._noise[key]
 
 

@@ -126,7 +126,14 @@ class _Loop:
         if not all(self.done):
             prompt = None if watcher is None else self._prompt_features(watcher)
             context = Context(
-                self.run.module, self.lanes, self.texts, lengths, scores[:, -1], prompt, self.input_ids.device
+                self.run.module,
+                self.lanes,
+                self.texts,
+                lengths,
+                scores[:, -1],
+                prompt,
+                self._couple,
+                self.input_ids.device,
             )
             session = self.drafter.begin(context)
             stats.draft_s += self._now() - now
@@ -204,6 +211,9 @@ class _Loop:
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
         return self.stopper.stops(sample, own)
+
+    def _couple(self, scores: Tensor, level: int, ids: Tensor | None = None) -> Tensor:
+        return self.chooser.couple(scores, [len(own) + level for own in self.generated], ids)
 
     def _prompts(self) -> list[list[int]]:
         """Each sample's prompt without padding, image placeholders as -1."""

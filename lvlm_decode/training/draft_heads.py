@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -377,7 +378,9 @@ def frequent_tokens(items: Sequence[Item], count: int, vocabulary: int) -> Tenso
 
 def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train a head and write it to ``settings.output``; returns the report that is written beside it."""
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    # Batches of text leave a vision adaptor unused.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no", kwargs_handlers=[unused])
     dtype = torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(settings.target, dtype=dtype).to(accelerator.device)
     target = Target(model, AutoProcessor.from_pretrained(settings.target))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class Context:
         prompt_lengths: how many entries of each list are prompt.
         scores: (B, N) mitigated scores of the first token, before processors.
         prompt: the prompt as the language model saw it, for drafters with ``features``; else ``None``.
+        couple: (scores (B, t, N), level, ids) -> the scores under the noise the target will draw with, ``level`` levels
+            below the root; ``None`` where drafts are not coupled.
         device: where proposals are wanted.
     """
 
@@ -40,6 +42,7 @@ class Context:
     prompt_lengths: list[int]
     scores: Tensor
     prompt: Features | None = None
+    couple: Callable[[Tensor, int, Tensor | None], Tensor] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 

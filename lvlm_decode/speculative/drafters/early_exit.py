@@ -99,6 +99,8 @@ class _ExitSession(Session):
         tokens, token, chance = [roots], roots, 0.0
         for level in range(length):
             logits = self._run(token, layer, level, lane, cache)
+            if self.context.couple is not None:
+                logits = self.context.couple(logits, level, None)
             token = logits.argmax(-1)
             tokens.append(token)
             if self.drafter.stop > 0:

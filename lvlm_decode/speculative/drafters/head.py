@@ -231,8 +231,12 @@ class _HeadSession(Session):
     def _scores(self, guess: Tensor, level: int) -> Tensor:
         """(B, t, N') draft scores of guessed features (R, t, D), ``level`` levels below the root."""
         logits = self.runner.logits(guess)
-        if self.views == 1:
-            return logits
+        if self.views > 1:
+            logits = self._mitigated(logits, level)
+        return logits if self.context.couple is None else self.context.couple(logits, level, self.runner.trim)
+
+    def _mitigated(self, logits: Tensor, level: int) -> Tensor:
+        """(B, t, N') the method's scores of the logits of all views (R, t, N')."""
         lanes = self.context.lanes
         stacked = logits.view(self.views, self.samples, *logits.shape[1:])
         positions = (lanes.generated + 1 + level)[:, None].expand(-1, logits.shape[1])
