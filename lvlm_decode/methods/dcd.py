@@ -3,7 +3,7 @@
     scores = (1 + alpha) * l(image through P_pos) - alpha * l(image through P_neg)
 
 P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers
-of preference triples (``lvlm-decode train``). Without ``positive`` the model's own projector is the positive one, the
+of preference triples (``lvlm-decode train negatives``). Without ``positive`` the model's own projector is the positive one, the
 paper's negative-only variant. The vision encoder runs once for both. alpha and beta are not the paper's values.
 """
 

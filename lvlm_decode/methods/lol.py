@@ -5,10 +5,10 @@
     scores = F + fusion * F' + refocus * (log p(x | guide) - log p(x))      truthfulness-refocused term, then the mask
 
 The amateur is inclined to hallucinate: a LoRA adapter of the attached model (``adapter``, by its peft name;
-``lvlm-decode train`` makes one), another model of the same architecture (``model``), or the model itself under an
-instruction (``instruction``, when neither is given). No code was released and the tables were not at hand: the
-weighted fusion, the form of the last term, the layer and every strength are this library's reading, not the paper's
-values.
+``lvlm-decode train negatives`` makes one), another model of the same architecture (``model``), or the model itself
+under an instruction (``instruction``, when neither is given). No code was released and the tables were not at hand:
+the weighted fusion, the form of the last term, the layer and every strength are this library's reading, not the
+paper's values.
 """
 
 from __future__ import annotations

@@ -83,9 +83,9 @@ def tiny_instructblip(
     llava: Annotated[Path, typer.Option(help="The small LLaVA it starts from.")] = Path("data/tiny-llava"),
     work: Work = Path("training-work"),
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 500,
-    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 700,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 2_200,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 350,
+    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 1_600,
     processes: Processes = 2,
 ) -> None:
     """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""
@@ -124,6 +124,35 @@ def check(
             record.mkdir(parents=True, exist_ok=True)
             (record / f"{result['model']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     typer.echo(facts.table(measured))
+
+
+@app.command("negatives")
+def negatives(
+    model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder or a hub id.")] = "tiny",
+    output: Annotated[Path, typer.Option(help="Folder for the projectors and the adapter.")] = Path("negatives"),
+    triples: Annotated[int, typer.Option(min=3, help="Preference triples over rendered scenes.")] = 1200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each of the three trainings.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Triples a step.")] = 16,
+    rate: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of triples and order.")] = 0,
+) -> None:
+    """DCD's two projectors and LOL's amateur adapter, from preferred and rejected answers."""
+    from safetensors.torch import save_file
+
+    from evals.runner import load
+
+    from . import negatives as train
+
+    began = time.perf_counter()
+    _start(output, "negatives", model=model, triples=triples, steps=steps, batch=batch, rate=rate, seed=seed)
+    loaded = load(model)
+    drawn = list(train.scene_triples(triples, seed))
+    settings = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
+    for name, state in train.train_projectors(loaded.model, loaded.processor, drawn, **settings).items():
+        save_file(state, output / f"{name}.safetensors")
+    train.train_amateur(loaded.model, loaded.processor, drawn, **settings)
+    loaded.model.save_pretrained(output / "amateur")
+    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
 app.command("draft-head")(draft_head)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import UnsupportedError
 from ..families import family_of
 
 
@@ -77,20 +78,33 @@ def batches(
                 [*tokenizer(" " + getattr(row, which), add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             )
         inputs = processor(images=[row.image for row in rows], text=prompts, padding=True, return_tensors="pt")
-        width = max(map(len, answers))
-        tail = torch.tensor([[*ids, *[tokenizer.pad_token_id] * (width - len(ids))] for ids in answers])
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in answers])
-        ids = torch.cat([inputs["input_ids"], tail], 1)
-        labels = torch.cat([torch.full_like(inputs["input_ids"], -100), tail.masked_fill(mask == 0, -100)], 1)
-        attention = torch.cat([inputs["attention_mask"], mask], 1)
+        asked = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+        # Padded on the right: what is learned must not depend on how a kernel treats rows that see nothing.
+        width = max(len(question) + len(answer) for question, answer in zip(asked, answers))
+        ids = torch.full((size, width), tokenizer.pad_token_id)
+        attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for number, (question, answer) in enumerate(zip(asked, answers)):
+            end = len(question) + len(answer)
+            ids[number, :end] = torch.tensor(question + answer)
+            labels[number, len(question) : end] = torch.tensor(answer)
+            attention[number, :end] = 1
         yield {**inputs, "input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 def fit(
     model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter], data: Iterable[dict[str, Tensor]], rate: float
 ):
-    """Train ``parameters`` of ``model`` alone; the losses, one per step. Other parameters keep their flags and values."""
+    """Train ``parameters`` of ``model`` alone; the losses, one per step. Other parameters keep their flags and values.
+
+    Raises:
+        UnsupportedError: weights in half precision, in which these losses overflow.
+    """
     parameters = list(parameters)
+    halves = {str(parameter.dtype) for parameter in parameters} - {"torch.float32"}
+    if halves:
+        raise UnsupportedError(
+            f"the weights to train are {', '.join(halves)}; load the model with dtype=torch.float32."
+        )
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     losses = []
