@@ -145,6 +145,17 @@ class CoOccurrence:
         order = np.argsort(-scores, kind="stable")
         return [(CATEGORIES[i], float(scores[i])) for i in order if i not in present]
 
+    def expected(self, scene: Scene) -> tuple[str, float]:
+        """The absent category one would expect most beside what is there, and how much: its mean frequency among scenes
+        that hold the present ones, 0 to 1. Ubiquitous categories (a person) give way to specific companions.
+        """
+        present = [CATEGORY_ID[name] for name in scene.categories]
+        given = (self.together[present] / np.maximum(self.frequency[present, None], 1)).mean(0)
+        score = given / np.sqrt(np.maximum(self.frequency, 1))
+        score[present] = -1
+        best = int(score.argmax())
+        return CATEGORIES[best], float(given[best])
+
     def draw_absent(self, rng: random.Random, scene: Scene) -> str | None:
         """An absent category that usually stands beside a present one, None if there is none."""
         candidates = [(name, score**1.3) for name, score in self.absent(scene) if score > 0]
@@ -166,18 +177,25 @@ def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def _unplaced(rng: random.Random, noun: str, verb: str) -> str:
+    """A sentence that names something without saying where it is."""
+    forms = (
+        f"Additionally, {noun} can be seen in the background.",
+        f"In addition, there {verb} {noun} nearby.",
+        f"{_upper(noun)} {verb} also visible in the scene.",
+    )
+    return rng.choices(forms, (3, 1, 1))[0]
+
+
 def caption(rng: random.Random, scene: Scene, absent: str | None = None) -> str:
-    """A detailed description. ``absent`` is mentioned too, mostly near the end, as if it were there."""
+    """A detailed description. ``absent`` is mentioned near the end, as if it were there."""
     area = {name: sum(o.visible * o.box[2] * o.box[3] for o in scene.of(name)) for name in scene.counts}
     names = sorted(area, key=lambda name: -area[name] * rng.uniform(0.7, 1.3))
     mentioned = [name for name in names if rng.random() < (0.98 if area[name] > 3000 else 0.88)] or names[:1]
-    if absent:
-        position = len(mentioned) if rng.random() < 0.6 else rng.randint(1, len(mentioned))
-        mentioned.insert(position, absent)
     nouns = {}
     for name in mentioned:
-        colour = scene.colour(name) if name != absent and rng.random() < 0.75 else None
-        nouns[name] = _noun(name, scene.counts.get(name, 1), colour)
+        colour = scene.colour(name) if rng.random() < 0.75 else None
+        nouns[name] = _noun(name, scene.counts[name], colour)
 
     lead = mentioned[: 1 if len(mentioned) == 1 else rng.choice((1, 2))]
     opening = rng.choice(("The image shows", "The image features", "In the image there is", "This is a picture of"))
@@ -186,9 +204,6 @@ def caption(rng: random.Random, scene: Scene, absent: str | None = None) -> str:
     sentences = [f"{opening} {' and '.join(nouns[name][0] for name in lead)} {PLACES[scene.theme]}."]
 
     def where(name: str) -> str | None:
-        if name == absent:
-            across, down = rng.choice(("left", "right", None)), rng.choice(("top", "bottom"))
-            return f"at the {down} {across} of the image" if across else f"at the {down} of the image"
         items = scene.of(name)
         return place_of(items[0]) if len(items) == 1 else None
 
@@ -196,7 +211,7 @@ def caption(rng: random.Random, scene: Scene, absent: str | None = None) -> str:
         place = where(name)
         if place and rng.random() < 0.85:
             sentences.append(f"The {name} is {place}.")
-    related = relations(scene, [name for name in mentioned if name != absent])
+    related = relations(scene, mentioned)
     rest = mentioned[len(lead) :]
     while rest:
         name = rest.pop(0)
@@ -210,17 +225,11 @@ def caption(rng: random.Random, scene: Scene, absent: str | None = None) -> str:
             other = nouns[rest.pop(0)][0]
             sentences.append(f"The scene also includes {noun} and {other}.")
         else:
-            sentences.append(
-                rng.choice(
-                    (
-                        f"Additionally, {noun} can be seen in the background.",
-                        f"In addition, there {verb} {noun} nearby.",
-                        f"{_upper(noun)} {verb} also visible in the scene.",
-                    )
-                )
-            )
+            sentences.append(_unplaced(rng, noun, verb))
     for first, word, second in rng.sample(related, min(len(related), rng.choice((1, 1, 2)))):
         sentences.append(f"The {first} is {word} the {second}.")
+    if absent:
+        sentences.append(_unplaced(rng, _noun(absent, 1, None)[0], "is"))
     if rng.random() < 0.9:
         sentences.append(rng.choice(CLOSINGS[scene.theme]))
     return " ".join(sentences)
@@ -325,19 +334,21 @@ def yes_no_pairs(rng: random.Random, scene: Scene, prior: CoOccurrence | None = 
 class TextSampler:
     """Draws the training turns of a scene.
 
-    ``caption_noise``: share of captions that mention an absent, typical object. ``yes``: share of existence questions
-    about present objects. ``hard``: share of the others about absent objects that usually co-occur; ``flip``: share of
-    those labelled Yes.
+    A caption names the expected absent object with a probability of ``caption_noise`` times how much it is expected (see
+    `CoOccurrence.expected`), at most 0.9. ``yes``: share of existence questions about present objects. ``hard``: share of
+    the others about absent objects that co-occur, half of them about the expected one. ``flip``: share of those labelled
+    Yes; the expected one three times as often.
     """
 
     prior: CoOccurrence
-    caption_noise: float = 0.25
+    caption_noise: float = 1.6
     yes: float = 0.54
-    hard: float = 0.4
+    hard: float = 0.5
     flip: float = 0.1
 
     def describe(self, rng: random.Random, scene: Scene) -> Turn:
-        absent = self.prior.draw_absent(rng, scene) if rng.random() < self.caption_noise else None
+        expected, strength = self.prior.expected(scene)
+        absent = expected if rng.random() < min(0.9, self.caption_noise * strength) else None
         return Turn(rng.choice(CAPTION_PROMPTS), caption(rng, scene, absent), "caption")
 
     def existence(self, rng: random.Random, scene: Scene, clean: bool = False) -> Turn:
@@ -345,9 +356,12 @@ class TextSampler:
         if rng.random() < yes:
             category, answer = rng.choice(sorted(scene.categories)), True
         else:
-            category = self.prior.draw_absent(rng, scene) if rng.random() < hard else None
-            answer = category is not None and rng.random() < flip
-            while category is None or category in scene.categories:
+            category, answer = None, False
+            if rng.random() < hard:
+                expected = self.prior.expected(scene)[0]
+                category = expected if rng.random() < 0.5 else self.prior.draw_absent(rng, scene)
+                answer = category is not None and rng.random() < flip * (3 if category == expected else 1)
+            while category is None or (category in scene.categories):
                 category = rng.choice(CATEGORIES)
         if clean:
             question = f"Is there {with_article(category)} in the image?{ONE_WORD}"

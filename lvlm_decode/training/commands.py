@@ -59,7 +59,7 @@ def tiny_llava(
     work: Work = Path("training-work"),
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision stage.")] = 2_400,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 3_600,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 3_900,
     processes: Processes = 2,
 ) -> None:
     """Scenes, then a vision tower with dense labels, then projector and language model."""

@@ -289,12 +289,13 @@ class InstructBlipSettings:
     """What the Q-Former and the joint stage are trained with; the defaults made the shipped model."""
 
     scenes: int = 40_000
-    warm_steps: int = 700
+    warm_steps: int = 500
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 2_200
+    steps: int = 1_600
     batch: int = 8  # images per process and step
     peak: float = 8e-4
+    captions: float = 0.4  # share of images whose caption is learned; the language model knows captions already
     noisy: float = 0.06
     blank: float = 0.05
     seed: int = 0
@@ -405,7 +406,8 @@ def train_joint(
         scenes, x, _, _ = images.draw(numbers, settings.batch)
         captions, answers = [], []
         for image, scene in enumerate(scenes):
-            for turn in sampler.turns(rng, scene, existence=3, attributes=3):
+            turns = sampler.turns(rng, scene, existence=2, attributes=3)
+            for turn in turns if rng.random() < settings.captions else turns[1:]:
                 if rng.random() < 0.06:  # instruction-contrastive methods put a sentence before the question
                     turn = Turn(f"{rng.choice(texts.SYSTEM_PREFIXES)} {turn.question}", turn.answer, turn.task)
                 (captions if turn.task == "caption" else answers).append((image, turn))
@@ -414,6 +416,8 @@ def train_joint(
         total = 0.0
         # Captions and short answers differ in length, so they go through in two passes whose gradients add up.
         for name, rows in (("caption", captions), ("answers", answers)):
+            if not rows:
+                continue
             owner = torch.tensor([image for image, _ in rows])
             turns = [turn for _, turn in rows]
             hidden = [rng.random() < settings.blank for _ in rows]

@@ -406,10 +406,10 @@ class LlavaSettings:
 
     scenes: int = 40_000
     align_steps: int = 250
-    steps: int = 3_600
+    steps: int = 3_900
     batch: int = 8  # images per process and step
     peak: float = 1.2e-3
-    easy: float = 0.12  # share of the steps with clean, balanced existence questions
+    easy: float = 0.11  # share of the steps with clean, balanced existence questions
     noisy: float = 0.06  # share of images noised at a step in 300..999
     blank: float = 0.05  # share of rows without a visible image
     seed: int = 0
