@@ -31,7 +31,7 @@ def test_ancestors_are_the_rows_on_the_path(seed):
 def test_a_shape_names_the_row_that_is_wrong():
     with pytest.raises(ParameterError, match="starts with the root"):
         Shape((0, 0))
-    with pytest.raises(ParameterError, match="row 2 .* parent 5"):
+    with pytest.raises(ParameterError, match=r"row 2 .* parent 5"):
         Shape((-1, 0, 5))
 
 
