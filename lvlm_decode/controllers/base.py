@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from ..errors import UnsupportedError
@@ -120,6 +120,23 @@ def pad_answers(input_ids: Tensor, answers: list[Tensor], pad: int) -> Tensor:
     for row, answer in enumerate(answers):
         out[row, : len(answer)] = answer
     return torch.cat([input_ids, out], 1)
+
+
+def refuse_cache(name: str, cache: Any) -> None:
+    """Raise if ``generate()`` was asked for a cache that a search cannot put its own in place of.
+
+    Raises:
+        UnsupportedError: a cache that is quantised, offloaded, or holds tokens already.
+    """
+    if cache is None:
+        return
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        raise UnsupportedError(
+            f"{name} keeps keys and values in a dynamic cache of its own, and {type(cache).__name__} was asked for; leave "
+            "out cache_implementation and past_key_values."
+        )
+    if cache.get_seq_length() > 0:
+        raise UnsupportedError(f"{name} starts from the whole prompt; leave out past_key_values, which holds tokens.")
 
 
 def refuse_outputs(name: str, generation_config: GenerationConfig, why: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import sampling
-from .base import Controller, Limits, pad_answers, refuse_outputs, seed_of
+from .base import Controller, Limits, pad_answers, refuse_cache, refuse_outputs, seed_of
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class CNTP(Controller):
         return int(1 + (self.max_trials - 1) * place)
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
+        refuse_cache("cntp", mode["cache"])
         refuse_outputs("cntp", generation_config, "most of its steps belong to trials that were not kept")
         captured = run.captured()[0]
         limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)

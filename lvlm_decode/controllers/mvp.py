@@ -25,7 +25,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import sampling
-from .base import Controller, Limits, memory_of, pad_answers, refuse_outputs, seed_of
+from .base import Controller, Limits, memory_of, pad_answers, refuse_cache, refuse_outputs, seed_of
 from .prompts import asking, question_of
 from .rows import Rows
 
@@ -116,6 +116,7 @@ class MVP(Controller):
         self.check(self.form in ("code", "paper"), "form", "'code' or 'paper'")
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
+        refuse_cache("mvp", mode["cache"])
         refuse_outputs("mvp", generation_config, "an answer is put together from many paths")
         limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
         samples, seed = run.samples[0], seed_of(run)

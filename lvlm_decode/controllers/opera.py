@@ -31,7 +31,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, PrefixConstra
 
 from ..engine.attention import Edit, editing, probabilities, visible
 from ..errors import UnsupportedError
-from .base import Controller, Limits, pad_answers, refuse_outputs
+from .base import Controller, Limits, pad_answers, refuse_cache, refuse_outputs
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class OPERA(Controller):
         return value
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
+        refuse_cache("opera", mode["cache"])
         refuse_outputs("opera", generation_config, "tokens that were taken back have no place in a list of steps")
         for processor in mode["logits_processor"]:
             if isinstance(processor, PrefixConstrainedLogitsProcessor):

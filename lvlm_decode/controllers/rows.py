@@ -123,8 +123,9 @@ class Rows:
         index = torch.tensor(parents, device=self.device)
         taken = [i for i, column in enumerate(columns) if column >= 0]
         lengths = [self.lengths[p] + (column >= 0) for p, column in zip(parents, columns)]
-        source = (index[taken], torch.tensor([columns[i] for i in taken], dtype=torch.long, device=self.device))
-        to = torch.tensor([self.prompt + lengths[i] - 1 for i in taken], dtype=torch.long, device=self.device)
+        source = ([parents[i] for i in taken], [columns[i] for i in taken])
+        slots = [start + column for column in source[1]]
+        to = [self.prompt + lengths[i] - 1 for i in taken]
         logits = None
         if taken:
             picked = (hidden if all_logits is None else all_logits)[source]
@@ -133,14 +134,14 @@ class Rows:
             logits = (self._head(logits) if all_logits is None else logits).float()
         same = list(parents) == list(range(len(self)))
         end = self.prompt + max(lengths)
-        rows = torch.tensor(taken, dtype=torch.long, device=self.device)
         for layer in self.cache.layers:
             for name in ("keys", "values"):
                 states = getattr(layer, name)
-                chosen = states[source[0], :, start + source[1]] if taken else None
-                moved = states if same else states.index_select(0, index)
+                # Layers may live on devices of their own.
+                chosen = states[source[0], :, slots] if taken else None
+                moved = states if same else states.index_select(0, index.to(states.device))
                 if taken:
-                    moved[rows, :, to] = chosen
+                    moved[taken, :, to] = chosen
                 setattr(layer, name, moved[:, :, :end])
         self._reorder_prompts(index, same)
         self.lengths, self._looked = lengths, None
@@ -159,14 +160,15 @@ class Rows:
 
     def prompts(self, rows: Sequence[int]) -> Rows:
         """The prompts of these rows, as rows of their own; no forward."""
+        rows = list(rows)
         out = object.__new__(Rows)
         out.__dict__.update(self.__dict__)
         index = torch.tensor(rows, device=self.device)
         out.cache = DynamicCache()
         for number, layer in enumerate(self.cache.layers):
             out.cache.update(
-                layer.keys[:, :, : self.prompt].index_select(0, index),
-                layer.values[:, :, : self.prompt].index_select(0, index),
+                layer.keys[:, :, : self.prompt][rows],
+                layer.values[:, :, : self.prompt][rows],
                 number,
             )
         out._reorder_prompts(index, False)
@@ -178,13 +180,13 @@ class Rows:
 
         Alternatives that other rows look at stay.
         """
-        index = torch.tensor(rows, device=self.device)
+        rows = list(rows)
         for row, length in zip(rows, others.lengths):
             self.lengths[row] = length
         for layer, other in zip(self.cache.layers, others.cache.layers):
             for name in ("keys", "values"):
                 new = getattr(other, name)[:, :, self.prompt :]
-                getattr(layer, name)[index, :, self.prompt : self.prompt + new.shape[2]] = new
+                getattr(layer, name)[rows, :, self.prompt : self.prompt + new.shape[2]] = new
         self.forwards += others.forwards
 
     def _slots(self) -> int:
@@ -218,7 +220,7 @@ class Rows:
                 states = getattr(layer, name)
                 if index is not None:
                     shape = (-1, states.shape[1], -1, states.shape[3])
-                    states = states.gather(2, index[:, None, :, None].expand(shape))
+                    states = states.gather(2, index.to(states.device)[:, None, :, None].expand(shape))
                 setattr(layer, name, states[:, :, :end])
 
     def _mask(self, own: Tensor, depth: Tensor) -> Tensor | dict[str, Tensor]:

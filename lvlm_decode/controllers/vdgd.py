@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
 from ..method import plausible
-from .base import AsCaller, Controller, Limits
+from .base import AsCaller, Controller, Limits, refuse_cache
 from .prompts import asking, question_of
 from .rows import Rows
 
@@ -97,6 +97,7 @@ class VDGD(Controller):
         stopping_criteria: Any,
         generation_config: Any,
     ) -> Any:
+        refuse_cache("vdgd", cache)
         samples = run.samples[0]
         limits = Limits.of(run, input_ids, stopping_criteria, generation_config)
         questions = [question_of(sample).text for sample in samples]
