@@ -253,6 +253,16 @@ def test_other_modes_give_the_same_tokens(name, mode):
         assert torch.equal(decode(family, method, execution="skip")[0], tokens)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_in_inference_mode(name):
+    """As evaluation harnesses call it; what a method changes for a call must come back there too."""
+    family = family_for(name)
+    with torch.inference_mode():
+        tokens, *_ = decode(family, method_of(name, family))
+    assert torch.equal(tokens, cell(name, family)[0])
+    assert not any(parameter.is_inference() for parameter in tiny(family).model.parameters())
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "plain" and family_for(n) == "llava"])
 def test_adds_to_vcd(name):
     """The sum's views are its parts' views, and its scores their terms, for every method that can be added."""
