@@ -291,6 +291,7 @@ class Run:
         and for cells of which other shards still owe a part.
         """
         asked = self.source.first(self.limit)
+        self._check_template(asked)
         plan = self.cells()
         folders = {cell: cell.folder(self.out, self.evaluator.name) for cell in plan}
         # The others check what the main process wrote: two writers of one file would be a race.
@@ -333,6 +334,22 @@ class Run:
             for cell in plan:
                 self._merge(cell, folders[cell], asked.splits[cell.split])
         return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+    def _check_template(self, asked: Source) -> None:
+        """Raise SettingsError for a template that leaves the image out of questions about images."""
+        token = getattr(self.loaded.processor, "image_token", None)
+        # Models without a chat template (InstructBLIP) put the image in themselves.
+        if (
+            self.options.template is None
+            or token is None
+            or getattr(self.loaded.processor, "chat_template", None) is None
+        ):
+            return
+        pictured = any(question.image is not None for questions in asked.splits.values() for question in questions)
+        if pictured and token not in self.options.template:
+            raise SettingsError(
+                f"the template has no {token}, and the questions are about images; put {token} where the image belongs."
+            )
 
     def _alone(self, method: str) -> bool:
         """Whether a method refuses several samples in one batch."""

@@ -95,7 +95,13 @@ def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Method]]:
     order = {"plain": 0, "mask": 1}
 
     def place(method: Method) -> tuple:
-        return order.get(method.name.partition("(")[0], 2), method.name, method.decoding.do_sample, method.decoding.name
+        return (
+            order.get(method.name.partition("(")[0], 2),
+            method.name,
+            method.decoding.do_sample,
+            method.decoding.num_beams,
+            method.decoding.name,
+        )
 
     return {
         key: sorted((Method(name, decoding, tuple(found)) for (name, decoding), found in split.items()), key=place)

@@ -444,6 +444,12 @@ def test_template_and_suffix_reach_the_prompt(loaded):
     assert "<image>" not in prompt_of(loaded.processor, Question(1, "Is it?", None), Options())
 
 
+def test_a_template_without_the_image_is_refused_before_anything_is_asked(loaded, source, tmp_path):
+    with pytest.raises(SettingsError, match="the template has no <image>, and the questions are about images"):
+        run_of(loaded, source, tmp_path, options=Options(template="USER: {question} ASSISTANT:")).execute()
+    assert not list(tmp_path.iterdir())
+
+
 def test_scenes_in_a_run_are_the_ones_asked_about(source):
     assert source.images.open(source.splits["adversarial"][0].image).size == (lvlm_decode_data.SIZE,) * 2
     with pytest.raises(MissingFileError, match="image nowhere is missing"):
