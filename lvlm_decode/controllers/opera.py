@@ -304,8 +304,11 @@ class Search:
         self._rollbacks_at: Counter[int] = Counter()
         self._rejected: dict[int, Tensor] = {}
         self._latest = -1
+        # What one step leaves for its next call: scaled attention of the candidates, the table of scores after going
+        # back and what is excluded from it, and whether the beams just went back.
         self._weights: Tensor | None = None
         self._open: Tensor | None = None
+        self._excluded: Tensor | None = None
         self._fresh = False
 
     @property
@@ -395,31 +398,24 @@ class Search:
     def _choices_left(self, length: int, position: int) -> bool:
         """Enough candidates of live beams were never chosen at this position to fill the beams."""
         back = self._steps_back(length, position)
-        old, next_one = self.history[-back], self.history[-back + 1]
-        return len(self._live_candidates(old) - self._rejections(position, next_one)) >= self.beams
+        old, after = self.history[-back], self.history[-back + 1]
+        live = (old.scores > -1e8).tolist()
+        there = {(beam, token) for beam, row in enumerate(old.candidates.tolist()) if live[beam] for token in row}
+        return len(there - set(map(tuple, self._rejections(position, after).tolist()))) >= self.beams
 
-    def _live_candidates(self, state: _State) -> set[tuple[int, int]]:
-        live = (state.scores > -1e8).tolist()
-        return {(beam, token) for beam, row in enumerate(state.candidates.tolist()) if live[beam] for token in row}
-
-    def _rejections(self, position: int, state: _State) -> set[tuple[int, int]]:
-        pairs = torch.stack(state.origin, -1)
-        if position in self._rejected:
-            pairs = torch.cat([self._rejected[position], pairs])
-        return set(map(tuple, pairs.tolist()))
+    def _rejections(self, position: int, after: _State) -> Tensor:
+        """(n, 2) the (beam, token) pairs that were chosen at this position before, ``after`` last."""
+        pairs = torch.stack(after.origin, -1)
+        return torch.cat([self._rejected[position], pairs]) if position in self._rejected else pairs
 
     def _go_back(self, position: int) -> Tensor:
         back = self._steps_back(self.length + 1, position)
-        old, next_one = self.history[-back], self.history[-back + 1]
+        old, after = self.history[-back], self.history[-back + 1]
         del self.history[len(self.history) - back + 1 :]
         self._forget_locations(back - 1)
         self._rejected.pop(position + 1, None)
-        pairs = torch.stack(next_one.origin, -1)
-        if position in self._rejected:
-            pairs = torch.cat([self._rejected[position], pairs])
-        self._rejected[position] = pairs
+        self._rejected[position] = self._excluded = self._rejections(position, after)
         self._fresh = True
-        self._rejected_now = pairs
         self.rollbacks += 1
         # What was finished while this choice is made again stays finished if it is made a third time, as in the
         # authors' code: the state is used itself, not a copy.
@@ -429,11 +425,10 @@ class Search:
     def rewound(self, logits: Tensor) -> None:
         """Logits (beams, N) after the tokens that :meth:`judge` went back to."""
         if self.method.form == "paper":
-            self._logits = logits
             self._open = self._among_candidates(logits)
         else:
             self._open = logits + (self.method.fill - logits.amin(-1, keepdim=True))
-        self._open[self._rejected_now[:, 0], self._rejected_now[:, 1]] = self.method.fill
+        self._open[self._excluded[:, 0], self._excluded[:, 1]] = self.method.fill
 
     def _among_candidates(self, logits: Tensor) -> Tensor:
         scores = torch.full_like(logits, self.method.fill)
