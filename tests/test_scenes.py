@@ -187,6 +187,29 @@ def test_caption_noise_adds_the_absent_object(heldout):
         assert absent in named(texts.caption(rng, scene, absent))
 
 
+def test_the_expected_object_is_absent_and_typical(heldout):
+    prior = texts.CoOccurrence(heldout)
+    laptops = Scene(1, "train", "office", (one("laptop"), one("keyboard", (90, 90, 40, 40))))
+    assert prior.expected(laptops)[0] == "mouse"
+    for scene in heldout[:100]:
+        name, strength = prior.expected(scene)
+        assert name not in scene.categories
+        assert 0 < strength <= 1
+        # Nothing else absent is so much more frequent beside what is there that it must be meant instead.
+        assert name in [other for other, _ in prior.absent(scene)[:25]]
+
+
+def test_expected_objects_are_named_more_often(heldout):
+    rng = random.Random(5)
+    sampler = texts.TextSampler(texts.CoOccurrence(heldout))
+    named_share = {}
+    by_strength = sorted(heldout, key=lambda scene: sampler.prior.expected(scene)[1])
+    for name, scenes in (("weak", by_strength[:100]), ("strong", by_strength[-100:])):
+        hits = [not named(sampler.describe(rng, scene).answer) <= scene.categories for scene in scenes]
+        named_share[name] = sum(hits) / len(hits)
+    assert named_share["strong"] > 2 * named_share["weak"]
+
+
 def test_captions_state_places_against_the_centre():
     assert texts.place_of(one(box=(0, 0, 40, 40))) == "at the top left of the image"
     assert texts.place_of(one(box=(200, 100, 40, 40))) == "on the right side of the image"
