@@ -580,3 +580,13 @@ def test_half_precision_runs(llava):
 def test_image_positions_come_from_the_inputs():
     images = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
     assert spans(images) == [(1, 5), (0, 0)]
+
+
+def test_rows_with_several_images_or_none(llava):
+    texts, images = ["is it", "what", "where"], [1, 0, 2]
+    inputs = inputs_of(texts, images)
+    out = generate(llava, OPERA(**SEARCH), inputs, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :].tolist()
+    for row, (text, count) in enumerate(zip(texts, images)):
+        single = inputs_of([text], count, row)
+        own = generate(llava, OPERA(**SEARCH), single, max_new_tokens=12)[0, single["input_ids"].shape[1] :].tolist()
+        assert out[row][: len(own)] == own

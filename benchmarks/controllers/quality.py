@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=100, help="scenes per method")
     parser.add_argument("--questions", type=int, default=100, help="questions per split and method")
     parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--splits", nargs="*", default=["adversarial"], help="of POPE")
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -51,9 +52,10 @@ def main() -> None:
                 options = Options(max_new_tokens={"chair": 96, "pope": 24}[benchmark], batch_size=16)
                 pairs = [(method, GREEDY) for method in methods]
                 out = Path(work) / name
-                run = Run(
-                    scored, scene_source(scored), loaded, out, pairs, (0,), limits[benchmark], options, quiet=True
-                )
+                source = scene_source(scored)
+                if benchmark == "pope":
+                    source = source.only(given.splits)
+                run = Run(scored, source, loaded, out, pairs, (0,), limits[benchmark], options, quiet=True)
                 results = run.execute()
                 text.append(f"## {name}, {benchmark}\n\n{render(blocks(results))}")
                 record[name][benchmark] = [
