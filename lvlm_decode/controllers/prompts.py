@@ -40,7 +40,7 @@ def question_of(sample: Sample) -> Question:
     ids, tokenizer = sample.input_ids, sample.tokenizer
     at = int((~sample.family.drop_image(ids)).nonzero()[-1]) + 1
     tail = tokenizer.decode(ids[at:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    cue = _cue(sample.batch.processor, tail)
+    cue = cue_of(sample.batch.processor, tail)
     body = tail[: len(tail) - len(cue)]
     special = "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
     lead = re.match(rf"(?:\s|{special})*" if special else r"\s*", body).group()
@@ -53,7 +53,7 @@ def question_of(sample: Sample) -> Question:
     return Question(lead, text, cue)
 
 
-def _cue(processor: Any, tail: str) -> str:
+def cue_of(processor: Any, tail: str) -> str:
     """The end of ``tail`` that the chat template, or LLaVA's habit, puts after a question."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "text", "text": _MARK}]
