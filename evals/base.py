@@ -170,7 +170,7 @@ class Evaluator:
     max_new_tokens: ClassVar[int] = 64
     # Columns whose key a summary lacks are left out of its table (AMBER's two halves have different ones).
     columns: ClassVar[tuple[Column, ...]] = ()
-    # Keys of the horizontal and vertical axis of the table's picture.
+    # Keys of the horizontal and vertical axis of the picture; None draws the compared columns side by side.
     axes: ClassVar[tuple[str, str] | None] = None
     # What McNemar's test compares, as a table's footnote says it.
     verdict: ClassVar[str] = "answer correct"

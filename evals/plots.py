@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import MissingDependencyError
 from .metrics import REPLICATES, intervals
 from .plan import Result, is_control, slug
-from .tables import Method, gather
+from .tables import Method, gather, rate_values
 
 
 def _pyplot():
@@ -61,16 +61,40 @@ def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
     return figure
 
 
+def dots(methods: Sequence[Method], replicates: int = REPLICATES):
+    """A matplotlib figure of one split for evaluators without two axes: a panel for each compared column."""
+    pyplot = _pyplot()
+    evaluator, split = methods[0].results[0].evaluator, methods[0].results[0].split
+    values = [rate_values(evaluator, method, replicates) for method in methods]
+    columns = [c for c in evaluator.columns if c.paired and all(c.key in row for row in values)]
+    size = (2.2 + 2.4 * len(columns), 1.2 + 0.35 * len(methods))
+    figure, panels = pyplot.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for column, axes in zip(columns, panels[0]):
+        scale = 100 if column.kind == "percent" else 1
+        for i, (method, row) in enumerate(zip(methods, values)):
+            shown = row[column.key]
+            bars = [[scale * (shown.value - shown.low)], [scale * (shown.high - shown.value)]]
+            fill = "white" if is_control(method.name) else "C0"
+            axes.errorbar(scale * shown.value, i, xerr=bars, fmt="o", color="C0", markerfacecolor=fill, elinewidth=0.8)
+        axes.set_xlabel(f"{column.title}{' (%)' if column.kind == 'percent' else ''}")
+        axes.grid(alpha=0.25, axis="x")
+    panels[0][0].set_yticks(range(len(methods)), [method.label for method in methods])
+    panels[0][0].invert_yaxis()
+    figure.suptitle(f"{evaluator.name}, {split}")
+    return figure
+
+
 def write_pictures(results: Sequence[Result], folder: Path, replicates: int = REPLICATES) -> list[Path]:
-    """A PNG for each split of each evaluator that has axes; returns their paths."""
+    """A PNG for each split of each evaluator; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for (name, split), methods in gather(results).items():
         drawn = [method for method in methods if any(method.runs)]
-        if not drawn or drawn[0].results[0].evaluator.axes is None:
+        if not drawn:
             continue
-        figure = scatter(drawn, replicates)
+        draw = dots if drawn[0].results[0].evaluator.axes is None else scatter
+        figure = draw(drawn, replicates)
         path = folder / f"{name}-{slug(split)}.png"
         # Without the software's version in it, equal pictures are equal files.
         figure.savefig(path, dpi=130, metadata={"Software": None})

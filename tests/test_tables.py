@@ -29,7 +29,7 @@ from evals.plan import (
     score_cell,
     write_questions,
 )
-from evals.plots import write_pictures
+from evals.plots import dots, write_pictures
 from evals.pope import Pope
 from evals.tables import Value, blocks, gather, markdown, render
 
@@ -196,6 +196,15 @@ def test_pictures_one_a_split(tmp_path):
     written = write_pictures(results_of(tmp_path / "run"), tmp_path / "pictures", 100)
     assert [path.name for path in written] == ["pope-popular.png", "pope-random.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+
+
+def test_an_evaluator_without_two_axes_gets_a_panel_for_each_compared_column(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    monkeypatch.setattr(Pope, "axes", None)
+    (path,) = write_pictures(results_of(tmp_path / "run"), tmp_path, 100)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    figure = dots(gather(results_of(tmp_path / "run"))["pope", "random"], 100)
+    assert [axes.get_xlabel() for axes in figure.axes] == ["Accuracy (%)", "F1 (%)"]
 
 
 def test_scoring_again_with_another_rule_leaves_the_answers_alone(tmp_path):
