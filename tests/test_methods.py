@@ -389,6 +389,8 @@ def test_lqcd_leads_before_the_cue():
     assert words(run, 1) == words(run, 0).replace("dog? ASSISTANT:", "dog? No. ASSISTANT:")
     run = run_of("llava", LQCD(hint="No."), ["is it a dog?"])
     assert words(run, 1) == words(run, 0) + " No."
+    run = run_of("llava", LQCD(hint="No."), ["is it? ASSISTANT:"], images=0)
+    assert words(run, 1) == words(run, 0).replace("it? A", "it? No. A")
 
 
 def test_lqcd_neutralises_the_users_suggestion():

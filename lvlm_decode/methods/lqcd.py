@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ..controllers.prompts import question_of
+from ..controllers.prompts import cue_of
 from ..method import Method, Step, View, plausible
 
 SUGGESTION = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
@@ -62,14 +62,15 @@ class LQCD(Method):
         return re.sub(self.suggestion, "", query, flags=re.IGNORECASE)
 
     def views(self, sample, rng) -> list[View]:
-        cue = question_of(sample).cue if sample.has_image else ""
+        def edit(text: str) -> str:
+            plain = self.form == "plain"
+            return self.lead(text, cue_of(sample.batch.processor, text)) if plain else self.neutralise(text)
+
         view = sample.as_view()
         if self.slots != "qformer" or not sample.family.has_qformer:
-            view = sample.with_text(
-                lambda text: self.lead(text, cue) if self.form == "plain" else self.neutralise(text)
-            )
+            view = sample.with_text(edit)
         if self.slots != "language" and sample.family.has_qformer:
-            view = view.sample.with_query(self.lead if self.form == "plain" else self.neutralise)
+            view = view.sample.with_query(edit)
         return [dataclasses.replace(view, weight=-self.alpha)]
 
     def _branches(self, step: Step) -> tuple[Tensor, Tensor]:
