@@ -12,7 +12,11 @@ from .base import Encoded, Family
 
 
 class Idefics(Family):
-    """One entry of ``pixel_values`` per row; all-zero images and the mask's zeros are padding."""
+    """One entry of ``pixel_values`` per row; all-zero images and the mask's zeros are padding.
+
+    The words around an image and between its tiles are no ids of the configuration; they stay in a prompt whose image is
+    taken out.
+    """
 
     pixels_per_row = True
     has_cls = False

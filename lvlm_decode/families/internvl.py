@@ -9,7 +9,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class InternVL(Family):
-    """Its encoder has a CLS token, but no token of the prompt is one patch, so none can be picked by CLS attention."""
+    """Its encoder has a CLS token, but no token of the prompt is one patch, so none can be picked by CLS attention.
+
+    The words around an image are no ids of the configuration; they stay in a prompt whose image is taken out.
+    """
 
     has_cls = False
 
