@@ -8,8 +8,9 @@ choice of images, and the spread over seeds is reported beside it.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,13 +65,28 @@ class Comparison:
     mcnemar: McNemar | None
 
 
-def resample(clusters: int, replicates: int = REPLICATES, seed: int = 0):
-    """Blocks of bootstrap weights, (block, clusters) int64: how often each cluster is drawn in a replicate."""
+def resample(clusters: int, replicates: int = REPLICATES, seed: int = 0) -> Iterator[np.ndarray]:
+    """Blocks of bootstrap weights, (block, clusters) float64: how often each cluster is drawn in a replicate.
+
+    Whole numbers, as floats: their products with counts are exact, and go through BLAS.
+    """
     rng = np.random.default_rng([seed, clusters])
     block = max(1, _BLOCK // max(1, clusters))
     for start in range(0, replicates, block):
         size = min(block, replicates - start)
-        yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+        yield rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size).astype(np.float64)
+
+
+@functools.lru_cache(maxsize=1)
+def _one_block(clusters: int, replicates: int, seed: int) -> list[np.ndarray]:
+    return list(resample(clusters, replicates, seed))
+
+
+def _weights(clusters: int, replicates: int, seed: int) -> Iterable[np.ndarray]:
+    """The weights, kept for the next comparison on as many clusters where they fit in one block."""
+    if clusters * replicates <= _BLOCK:
+        return _one_block(clusters, replicates, seed)
+    return resample(clusters, replicates, seed)
 
 
 def _per_seed_counts(evaluator: Evaluator, runs: Sequence[Sequence[Row]]) -> tuple[list[str], list[str], np.ndarray]:
@@ -84,7 +100,7 @@ def _per_seed_counts(evaluator: Evaluator, runs: Sequence[Sequence[Row]]) -> tup
         columns = [keys.index(name) for name in names]
         for cluster, values in zip(present, table):
             counts[seed, place[cluster], columns] = values
-    return keys, clusters, counts
+    return keys, clusters, counts.astype(np.float64)
 
 
 def _mean_rates(evaluator: Evaluator, keys: Sequence[str], totals: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,7 +123,7 @@ def intervals(
     if not clusters:
         raise EvalError("There is no scored answer to compute an interval from.")
     point = _mean_rates(evaluator, keys, counts.sum(axis=1, keepdims=True))
-    drawn = [_mean_rates(evaluator, keys, weights @ counts) for weights in resample(len(clusters), replicates, seed)]
+    drawn = [_mean_rates(evaluator, keys, weights @ counts) for weights in _weights(len(clusters), replicates, seed)]
     return {name: _interval(point[name][0], np.concatenate([rates[name] for rates in drawn])) for name in point}
 
 
@@ -137,7 +153,7 @@ def compare(
         return {name: ours[name] - theirs[name] for name in ours}
 
     point = difference(counts.sum(axis=1, keepdims=True))
-    drawn = [difference(weights @ counts) for weights in resample(len(clusters), replicates, seed)]
+    drawn = [difference(weights @ counts) for weights in _weights(len(clusters), replicates, seed)]
     wanted = [column.key for column in evaluator.columns if column.key in point]
     differences = {key: _interval(point[key][0], np.concatenate([block[key] for block in drawn])) for key in wanted}
     return Comparison(len(shared), len(clusters), differences, _mcnemar(method, control))

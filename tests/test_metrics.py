@@ -93,7 +93,11 @@ def test_bootstrap_interval_equals_the_replicates_done_by_hand():
     for weights in resample(len(clusters), 400, seed=2):
         for drawn in weights:
             again = [
-                row for name, times in zip(clusters, drawn) for _ in range(times) for row in rows if row.cluster == name
+                row
+                for name, times in zip(clusters, drawn)
+                for _ in range(int(times))
+                for row in rows
+                if row.cluster == name
             ]
             by_hand.append(sum(row.correct for row in again) / len(again))
     found = intervals(Share(), [rows], replicates=400, seed=2)["share"]

@@ -18,13 +18,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lvlm_decode
-from evals import evaluator
+from evals import EVALUATORS, evaluator
 from evals.answers import append_answers, line_of, resume_answers
 from evals.base import Question
 from evals.errors import EvalError, MissingFileError, SettingsError
 from evals.loaders import Source, file_source, folder_images, scene_source
 from evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
 from evals.runner import Options, Run, Share, batches_of, check_parameters, decoding_for, load, new_tokens, token_counts
+from evals.tables import blocks, render
 
 SAMPLE = Decoding(do_sample=True)
 METHODS = [("vcd", SAMPLE)]
@@ -454,6 +455,25 @@ def test_scenes_in_a_run_are_the_ones_asked_about(source):
     assert source.images.open(source.splits["adversarial"][0].image).size == (lvlm_decode_data.SIZE,) * 2
     with pytest.raises(MissingFileError, match="image nowhere is missing"):
         source.images.open("nowhere")
+
+
+@pytest.mark.parametrize("name", sorted(EVALUATORS))
+def test_every_benchmark_runs_on_the_small_model_and_makes_a_table(loaded, tmp_path, name):
+    chosen = evaluator(name)
+    try:
+        source = scene_source(chosen, lvlm_decode_data.load_scenes("heldout")[:40])
+    except EvalError as error:
+        # Benchmarks without scene questions are judged ones, and say what they need.
+        assert "give --questions FILE" in str(error) and name in ("mmhal", "vallu")
+        return
+    options = Options(max_new_tokens=24)
+    results = Run(chosen, source, loaded, tmp_path, [("plain", GREEDY)], limit=6, options=options, quiet=True).execute()
+    assert {result.split for result in results} == set(source.splits)
+    assert all(len(result.rows) == 6 and not result.audit.failed for result in results)
+    made = blocks(results, replicates=100)
+    assert len(made) == len(source.splits) and name in render(made)
+    for result in results:
+        assert json.loads((result.folder / "summary.json").read_text())["evaluator"] == name
 
 
 # --- real kills and real processes
