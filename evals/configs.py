@@ -302,7 +302,7 @@ def _line(
     scale = 100 if column.kind == "percent" else 1
     theirs: str | Value = "–"
     if published is not None:
-        theirs = f"{published:g}{'†' if row.published.unverified else ''}"
+        theirs = Value(published / scale, column.kind, digits=2, mark="†" if row.published.unverified else "")
     head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
     if ours is None:
         return (*head, "–", theirs, "–")

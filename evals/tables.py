@@ -34,6 +34,9 @@ class Value:
     spread: float | None = None
     # False where the interval rests on too few images to mark anything by it.
     trusted: bool = True
+    # Digits after the point where the default of the kind will not do, and a sign after the number.
+    digits: int | None = None
+    mark: str = ""
 
     @property
     def starred(self) -> bool:
@@ -46,13 +49,14 @@ class Value:
         if self.kind == "p":
             return "<0.001" if self.value < 0.001 else f"{self.value:.3f}"
         scale, digits = (100, 1) if self.kind == "percent" else (1, 2 if self.signed else 1)
+        digits = digits if self.digits is None else self.digits
         sign = "+" if self.signed else ""
         shown = f"{self.value * scale:{sign}.{digits}f}"
         if self.spread is not None:
             shown += f" ± {self.spread * scale:.{digits}f}"
         if self.low is not None:
             shown += f" [{self.low * scale:{sign}.{digits}f}, {self.high * scale:{sign}.{digits}f}]"
-        return shown + ("*" if self.starred else "")
+        return shown + ("*" if self.starred else "") + self.mark
 
 
 @dataclass(frozen=True)

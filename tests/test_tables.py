@@ -326,14 +326,17 @@ def test_ours_beside_the_published_values(tmp_path):
     table, gains = paper_blocks(config, results, "tiny", replicates=200)
     (line,) = [row for row in table.lines if row[0] == "VCD" and row[3:5] == ("random", "Accuracy")]
     ours = Pope().summary(next(r.rows for r in results if r.method == method))["accuracy"]
-    assert line[5].value == pytest.approx(ours) and line[6] == "87.73"
+    assert line[5].value == pytest.approx(ours) and line[6].text() == "87.73"
     assert line[7].value == pytest.approx(ours - 0.8773) and line[7].low < line[7].value < line[7].high
     (popular,) = [row for row in table.lines if row[0] == "VCD" and row[3:5] == ("popular", "Accuracy")]
-    assert popular[5] == "–" and popular[6] == "85.38"
+    assert popular[5] == "–" and popular[6].text() == "85.38"
     (gain,) = [row for row in gains.lines if row[1:3] == ("random", "Accuracy")]
     assert gain[4].value == pytest.approx(0.0444) and gain[3].value == pytest.approx(
         ours - Pope().summary(next(r.rows for r in results if r.method == "plain"))["accuracy"]
     )
+    lines = list(csv.DictReader(io.StringIO(render([table], "csv"))))
+    published = [e["value"] for e in lines if e["column"] == "Published" and "; random; Accuracy" in e["line"]]
+    assert [float(value) for value in published] == pytest.approx([0.8329, 0.8773])
     notes = " ".join(table.notes)
     assert "This run is a miniature: tiny on emoji scenes" in notes and "issues/16" in notes
     assert "miniature" not in " ".join(paper_blocks(config, results, config.model, 200)[0].notes)
@@ -345,7 +348,7 @@ def test_unverified_values_and_means_are_marked(tmp_path):
         make_run(tmp_path, {("plain", SAMPLE): 0.8}, split=split)
     table = paper_blocks(config, results_of(tmp_path), "tiny", 200)[0]
     (line,) = [row for row in table.lines if row[0] == "Original" and row[3:5] == (MEAN, "Accuracy")]
-    assert line[6] == "82.08†" and line[5].low is None
+    assert line[6].text() == "82.08†" and line[5].low is None
     accuracies = [Pope().summary(r.rows)["accuracy"] for r in results_of(tmp_path)]
     assert line[5].value == pytest.approx(sum(accuracies) / 3)
     assert any(note.startswith("†") for note in table.notes)
