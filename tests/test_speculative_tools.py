@@ -258,6 +258,14 @@ def test_training_and_resuming_end_in_the_same_head(kind, tiny_llava, tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-2)
 
 
+def test_a_head_starts_from_another(tiny_llava, tmp_path):
+    how = dict(target=tiny_llava, samples=2, text_samples=2, steps=1, batch=1, max_new_tokens=6, held_out=1, lr=1e-9)
+    train(Settings(output=tmp_path / "one", kind="eagle", seed=1, **how), lambda text: None)
+    train(Settings(output=tmp_path / "two", kind="vispec", start=tmp_path / "one", **how), lambda text: None)
+    one, two = (DraftHead.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(two[name], value, atol=1e-3) for name, value in one.items()) and len(two) > len(one)
+
+
 def test_files_of_pictures_and_texts(tmp_path):
     lines = [{"prompt": f"p{n}", "image": f"{n}.png"} for n in range(3)] + [{"prompt": "t", "answer": "a"}]
     path = tmp_path / "data.jsonl"

@@ -48,6 +48,7 @@ DRAFTERS = (
     "eagle",
     "msd",
     "vispec",
+    "vispec(depth=7,stop=0.3)",
     "vispec(top_k=2,depth=4,rows=8)",
     "vispec(contrast=True)",
 )

@@ -92,6 +92,7 @@ def draft_head(
     top_k: Annotated[int | None, typer.Option(help="Branching it drafts with by default; 1 is a chain.")] = None,
     seed: Annotated[int, typer.Option(help="Of data, noise and weights.")] = 0,
     answers: Annotated[Path | None, typer.Option(help="Generated answers, to share between kinds.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a head to start from.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --output.")] = False,
 ) -> None:
     """A draft head for --target: EAGLE, MSD or ViSpec. On several GPUs: accelerate launch -m lvlm_decode.cli train ..."""
@@ -124,6 +125,7 @@ def draft_head(
         top_k=top_k,
         seed=seed,
         answers=answers,
+        start=start,
         resume=resume,
     )
     train(settings, typer.echo)

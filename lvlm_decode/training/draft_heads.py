@@ -75,6 +75,7 @@ class Settings:
         rows, depth, top_k: how the head drafts by default; the authors' values when ``None``.
         answers: file of the answers that were generated, written when it is not there; heads of several kinds for one
             target can share it. Kept beside the checkpoint until the run is over when ``None``.
+        start: folder of a head whose weights this one starts from, for instance a published one; random when ``None``.
         resume: go on from the checkpoint in ``output``.
     """
 
@@ -102,6 +103,7 @@ class Settings:
     top_k: int | None = None
     seed: int = 0
     answers: Path | None = None
+    start: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -387,6 +389,9 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     torch.manual_seed(settings.seed)
     drafting = {name: value for name in ("rows", "depth", "top_k") if (value := getattr(settings, name)) is not None}
     head = DraftHead(HeadConfig.for_target(model, settings.kind, **drafting))
+    if settings.start is not None:
+        # Weights it has beyond those of the start keep their own beginning: a vision adaptor on top of an EAGLE head.
+        head.load_state_dict(DraftHead.from_pretrained(settings.start).state_dict(), strict=False)
 
     if settings.data is None:
         pictures, texts, held = scene_items(settings.samples, settings.text_samples, settings.held_out, settings.seed)
