@@ -83,9 +83,9 @@ def tiny_instructblip(
     llava: Annotated[Path, typer.Option(help="The small LLaVA it starts from.")] = Path("data/tiny-llava"),
     work: Work = Path("training-work"),
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 350,
-    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 500,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 1_600,
+    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 160,
+    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 1_000,
     processes: Processes = 2,
 ) -> None:
     """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""

@@ -260,6 +260,9 @@ class Target:
         pictures = [self.vision(item) for item in items if item.load is not None]
         if pictures:
             inputs.update(self.family.cat_vision(pictures))
+            if (index := inputs.pop("picture", None)) is not None:
+                # The engine encodes a picture once for all its views; a forward wants one per row.
+                inputs["pixel_values"] = inputs["pixel_values"][index]
         if "mm_token_type_ids" in self.family.token_keys and any(k.endswith("grid_thw") for k in inputs):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.family.image_token_id).long()
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}

@@ -45,7 +45,7 @@ from .llava import (
     weighted_loss,
 )
 from .scene_cache import BACKGROUND, IMAGE_SIZE, SceneCache
-from .vision import MEAN, STD, VisionTrainer, dense_targets, fit_tower, vision_config
+from .vision import MEAN, STD, VisionTrainer, dense_targets, fit_tower, vision_config, weaken
 from .workers import Log, average_gradients, cosine, parameter_groups, same_start, save_checkpoint
 
 QUERIES = 16
@@ -289,24 +289,28 @@ class InstructBlipSettings:
     """What the Q-Former and the joint stage are trained with; the defaults made the shipped model."""
 
     scenes: int = 40_000
-    warm_steps: int = 500
+    warm_steps: int = 400
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 1_600
+    steps: int = 1_000
     batch: int = 8  # images per process and step
     peak: float = 8e-4
     captions: float = 0.4  # share of images whose caption is learned; the language model knows captions already
+    weaken: float = 0.35  # noise on the tower's weights, see vision.weaken; the Q-Former loses some more
     noisy: float = 0.06
     blank: float = 0.05
     seed: int = 0
 
 
-def _start(work: Path, llava_dir: Path) -> tuple[nn.Module, LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
+def _start(
+    work: Path, llava_dir: Path, settings: InstructBlipSettings
+) -> tuple[nn.Module, LlavaForConditionalGeneration, PreTrainedTokenizerFast]:
     tokenizer = AutoProcessor.from_pretrained(llava_dir).tokenizer
     llava = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32).eval()
     model = build_model(tokenizer, llava)
     tower = BlipVisionTrainer(InstructBlipVisionModel(blip_vision_config()))
     tower.load_state_dict(torch.load(work / "blip-vision.pt")["model"])
+    weaken(tower.tower, settings.weaken)
     model.vision_model.load_state_dict(tower.tower.state_dict())
     model.vision_model.requires_grad_(False)
     return model, llava, tokenizer
@@ -316,7 +320,7 @@ def train_qformer(rank: int, world: int, work: Path, llava_dir: Path, settings: 
     """Warm-up: query k carries what the LLaVA's projector says about region k; ends in ``qformer.pt``."""
     path = work / "qformer.pt"
     torch.manual_seed(settings.seed)
-    model, llava, tokenizer = _start(work, llava_dir)
+    model, llava, tokenizer = _start(work, llava_dir, settings)
     cache = SceneCache(work / "scenes", "train", settings.scenes)
     heads = RegionHeads()
     parameters = [model.query_tokens, *model.qformer.parameters(), *model.language_projection.parameters()]
@@ -378,7 +382,7 @@ def train_joint(
     """Q-Former, projection and language model together, on the answers; resumes from ``instructblip.pt``."""
     path = work / "instructblip.pt"
     torch.manual_seed(settings.seed)
-    model, _, tokenizer = _start(work, llava_dir)
+    model, _, tokenizer = _start(work, llava_dir, settings)
     model.load_state_dict(torch.load(work / "qformer.pt")["model"])
     processor = build_processor(tokenizer)
     cache = SceneCache(work / "scenes", "train", settings.scenes)

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from .scene_cache import BACKGROUND, CELLS, IMAGE_SIZE, SceneCache
-from .vision import VisionTrainer, dense_targets, pixels, vision_config
+from .vision import VisionTrainer, dense_targets, pixels, vision_config, weaken
 from .workers import Log, average_gradients, cosine, ddpm_noise, parameter_groups, same_start, save_checkpoint
 
 IMAGE_TOKEN = "<image>"
@@ -410,6 +410,7 @@ class LlavaSettings:
     batch: int = 8  # images per process and step
     peak: float = 1.2e-3
     easy: float = 0.11  # share of the steps with clean, balanced existence questions
+    weaken: float = 0.5  # noise on the tower's weights, see vision.weaken
     noisy: float = 0.06  # share of images noised at a step in 300..999
     blank: float = 0.05  # share of rows without a visible image
     seed: int = 0
@@ -428,8 +429,9 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
     model = build_model(tokenizer)
     tower = VisionTrainer()
     tower.load_state_dict(torch.load(work / "vision.pt")["model"])
-    model.model.vision_tower.load_state_dict(tower.tower.state_dict())
     tower = tower.tower.eval()
+    weaken(tower, settings.weaken)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     language = model.model.language_model
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -443,9 +445,8 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
         state = torch.load(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if "readout" in state:
-            readout.load_state_dict(state["readout"])
-            readout_optimizer.load_state_dict(state["readout_optimizer"])
+        readout.load_state_dict(state["readout"])
+        readout_optimizer.load_state_dict(state["readout_optimizer"])
         start = state["step"]
     else:
         align(rank, world, model, tokenizer, tower, cache, settings.align_steps)

@@ -200,6 +200,19 @@ def train_vision(rank: int, world: int, work: Path, train: int, steps: int, batc
 
 
 @torch.no_grad()
+def weaken(tower: nn.Module, strength: float, seed: int = 0) -> None:
+    """Add Gaussian noise to a tower's layer matrices, ``strength`` times each matrix's standard deviation.
+
+    Emoji are easy: a tower trained for ten minutes knows nine object patches in ten, and a language model that reads it
+    hardly hallucinates. With 0.5 it knows two in three, as unsure as the towers of large models are of photographs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in tower.named_parameters():
+        if ".layers." in name and weight.dim() > 1:
+            weight += strength * weight.std() * torch.randn(weight.shape, generator=generator)
+
+
+@torch.no_grad()
 def validate_tower(model: VisionTrainer, path: Path, scenes: Path, count: int = 1000) -> dict[str, float]:
     """Losses and accuracies of the trained read-outs in ``path`` on validation scenes."""
     cache = SceneCache(scenes, "validation", count)
