@@ -130,7 +130,7 @@ def scene_path(image: str) -> Path:
 def demo(
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
     page: Annotated[Path, typer.Option(help="The page it writes, pictures included.")] = Path("lvlm-decode-demo.html"),
-    images: Annotated[int, typer.Option(min=2, help="Scenes of the POPE table; six questions each.")] = 60,
+    images: Annotated[int, typer.Option(min=2, help="Scenes of the POPE table; six questions each.")] = 32,
     seed: Annotated[int, typer.Option(help="Of views and draws.")] = 0,
 ) -> None:
     """See a LLaVA hallucinate, and what VCD and RITUAL change: a POPE table, captions, time per token, and a page."""
