@@ -9,6 +9,10 @@ import pytest
 from conftest import ROOT
 
 
+# What these tests share is dear to make: one worker makes it once.
+pytestmark = pytest.mark.xdist_group("wheel")
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The wheel's contents in a folder of their own."""
