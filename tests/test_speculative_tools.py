@@ -9,6 +9,7 @@ import sys
 import lvlm_decode_data
 import pytest
 import torch
+import zoo
 from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
@@ -21,9 +22,12 @@ from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.bench import Arm, Measured, measure, mismatches, ratio, summary
 from lvlm_decode.speculative.commands import bench
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, shipped
+from lvlm_decode.training.draft_heads import Item as TrainingItem
 from lvlm_decode.training.draft_heads import (
     Objective,
     Settings,
+    Target,
+    acceptance,
     eagle_loss,
     file_items,
     frequent_tokens,
@@ -278,10 +282,10 @@ def test_files_of_pictures_and_texts(tmp_path):
     path.write_text('{"image": "x.png"}')
     with pytest.raises(InputError, match=r"data\.jsonl:1: .*'prompt'"):
         file_items(path, 1)
-    assert frequent_tokens([Item([5, 5, 5, 7, 7, 7, 2], 1)], 2, 10).tolist() == [5, 7]
+    assert frequent_tokens([Counted([5, 5, 5, 7, 7, 7, 2], 1)], 2, 10).tolist() == [5, 7]
 
 
-class Item:
+class Counted:
     def __init__(self, ids, start):
         self.ids, self.start = ids, start
 
@@ -327,3 +331,44 @@ def test_the_package_holds_no_head_without_its_training_report():
         report = json.loads((folder / "training.json").read_text())
         assert report["curve"][-1]["tau"] > 0
         assert (folder / "head.safetensors").stat().st_size < 4 << 20
+
+
+class StubProcessor:
+    """The processor's call for the tiny random models."""
+
+    chat_template = None
+
+    def __init__(self, tiny):
+        self.tiny, self.tokenizer = tiny, tiny.tokenizer
+
+    def __call__(self, text, return_tensors, images=None):
+        return self.tiny.inputs([text], images=0 if images is None else 1, seed=len(text))
+
+
+@pytest.mark.parametrize("family", ["llava", "instructblip", "llava_next", "qwen2_5_vl"])
+def test_features_of_a_batch_are_those_of_each_sample_alone(family, tmp_path, monkeypatch):
+    tiny = zoo.tiny(family)
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", zoo.EOS)
+    # A random model also says placeholders.
+    monkeypatch.setattr(tiny.model.generation_config, "suppress_tokens", [156, 157, 158, 159])
+    target = Target(tiny.model, StubProcessor(tiny))
+    settings = Settings("", tmp_path, kind="vispec", max_new_tokens=6, temperature=0.0)
+    items = [TrainingItem(prompt, load=lambda: "picture") for prompt in ("is it", "what is it")]
+    items[1].answer = "a cat"
+    target.complete(items, settings)
+    assert all(len(item.ids) > item.start for item in items) and items[1].ids[-1] == zoo.EOS
+    both = target.features(items)
+    for row, item in enumerate(items):
+        alone = target.features([item])
+        seen = both["mask"][row]
+        assert int(seen.sum()) == len(item.ids) and int(both["answer"][row].sum()) == len(item.ids) - item.start
+        assert both["image"][row].any()
+        for name in ("hidden", "embeds"):
+            torch.testing.assert_close(both[name][row][seen], alone[name][0], atol=1e-4, rtol=1e-4)
+    # Greedy answers are what plain generate() gives, and the head's objective takes the batch.
+    inputs = target.inputs(items[0])
+    out = tiny.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+    assert out[: len(items[0].ids)] == items[0].ids
+    head = DraftHead(HeadConfig.for_target(tiny.model, "vispec", rows=4, depth=2, top_k=1))
+    assert Objective(head, tiny.model.get_output_embeddings(), settings)(both, True)["loss"].isfinite()
+    assert acceptance(target, head, items, settings).cycles > 0
