@@ -127,6 +127,10 @@ def eval_command(
         if state is not None:
             raise SettingsError("--shard and accelerate both divide the questions; use one of them.")
         share = Share.parse(shard)
+        if size == "auto":
+            raise SettingsError(
+                "--batch-size auto may differ between shards, which then cut other batches; give a number."
+            )
 
     wanted = None
     sampling = (temperature, top_p, top_k)

@@ -8,10 +8,11 @@ and ends with the same files.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def prompt_of(processor: Any, question: Question, options: Options) -> str:
     """The text a question becomes, image placeholder included."""
     text = question.text + options.suffix
     if options.template is not None:
-        return options.template.format(question=text)
+        return options.template.replace("{question}", text)
     if getattr(processor, "chat_template", None) is None:
         return text
     content = [{"type": "text", "text": text}]
@@ -303,21 +304,32 @@ class Run:
                 write_questions(split_folder(folders[cell]), asked.splits[cell.split])
         if self.main and self.state is not None:
             self.state.wait_for_everyone()
+        self._ask_all(plan, folders, asked)
+        if self.state is not None:
+            self.state.wait_for_everyone()
+            if not self.main:
+                return []
+            alone = replace(self, share=Share(), state=None)
+            owed = [cell for cell in plan if not alone._merge(cell, folders[cell], asked.splits[cell.split])]
+            # Processes that found other batch sizes to fit cut other batches, so a question may have fallen between.
+            alone._ask_all(owed, folders, asked)
+        return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+    def _ask_all(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source) -> None:
+        """Answer this process's share of the cells, method by method; merge what is complete if nobody else writes."""
         bar = tqdm(
             total=sum(len(asked.splits[cell.split]) for cell in plan) // self.share.count,
             unit="answer",
-            disable=self.quiet or not self.main,
+            disable=self.quiet or not self.main or not plan,
             smoothing=0.05,
             mininterval=1.0,
         )
         size = self.options.batch_size
         with bar:
-            for method, decoding in dict.fromkeys((cell.method, cell.decoding) for cell in plan):
+            for method, group in itertools.groupby(plan, key=lambda cell: cell.method):
                 with self._attached(method):
-                    for cell in plan:
-                        if (cell.method, cell.decoding) != (method, decoding):
-                            continue
-                        bar.set_description(f"{method} {decoding.name} {cell.split} seed {cell.seed}")
+                    for cell in group:
+                        bar.set_description(f"{method} {cell.decoding.name} {cell.split} seed {cell.seed}")
                         questions = asked.splits[cell.split]
                         if self._alone(method):
                             self._ask(cell, folders[cell], questions, 1, bar)
@@ -327,13 +339,6 @@ class Run:
                             self._ask(cell, folders[cell], questions, int(size), bar)
                         if self.state is None:
                             self._merge(cell, folders[cell], questions)
-        if self.state is not None:
-            self.state.wait_for_everyone()
-            if not self.main:
-                return []
-            for cell in plan:
-                self._merge(cell, folders[cell], asked.splits[cell.split])
-        return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
 
     def _check_template(self, asked: Source) -> None:
         """Raise SettingsError for a template that leaves the image out of questions about images."""
@@ -437,10 +442,12 @@ class Run:
         given = {"images": list(images)} if images else {}
         return self.loaded.processor(text=prompts, padding=True, return_tensors="pt", **given)
 
-    def _merge(self, cell: Cell, folder: Path, questions: Sequence[Question]) -> None:
-        """One answers file in the order of the questions, once all parts are there; the parts are removed."""
+    def _merge(self, cell: Cell, folder: Path, questions: Sequence[Question]) -> bool:
+        """One answers file in the order of the questions, once all are answered; the parts are removed. False: not
+        yet.
+        """
         # Left by a kill in the middle of a write; another --shard may be writing right now, so those stay.
-        if self.state is not None or self.share.count == 1:
+        if self.share.count == 1:
             for left in folder.glob("*.partial"):
                 left.unlink(missing_ok=True)
         best: dict[str, Answer] = {}
@@ -449,7 +456,7 @@ class Run:
             if name not in best or best[name].error is not None:
                 best[name] = answer
         if any(str(question.id) not in best for question in questions):
-            return
+            return False
         # Answers beyond --limit from an earlier, longer run stay.
         order = {str(question.id): i for i, question in enumerate(self.source.splits[cell.split])}
         write_answers(
@@ -457,6 +464,7 @@ class Run:
         )
         for part in folder.glob("answers.part-*.jsonl"):
             part.unlink(missing_ok=True)
+        return True
 
 
 def _answers(folder: Path) -> list[Answer]:

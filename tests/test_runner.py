@@ -249,6 +249,20 @@ def test_a_run_continues_with_another_number_of_shards(loaded, source, finished,
     assert files_of(tmp_path) == files_of(finished)
 
 
+def test_what_falls_between_processes_the_main_one_asks_at_the_end(loaded, source, finished, tmp_path):
+    class Alone:
+        """accelerate's state in the main of two processes, of which the other answered nothing."""
+
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            pass
+
+    results = run_of(loaded, source, tmp_path, share=Share(0, 2), state=Alone()).execute()
+    assert len(results) == 4
+    assert files_of(tmp_path) == files_of(finished)
+
+
 def test_a_longer_run_keeps_what_a_shorter_one_answered(loaded, source, finished, tmp_path):
     run_of(loaded, source, tmp_path, limit=8).execute()
     run_of(loaded, source, tmp_path).execute()
@@ -399,6 +413,7 @@ def test_missing_pieces_get_one_sentence(bad_images, tmp_path, model_folder):
         (("eval", "pope", "--rule", "loose"), "parsing rule 'loose' is unknown; known: code"),
         (("eval", "pope", "--limit", "0"), "--limit is 0"),
         (("eval", "pope", "--images", "."), "--images needs --questions"),
+        (("eval", "pope", "--shard", "1/2", "--batch-size", "auto"), "auto may differ between shards"),
         (("eval", "pope", "-p", "gamma=3"), "--param gamma belongs to none of plain"),
         (("eval", "pope", "--no-do-sample", "--temperature", "0.5"), "need sampling"),
         (("score", "pope"), "needs a file of answers"),
