@@ -272,6 +272,16 @@ def test_bfloat16_differs_only_at_near_ties(name):
             assert best[0] - best[1] <= 2 * unit * (1 if name == "plain" else 3), (seed, at, best)
 
 
+def test_several_sequences_per_sample():
+    tiny, model = model_of("llava", torch.float32)
+    inputs = tiny.inputs(["is it", "what color"], seed=2)
+    options = {**SAMPLED, "num_return_sequences": 3}
+    expected, _ = run(tiny, model, parse("vcd"), inputs, **options)
+    for drafting in ("random", "recycling", "vispec tree"):
+        out, _ = run(tiny, model, parse("vcd"), inputs, drafter_of(drafting, "llava", torch.float32, []), **options)
+        assert torch.equal(out, expected) and len(out) == 6, drafting
+
+
 def test_what_cannot_be_honoured_is_refused():
     tiny, model = model_of("llava", torch.float32)
     inputs = tiny.inputs(["is it"], seed=2)

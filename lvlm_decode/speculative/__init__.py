@@ -1,0 +1,5 @@
+"""Speculative decoding that verifies the mitigated distribution.
+
+``generate`` is the loop; ``tree``, ``verify``, ``choose`` and ``cache_ops`` are its parts; ``drafters`` propose and ``heads``
+are the trained ones; ``bench`` measures and ``show`` draws. A draft changes how fast an answer comes, never the answer.
+"""

@@ -21,7 +21,7 @@ from .choose import Chooser, Stopper
 from .drafters.base import Context, Drafter, Features, Verified
 from .features import Watcher, watched
 from .stats import Stats
-from .tree import Tree
+from .tree import Tree, shape_of
 from .verify import walk
 
 
@@ -201,7 +201,7 @@ class _Loop:
         if tree.rows <= free:
             return tree
         # Parents stand before their children, so any first rows are a tree.
-        shapes = tuple(type(shape)(shape.parents[:free]) for shape in tree.shapes)
+        shapes = tuple(shape_of(shape.parents[:free]) for shape in tree.shapes)
         return Tree(tree.tokens[:, :free], shapes)
 
     def _emit(self, sample: int, token: int) -> bool:
