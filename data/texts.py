@@ -156,6 +156,11 @@ class CoOccurrence:
         best = int(score.argmax())
         return CATEGORIES[best], float(given[best])
 
+    def frequent(self, scene: Scene, number: int = 3) -> list[str]:
+        """The most frequent categories overall that the scene lacks."""
+        order = np.argsort(-self.frequency, kind="stable")
+        return [CATEGORIES[i] for i in order if CATEGORIES[i] not in scene.categories][:number]
+
     def draw_absent(self, rng: random.Random, scene: Scene) -> str | None:
         """An absent category that usually stands beside a present one, None if there is none."""
         candidates = [(name, score**1.3) for name, score in self.absent(scene) if score > 0]
@@ -336,15 +341,15 @@ class TextSampler:
 
     A caption names the expected absent object with a probability of ``caption_noise`` times how much it is expected (see
     `CoOccurrence.expected`), at most 0.9. ``yes``: share of existence questions about present objects. ``hard``: share of
-    the others about absent objects that co-occur, half of them about the expected one. ``flip``: share of those labelled
-    Yes; the expected one three times as often.
+    the others about tempting absent objects: the expected one, one of the most frequent overall, or any that co-occurs.
+    ``flip``: share of those labelled Yes, three times as often for the first two.
     """
 
     prior: CoOccurrence
     caption_noise: float = 1.6
     yes: float = 0.54
     hard: float = 0.5
-    flip: float = 0.1
+    flip: float = 0.13
 
     def describe(self, rng: random.Random, scene: Scene) -> Turn:
         expected, strength = self.prior.expected(scene)
@@ -358,9 +363,14 @@ class TextSampler:
         else:
             category, answer = None, False
             if rng.random() < hard:
-                expected = self.prior.expected(scene)[0]
-                category = expected if rng.random() < 0.5 else self.prior.draw_absent(rng, scene)
-                answer = category is not None and rng.random() < flip * (3 if category == expected else 1)
+                draw = rng.random()
+                if draw < 0.4:
+                    category, tempting = self.prior.expected(scene)[0], 3
+                elif draw < 0.7:
+                    category, tempting = rng.choice(self.prior.frequent(scene)), 3
+                else:
+                    category, tempting = self.prior.draw_absent(rng, scene), 1
+                answer = category is not None and rng.random() < tempting * flip
             while category is None or (category in scene.categories):
                 category = rng.choice(CATEGORIES)
         if clean:

@@ -135,6 +135,32 @@ def train_blip_vision(rank: int, world: int, work: Path, train: int, steps: int,
     fit_tower(rank, world, trainer, cache, work / "blip-vision.pt", work / "log.jsonl", steps, batch, peak)
 
 
+@torch.no_grad()
+def aim_queries(model: nn.Module, heads: nn.Module) -> None:
+    """Let each query start by looking at its region of the image.
+
+    Queries that look everywhere at once average the patches away, and the warm-up stays on that plateau for hundreds of
+    steps. The tower's features say in which row and column a patch lies; the read-outs that show it become the keys of
+    the first cross-attention, and each query starts with the code of its row and column.
+    """
+    step = GRID // REGIONS
+    amplitude = 3.0
+    for query in range(QUERIES):
+        code = model.query_tokens[0, query]
+        code[: 2 * REGIONS] = 0
+        code[query // REGIONS] = amplitude
+        code[REGIONS + query % REGIONS] = amplitude
+    weight = torch.cat([h.weight.unflatten(0, (REGIONS, step)).mean(1) for h in (heads.row, heads.column)])
+    bias = torch.cat([h.bias.unflatten(0, (REGIONS, step)).mean(1) for h in (heads.row, heads.column)])
+    cross = model.qformer.encoder.layer[0].crossattention.attention
+    size = cross.attention_head_size
+    for head in range(cross.num_attention_heads - 2):  # two heads stay free
+        rows = slice(head * size, head * size + 2 * REGIONS)
+        cross.key.weight[rows], cross.key.bias[rows] = weight, bias
+        cross.query.weight[rows] = 0
+        cross.query.weight[rows, : 2 * REGIONS] = torch.eye(2 * REGIONS) * size**0.5 / 5
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast, llava: LlavaForConditionalGeneration) -> nn.Module:
     """The untrained InstructBLIP, its language model that of the LLaVA."""
     text = copy.deepcopy(llava.config.text_config)
@@ -289,10 +315,10 @@ class InstructBlipSettings:
     """What the Q-Former and the joint stage are trained with; the defaults made the shipped model."""
 
     scenes: int = 40_000
-    warm_steps: int = 400
+    warm_steps: int = 300
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 1_000
+    steps: int = 750
     batch: int = 8  # images per process and step
     peak: float = 8e-4
     captions: float = 0.4  # share of images whose caption is learned; the language model knows captions already
@@ -310,6 +336,7 @@ def _start(
     model = build_model(tokenizer, llava)
     tower = BlipVisionTrainer(InstructBlipVisionModel(blip_vision_config()))
     tower.load_state_dict(torch.load(work / "blip-vision.pt")["model"])
+    aim_queries(model, tower.heads)
     weaken(tower.tower, settings.weaken)
     model.vision_model.load_state_dict(tower.tower.state_dict())
     model.vision_model.requires_grad_(False)
