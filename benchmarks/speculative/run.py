@@ -65,7 +65,7 @@ def truncated(model: LlavaForConditionalGeneration, layers: int) -> LlavaForCond
     return short
 
 
-def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...]) -> dict:
+def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...], drafting: tuple[str, ...]) -> dict:
     loaded = load("tiny")
     model, processor = loaded.model, loaded.processor
     inputs = caption_inputs(processor, samples + WARM)
@@ -86,7 +86,7 @@ def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...]) -
         if name != "plain":
             arms[name] = Arm(parse(name))
             arms[f"{name} sequential"] = Arm(parse(name), execution="sequential")
-        for drafter in DRAFTERS:
+        for drafter in drafting:
             if name == "plain" and "contrast" in drafter:
                 continue
             try:
@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--drafters", nargs="+", default=list(DRAFTERS))
     parser.add_argument("--depth", type=int, default=5)
     parser.add_argument("--acceptance", type=float, nargs="+", default=[0.6, 0.8, 0.9])
     parser.add_argument("--output", type=Path, required=True)
@@ -244,7 +245,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     methods = tuple(options.methods)
     if options.what == "captions":
-        report = captions(options.samples, options.tokens or 96, options.rounds, methods)
+        report = captions(options.samples, options.tokens or 96, options.rounds, methods, tuple(options.drafters))
     else:
         report = replay(options.tokens or 32, options.rounds, methods, options.depth, tuple(options.acceptance))
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ from .stats import Stats
 
 CAPTION = "Please describe this image in detail."
 #: Scenes that drafters learn from before others are measured.
-WARM = 24
+WARM = 16
 
 
 @dataclass(frozen=True)
