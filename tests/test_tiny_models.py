@@ -5,6 +5,7 @@ questions once.
 """
 
 import json
+from pathlib import Path
 
 import lvlm_decode_data
 import pytest
@@ -13,7 +14,12 @@ import torch
 from lvlm_decode.training import facts as measurement
 from lvlm_decode.training.facts import TinyModel
 
+RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "tiny-models"
 SPLITS = ("random", "popular", "adversarial")
+
+
+# What these tests share is dear to make: one worker makes it once.
+pytestmark = pytest.mark.xdist_group("tiny-models")
 
 
 @pytest.fixture(scope="module", params=lvlm_decode_data.TINY_MODELS)
@@ -125,3 +131,18 @@ def test_prompts_without_an_image_and_with_a_system_text_are_answered():
         tokens = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
     said = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert all(word.strip() in ("Yes", "No") for word in said), said
+
+
+def test_the_data_page_prints_the_recorded_facts():
+    records = [json.loads((RECORDS / f"{name}.json").read_text()) for name in lvlm_decode_data.TINY_MODELS]
+    assert measurement.table(records).strip() in (lvlm_decode_data.HERE / "README.md").read_text()
+    for record in records:
+        assert {"commit", "machine", "versions", "time"} <= set(record)
+
+
+def test_shipped_weights_are_the_ones_recorded(tiny, facts):
+    """The record was made with these weights: POPE counts agree up to a question or two at a tie."""
+    record = json.loads((RECORDS / f"{tiny.name}.json").read_text())
+    for split in SPLITS:
+        for count in ("tp", "fp", "tn", "fn"):
+            assert abs(record["pope"]["greedy"][split][count] - facts["pope"]["greedy"][split][count]) <= 3

@@ -185,6 +185,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast, llava: LlavaForConditionalGe
     )
     model = InstructBlipForConditionalGeneration(config)
     nn.init.normal_(model.query_tokens, std=0.5)
+    # BERT's deviation of 0.02 suits a width of 768; at 192 what is attended to would hardly reach the output.
+    for module in model.qformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
     model.language_model.model.load_state_dict(llava.model.language_model.state_dict())
     model.language_model.lm_head.load_state_dict(llava.lm_head.state_dict())
     set_generation(model, tokenizer)
@@ -315,10 +319,10 @@ class InstructBlipSettings:
     """What the Q-Former and the joint stage are trained with; the defaults made the shipped model."""
 
     scenes: int = 40_000
-    warm_steps: int = 300
+    warm_steps: int = 350
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 750
+    steps: int = 500
     batch: int = 8  # images per process and step
     peak: float = 8e-4
     captions: float = 0.4  # share of images whose caption is learned; the language model knows captions already
@@ -485,5 +489,5 @@ def train_joint(
                 tqdm.write(str(record))
         if rank == 0 and ((step + 1) % 250 == 0 or last):
             save_checkpoint(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-        if rank == 0 and ((step + 1) % 500 == 0 or last):
+        if rank == 0 and ((step + 1) % 250 == 0 or last):
             export(model, processor, output)
