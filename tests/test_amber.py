@@ -3,12 +3,12 @@
 import gzip
 import json
 
-import lvlm_decode_data
 import pytest
 from conftest import shared_path
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lvlm_decode_data
 from evals import amber, chair
 from evals.amber import TYPES, Amber, Knowledge, nltk_nouns, pattern_nouns, score_nouns
 from evals.base import Answer

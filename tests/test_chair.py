@@ -6,7 +6,6 @@ import math
 import zipfile
 from dataclasses import replace
 
-import lvlm_decode_data
 import pytest
 import typer
 from conftest import shared_path
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import lvlm_decode_data
 from evals import chair, evaluator
 from evals.base import Answer
 from evals.chair import DOUBLE_WORDS, PARSERS, Chair, Vocabulary, build_objects, image_key, vocabulary_file

@@ -236,9 +236,10 @@ def test_outputs_keep_the_shape_of_plain_generate(zoo, batch):
 
 
 def test_pipeline(tmp_path):
-    import lvlm_decode_data
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+    import lvlm_decode_data
 
     path = lvlm_decode_data.tiny_path("tiny-llava")
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)

@@ -2,12 +2,12 @@
 
 import json
 
-import lvlm_decode_data
 import pytest
 from conftest import shared_path
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lvlm_decode_data
 from evals.base import Answer
 from evals.errors import EvalError, FileFormatError
 from evals.hallusionbench import HallusionBench

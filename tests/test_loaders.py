@@ -5,10 +5,10 @@ import json
 import sys
 import types
 
-import lvlm_decode_data
 import pytest
 from PIL import Image
 
+import lvlm_decode_data
 from evals import evaluator
 from evals.base import Question
 from evals.errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError

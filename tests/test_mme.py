@@ -4,7 +4,6 @@ import gzip
 import json
 import random
 
-import lvlm_decode_data
 import pytest
 import typer
 from conftest import shared_path
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import lvlm_decode_data
 from evals.base import Answer
 from evals.commands import add_to
 from evals.errors import EvalError, FileFormatError, MissingFileError

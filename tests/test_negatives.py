@@ -13,8 +13,9 @@ from lvlm_decode.training.negatives import batches, scene_triples, train_amateur
 
 @pytest.fixture(scope="module")
 def tiny_llava():
-    from lvlm_decode_data import tiny_path
     from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from lvlm_decode_data import tiny_path
 
     try:
         folder = tiny_path("tiny-llava")

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import lvlm_decode_data
 import psutil
 import pytest
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lvlm_decode
+import lvlm_decode_data
 from evals import EVALUATORS, evaluator
 from evals.answers import append_answers, line_of, resume_answers
 from evals.base import Question

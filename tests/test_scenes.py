@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections import Counter
 
-import lvlm_decode_data
 import numpy as np
 import pytest
+from PIL import Image
+
+import lvlm_decode_data
 from lvlm_decode_data import load_scenes, synonyms, texts
 from lvlm_decode_data.scenes import (
     CATEGORIES,
@@ -26,7 +28,6 @@ from lvlm_decode_data.scenes import (
     scene_seed,
     split_of,
 )
-from PIL import Image
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import lvlm_decode_data
 import pytest
 import torch
 import zoo
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+import lvlm_decode_data
 from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters

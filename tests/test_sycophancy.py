@@ -1,10 +1,10 @@
 """Leading questions: made from any yes/no set, scored as changes between neutral and leading answers."""
 
-import lvlm_decode_data
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lvlm_decode_data
 from evals.base import Answer, Question
 from evals.errors import EvalError, UnknownNameError
 from evals.sycophancy import Sycophancy, hint, leading, with_leading

@@ -7,10 +7,10 @@ questions once.
 import json
 from pathlib import Path
 
-import lvlm_decode_data
 import pytest
 import torch
 
+import lvlm_decode_data
 from lvlm_decode.training import facts as measurement
 from lvlm_decode.training.facts import TinyModel
 

@@ -8,7 +8,6 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-
 # What these tests share is dear to make: one worker makes it once.
 pytestmark = pytest.mark.xdist_group("wheel")
 

@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 
 import lvlm_decode_data
-from lvlm_decode_data.texts import caption
-
 from evals import chair
 from evals.answers import read_records
 from evals.base import Answer
 from evals.errors import MissingDependencyError
 from evals.words import singular
+from lvlm_decode_data.texts import caption
 
 ROOT = Path(__file__).resolve().parents[2]
 

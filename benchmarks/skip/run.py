@@ -14,11 +14,11 @@ import statistics
 import time
 from pathlib import Path
 
-import lvlm_decode_data
 import torch
 from PIL import Image
 
 import lvlm_decode
+import lvlm_decode_data
 from evals import evaluator
 from evals.loaders import scene_source
 from evals.runner import Options, load, prompt_of

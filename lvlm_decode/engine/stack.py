@@ -138,7 +138,7 @@ class Lane:
         if self._pending:
             tokens = torch.cat([*self._pending, tokens], 1)
             self._pending = []
-        views, (rows, q) = len(self.views), tokens.shape
+        views, q = len(self.views), tokens.shape[1]
         kwargs: dict[str, Any] = {"input_ids": tokens.repeat(views, 1), **call, "logits_to_keep": keep}
         steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
         kwargs["position_ids"] = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
