@@ -47,9 +47,10 @@ def chosen(model, negatives: Path | None) -> list[str]:
     for name in METHODS:
         if hasattr(method_class(name), "decode") or name in ("plain", "mask", "scmoe"):
             continue
-        if name in ("dcd", "lol") and negatives is None:
+        if name == "dcd" and negatives is None:
             continue
-        text = own.get(name, name).format(negatives=negatives)
+        # Without an adapter LOL's amateur is the model under an instruction.
+        text = name if name == "lol" and negatives is None else own.get(name, name).format(negatives=negatives)
         try:
             check_needs(parse(text), family)
         except UnsupportedError as error:
@@ -73,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--negatives", type=Path, help="folder of lvlm-decode train negatives")
+    parser.add_argument("--split", nargs="+", help="only these splits")
     parser.add_argument("--limit", type=int, default=200, help="questions of each split")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -91,9 +93,11 @@ def main() -> None:
     decoding = GREEDY if arguments.greedy else Decoding(do_sample=True)
     names = arguments.methods or chosen(loaded.model, arguments.negatives)
     pope = evaluator("pope")
+    source = scene_source(pope)
+    source = source.only(arguments.split) if arguments.split else source
     run = Run(
         pope,
-        scene_source(pope),
+        source,
         loaded,
         arguments.out / arguments.model,
         [(name, decoding) for name in names],
