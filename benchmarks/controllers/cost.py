@@ -20,12 +20,12 @@ import sys
 import time
 from pathlib import Path
 
-import lvlm_decode_data
 import torch
 import transformers
 from PIL import Image
 
 import lvlm_decode
+import lvlm_decode_data
 from lvlm_decode.engine.attach import last_run
 
 ROOT = Path(__file__).resolve().parents[2]

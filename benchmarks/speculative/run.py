@@ -62,6 +62,8 @@ def truncated(model: LlavaForConditionalGeneration, layers: int) -> LlavaForCond
     decoder = short.get_decoder()
     decoder.layers = decoder.layers[:layers]
     decoder.config.num_hidden_layers = layers
+    # A model cut short also says image placeholders, which the whole one refuses to read.
+    short.generation_config.suppress_tokens = [model.config.image_token_id]
     return short
 
 
@@ -72,13 +74,7 @@ def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...], d
     arms = {
         "hf plain": Arm(),
         "hf prompt lookup": Arm(options={"prompt_lookup_num_tokens": 8}),
-        # A layer short of what it was trained with, the assistant also drafts image placeholders, which the model refuses.
-        "hf assisted": Arm(
-            options={
-                "assistant_model": truncated(model, ASSISTANT_LAYERS),
-                "suppress_tokens": [model.config.image_token_id],
-            }
-        ),
+        "hf assisted": Arm(options={"assistant_model": truncated(model, ASSISTANT_LAYERS)}),
         # Our loop with drafts of no tokens: the best plain loop of this library.
         "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)")),
     }

@@ -206,8 +206,9 @@ def raw(results: Mapping[str, Measured]) -> dict[str, Any]:
 
 def caption_inputs(processor: Any, count: int, start: int = 0, prompt: str = CAPTION) -> list[dict[str, Tensor]]:
     """Inputs for ``count`` of the scenes that ship, each with a caption prompt."""
-    import lvlm_decode_data
     from PIL import Image
+
+    import lvlm_decode_data
 
     text = prompt
     if getattr(processor, "chat_template", None):

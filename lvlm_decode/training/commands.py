@@ -84,8 +84,8 @@ def tiny_instructblip(
     work: Work = Path("training-work"),
     scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
     vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 160,
-    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 350,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 500,
+    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 260,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 320,
     processes: Processes = 2,
 ) -> None:
     """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lvlm_decode_data import CATEGORIES, load_scenes, render, texts
-from lvlm_decode_data.scenes import cell_owners
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,6 +20,8 @@ from evals.base import Answer, Question
 from evals.chair import Chair
 from evals.mme import MME
 from evals.pope import STRATEGIES, Pope, build_questions
+from lvlm_decode_data import CATEGORIES, load_scenes, render, texts
+from lvlm_decode_data.scenes import cell_owners
 
 QUESTION_IMAGES = 167  # six questions each make the 1,000 of a POPE split
 CAPTIONS = 200

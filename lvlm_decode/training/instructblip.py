@@ -16,9 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lvlm_decode_data import texts
-from lvlm_decode_data.scenes import GRID
-from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -33,6 +30,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+
+from lvlm_decode_data import texts
+from lvlm_decode_data.scenes import GRID
+from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
 
 from .llava import (
     TASKS,
@@ -319,10 +320,10 @@ class InstructBlipSettings:
     """What the Q-Former and the joint stage are trained with; the defaults made the shipped model."""
 
     scenes: int = 40_000
-    warm_steps: int = 350
+    warm_steps: int = 260
     warm_batch: int = 32
     warm_peak: float = 1e-3
-    steps: int = 500
+    steps: int = 320
     batch: int = 8  # images per process and step
     peak: float = 8e-4
     captions: float = 0.4  # share of images whose caption is learned; the language model knows captions already

@@ -21,9 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lvlm_decode_data import texts
-from lvlm_decode_data.scenes import CATEGORIES, COLOURS, Scene
-from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from tqdm import tqdm
@@ -36,6 +33,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
+
+from lvlm_decode_data import texts
+from lvlm_decode_data.scenes import CATEGORIES, COLOURS, Scene
+from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
 
 from .scene_cache import BACKGROUND, CELLS, IMAGE_SIZE, SceneCache
 from .vision import VisionTrainer, dense_targets, pixels, vision_config, weaken

@@ -14,9 +14,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from lvlm_decode_data.scenes import CATEGORIES, CATEGORY_ID, COLOURS, GRID, Scene, cell_owners, render, scene_seed
 from PIL import Image
 from tqdm import tqdm
+
+from lvlm_decode_data.scenes import CATEGORIES, CATEGORY_ID, COLOURS, GRID, Scene, cell_owners, render, scene_seed
 
 IMAGE_SIZE = 96
 BLOCK = 2000

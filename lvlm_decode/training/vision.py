@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lvlm_decode_data.scenes import CATEGORY_ID, COLOURS, GRID
 from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from lvlm_decode_data.scenes import CATEGORY_ID, COLOURS, GRID
 
 from .scene_cache import BACKGROUND, CELLS, IMAGE_SIZE, SceneCache
 from .workers import Log, average_gradients, cosine, parameter_groups, same_start, save_checkpoint
