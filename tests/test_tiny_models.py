@@ -22,9 +22,17 @@ SPLITS = ("random", "popular", "adversarial")
 pytestmark = pytest.mark.xdist_group("tiny-models")
 
 
+def shipped(name: str) -> Path:
+    """Folder of a small model, or a skip that says how to make it."""
+    try:
+        return lvlm_decode_data.tiny_path(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="module", params=lvlm_decode_data.TINY_MODELS)
 def tiny(request):
-    return TinyModel.load(lvlm_decode_data.tiny_path(request.param))
+    return TinyModel.load(shipped(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +142,11 @@ def test_prompts_without_an_image_and_with_a_system_text_are_answered():
 
 
 def test_the_data_page_prints_the_recorded_facts():
-    records = [json.loads((RECORDS / f"{name}.json").read_text()) for name in lvlm_decode_data.TINY_MODELS]
+    files = [RECORDS / f"{name}.json" for name in lvlm_decode_data.TINY_MODELS]
+    records = [json.loads(file.read_text()) for file in files if file.is_file()]
+    assert len(records) == len(
+        [name for name in lvlm_decode_data.TINY_MODELS if (lvlm_decode_data.HERE / name).is_dir()]
+    )
     assert measurement.table(records).strip() in (lvlm_decode_data.HERE / "README.md").read_text()
     for record in records:
         assert {"commit", "machine", "versions", "time"} <= set(record)
