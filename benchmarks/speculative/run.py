@@ -3,9 +3,11 @@
     python benchmarks/speculative/run.py captions  --output benchmarks/speculative/captions.json
     python benchmarks/speculative/run.py replay    --output benchmarks/speculative/replay.json
 
-``captions``: the small LLaVA that ships, captions of held-out scenes at batch 1. Hugging Face's assisted decoding is not
-among the arms: it needs an assistant of the same vocabulary, and none exists for a model of this size. Nor is its prompt
-lookup: it copies image placeholders out of these prompts, which the model then refuses to read.
+``captions``: a small model that ships, captions of held-out scenes at batch 1.
+
+``hf prompt lookup`` is told to suppress the image token: it copies placeholders out of the prompt otherwise, which the
+model refuses to read. ``hf assisted`` needs an assistant of the same vocabulary; nobody has trained one, so it is the
+model's own first layers under its own language head, the best that can be had without training.
 
 ``replay``: a LLaVA with random weights of at least 200 M parameters, whose text means nothing. Its drafts are *replayed*
 from the answer it gave before, each token spoilt with a set probability: this measures what a drafter of that acceptance
@@ -15,6 +17,7 @@ would bring at that size, and says nothing about whether such a drafter exists.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 from pathlib import Path
@@ -24,6 +27,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from evals.runner import load
 from lvlm_decode.errors import InputError
+from lvlm_decode.families import family_of
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.bench import (
@@ -54,15 +58,43 @@ DRAFTERS = (
 )
 
 
-def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...], drafting: tuple[str, ...]) -> dict:
-    loaded = load("tiny")
-    model, processor = loaded.model, loaded.processor
-    inputs = caption_inputs(processor, samples + WARM)
+def first_layers(model: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """A model of the same class with the first ``layers`` decoder layers of ``model``, and all its other weights."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().num_hidden_layers = layers
+    assistant = type(model)(config).eval().to(model.dtype)
+    kept = assistant.state_dict().keys()
+    assistant.load_state_dict({name: value for name, value in model.state_dict().items() if name in kept})
+    assistant.generation_config = copy.deepcopy(model.generation_config)
+    return assistant
+
+
+def controls(model: torch.nn.Module) -> dict[str, Arm]:
+    """Hugging Face's own loops on the bare model, and this library's loop with drafts of no tokens."""
     arms = {
         "hf plain": Arm(),
-        # Our loop with drafts of no tokens: the best plain loop of this library.
+        "hf prompt lookup": Arm(
+            options={"prompt_lookup_num_tokens": 5, "suppress_tokens": [model.config.image_token_id]}
+        ),
         "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)")),
     }
+    layers = model.config.get_text_config().num_hidden_layers
+    # The whole of InstructBLIP hands over to its language model, whose assistant would have to be one too.
+    if not family_of(model).has_qformer:
+        for depth in (layers // 2, layers - 1):
+            arms[f"hf assisted, {depth} of {layers} layers"] = Arm(
+                options={"assistant_model": first_layers(model, depth)}
+            )
+    return arms
+
+
+def captions(
+    name: str, samples: int, tokens: int, rounds: int, methods: tuple[str, ...], drafting: tuple[str, ...]
+) -> dict:
+    loaded = load(name)
+    model, processor = loaded.model, loaded.processor
+    inputs = caption_inputs(processor, samples + WARM)
+    arms = controls(model)
     for name in methods:
         if name != "plain":
             arms[name] = Arm(parse(name))
@@ -117,9 +149,9 @@ def captions(samples: int, tokens: int, rounds: int, methods: tuple[str, ...], d
             "decode": round(1 / ratio(results[best["vcd"]], results["vcd sequential"], True), 3),
         }
     return {
-        "what": f"captions of {samples} held-out scenes by tiny-llava, batch 1, greedy, at most {tokens} tokens",
-        "mismatches": {name: mismatches(result, base[name.split(" |")[0]]) for name, result in drafted.items()}
-        | {name: mismatches(results[name], results["hf plain"]) for name in ("plain",)},
+        "what": f"captions of {samples} held-out scenes by {name}, batch 1, greedy, at most {tokens} tokens",
+        "mismatches": {arm: mismatches(result, base[arm.split(" |")[0]]) for arm, result in drafted.items()}
+        | {arm: mismatches(results[arm], results["hf plain"]) for arm in results if arm == "plain" or arm[:3] == "hf "},
         "targets": targets,
         "arms": summary(results, "hf plain"),
         "raw": raw(results),
@@ -177,7 +209,7 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
         "pixel_values": torch.randn(1, 3, 112, 112, generator=generator),
     }
     options = {"seed": 0, "eos_token_id": None, "suppress_tokens": [image]}
-    arms = {"hf plain": Arm(), "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)"))}
+    arms = controls(model)
     for name in methods:
         method = parse(name)
         if name != "plain":
@@ -209,6 +241,7 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("captions", "replay"))
+    parser.add_argument("--model", default="tiny-llava", help="of captions")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=3)
@@ -222,7 +255,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     methods = tuple(options.methods)
     if options.what == "captions":
-        report = captions(options.samples, options.tokens or 96, options.rounds, methods, tuple(options.drafters))
+        drafting = tuple(options.drafters)
+        report = captions(options.model, options.samples, options.tokens or 96, options.rounds, methods, drafting)
     else:
         report = replay(options.tokens or 32, options.rounds, methods, options.depth, tuple(options.acceptance))
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -79,7 +79,12 @@ def draft_head(
     text_samples: Annotated[int, typer.Option(min=0, help="Texts without a picture, without --data.")] = 1000,
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; 2e-3 suits the small models.")] = 3e-5,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate; the authors' when left out, 2e-3 suits the small models.")
+    ] = None,
+    suffix: Annotated[
+        str | None, typer.Option(help="Asked after every prompt; for vispec with --data, 1,000 words when left out.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the target's answers; 0 is greedy.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
     unroll: Annotated[int, typer.Option(min=0, help="Passes on the head's own guesses (vispec).")] = 1,
@@ -112,6 +117,7 @@ def draft_head(
         steps=steps,
         batch=batch,
         lr=lr,
+        suffix=suffix,
         text_share=text_share,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
