@@ -53,22 +53,29 @@ class Arm:
 
 @dataclass
 class Measured:
-    """What one arm did: per sample its ids; per round and sample the seconds of the whole call."""
+    """What one arm did: per sample its ids; per round and sample the seconds of the whole call and of one token."""
 
     answers: list[list[int]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
+    firsts: list[list[float]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
 
     def per_token(self, decode_only: bool = False) -> list[float]:
-        """Seconds per token of every round and sample; ``decode_only`` takes off a call that makes one token."""
+        """Seconds per token of every round and sample; ``decode_only`` takes off the call that made one token."""
         out = []
-        for round_seconds in self.seconds:
-            for seconds, first, answer in zip(round_seconds, self.prefill, self.answers):
+        for calls, ones in zip(self.seconds, self.firsts):
+            for seconds, first, answer in zip(calls, ones, self.answers):
                 tokens = len(answer) - 1 if decode_only else len(answer)
                 if tokens > 0:
                     out.append((seconds - first if decode_only else seconds) / tokens)
         return out
+
+    def only(self, samples: slice) -> Measured:
+        """The same of some samples; the counters stay those of all."""
+        rounds = lambda table: [row[samples] for row in table]  # noqa: E731
+        return dataclasses.replace(
+            self, answers=self.answers[samples], seconds=rounds(self.seconds), firsts=rounds(self.firsts)
+        )
 
 
 @contextmanager
@@ -127,6 +134,7 @@ def measure(
     for turn in range(rounds + 1):
         for name in names:
             results[name].seconds += [[]] if turn else []
+            results[name].firsts += [[]] if turn else []
         for number, inputs in enumerate(samples):
             shift = (turn + number) % len(names)
             for name in names[shift:] + names[:shift]:
@@ -139,10 +147,9 @@ def measure(
                         result.seconds[-1].append(seconds)
                         if arm.drafter is not None:
                             result.stats = result.stats + last_run(model).speculation
+                        result.firsts[-1].append(_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1])
                     else:
                         result.answers.append(answer)
-                        firsts = [_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1] for _ in range(3)]
-                        result.prefill.append(statistics.median(firsts))
     return results
 
 
@@ -160,7 +167,8 @@ def mismatches(of: Measured, to: Measured) -> int:
 def summary(results: Mapping[str, Measured], plain: str) -> dict[str, Any]:
     """Per arm: milliseconds per token, ratios to the arm ``plain``, acceptance, the split, and the cost formula.
 
-    The formula's unit is a decoding step of ``plain``; what it predicts stands beside what was measured.
+    The formula's unit is a decoding step of ``plain``. It adds up what the loop clocked of verification, drafting and the
+    rest, over tau; ``vs_plain_decode`` is clocked from outside.
     """
     unit = statistics.median(results[plain].per_token(decode_only=True))
     out: dict[str, Any] = {}
@@ -197,7 +205,7 @@ def raw(results: Mapping[str, Measured]) -> dict[str, Any]:
     return {
         name: {
             "seconds": [[round(s, 6) for s in row] for row in result.seconds],
-            "seconds_of_one_token": [round(s, 6) for s in result.prefill],
+            "seconds_of_one_token": [[round(s, 6) for s in row] for row in result.firsts],
             "tokens": [len(answer) for answer in result.answers],
         }
         for name, result in results.items()
