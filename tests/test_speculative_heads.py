@@ -1,7 +1,9 @@
 """Draft heads: what each flag does to the slots, and that decoding runs what the module says."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -137,100 +139,199 @@ def test_the_folded_weights_are_the_modules(kind):
     torch.testing.assert_close(runner.inputs(tokens, features, runner.constant(slots)), expected)
 
 
-def drafted_levels(kind, texts, images, how, **head_options):
-    """Guesses of the session along a run, beside those of the module over the whole text: pairs of (R, D)."""
-    tiny = zoo.tiny("llava")
-    model = copy.deepcopy(tiny.model).double()
-    torch.manual_seed(0)
-    head = DraftHead(HeadConfig.for_target(model, kind, **head_options)).double()
-    if head.config.use_global:
-        torch.nn.init.normal_(head.img_fc.weight, std=0.2)
-    inputs = tiny.inputs(texts, images=images, seed=5)
-    inputs["pixel_values"] = inputs["pixel_values"].double()
-    drafter = drafters.get(kind)(head=head, **how)
-    pairs, begin = [], type(drafter).begin
+def recorded(model, drafter, inputs, method="plain", tokens=10, instead=None, **options):
+    """What a run drafted: per cycle the texts, the session's guess (R, 1, D) and the tree; and the prompts of every view.
 
-    def spied(self, context):
-        session = begin(self, context)
-        propose = session.propose
-
-        def wrapped(room):
-            pairs.append(([list(text) for text in context.tokens], session.guess.clone()))
-            return propose(room)
-
-        session.propose = wrapped
-        return session
-
-    drafter.begin = spied.__get__(drafter)
-    attach(model, parse("plain"), processor=tiny.tokenizer, drafter=drafter)
-    try:
-        model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, suppress_tokens=[zoo.IMAGE])
-        assert last_run(model).speculation.cycles > 0
-    finally:
-        detach(model)
-    return model, head, inputs, pairs
-
-
-@pytest.mark.parametrize("how", [{"top_k": 1, "depth": 3}, {"top_k": 2, "depth": 3, "rows": 6}], ids=["chain", "tree"])
-@pytest.mark.parametrize("kind", sorted(KINDS))
-@torch.no_grad()
-def test_a_session_guesses_what_the_module_guesses_from_true_features(kind, how):
-    """After every cycle the head's cache holds true features alone: its guess is that of one pass over the whole text."""
-    model, head, inputs, pairs = drafted_levels(kind, ["is it", "what is in"], [2, 1], how)
-    assert len(pairs) > 3
-    for texts, guess in pairs:
-        for b, text in enumerate(texts):
-            keep = inputs["attention_mask"][b].bool()
-            ids = inputs["input_ids"][b][keep]
-            generated = torch.tensor(text[len(ids) :])
-            full = torch.cat([ids, generated])[None]
-            images = inputs["pixel_values"][:2] if b == 0 else inputs["pixel_values"][2:]
-            with watched(model) as watcher:
-                model(input_ids=full, pixel_values=images, attention_mask=torch.ones_like(full))
-            image = full[:, 1:] == zoo.IMAGE
-            slots = head.slots(watcher.embeds[:, 1:], watcher.hidden[:, :-1], image, torch.ones_like(image))
-            torch.testing.assert_close(guess[b, -1], head(slots)[0, -1], atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_a_chain_is_the_heads_own_continuation():
-    model, head, inputs, pairs = drafted_levels("vispec", ["is it"], 1, {"top_k": 1, "depth": 3})
-    text, _ = pairs[0]
-    out = model.get_output_embeddings()
-    full = torch.tensor([[*inputs["input_ids"][0].tolist(), text[0][-1]]])
-    with watched(model) as watcher:
-        model(input_ids=full, pixel_values=inputs["pixel_values"])
-    embeds, features = watcher.embeds[:, 1:], watcher.hidden[:, :-1]
-    expected = []
-    for _ in range(3):
-        image = F.pad(full[:, 1:] == zoo.IMAGE, (0, embeds.shape[1] - full.shape[1] + 1))
-        last = head(head.slots(embeds, features, image, torch.ones_like(image)))[:, -1:]
-        token = out(last).argmax(-1)
-        expected.append(int(token))
-        embeds = torch.cat([embeds, model.get_input_embeddings()(token)], 1)
-        features = torch.cat([features, last], 1)
-    drafter = drafters.get("vispec")(head=head, top_k=1, depth=3)
-    seen = []
-    begin = type(drafter).begin
+    Drafts of ``instead`` are verified if it is given: a random head's own are hardly ever accepted.
+    """
+    cycles, begin = [], type(drafter).begin
 
     def spied(context):
         session = begin(drafter, context)
         propose = session.propose
+        other = None if instead is None else instead.begin(context)
 
         def wrapped(room):
-            seen.append(propose(room).lists)
-            return propose(room)
+            guess, tree = session.guess.clone(), propose(room)
+            cycles.append(([list(text) for text in context.tokens], guess, tree))
+            return tree if other is None else other.propose(room)
 
         session.propose = wrapped
         return session
 
     drafter.begin = spied
-    attach(model, parse("plain"), drafter=drafter)
+    how = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [zoo.IMAGE], **options}
+    with attach_for(model, method, drafter=drafter):
+        model.generate(**inputs, max_new_tokens=tokens, **how)
+        return cycles, last_run(model).lanes.main.captured
+
+
+@contextlib.contextmanager
+def attach_for(model, method, **options):
+    attach(model, parse(method), processor=zoo.tiny("llava").tokenizer, **options)
     try:
-        model.generate(**inputs, max_new_tokens=10, do_sample=False, eos_token_id=None, suppress_tokens=[zoo.IMAGE])
+        yield
     finally:
         detach(model)
-    assert seen[0][0][1:] == expected
+
+
+def head_and_model(kind, **head_options):
+    model = copy.deepcopy(zoo.tiny("llava").model).double()
+    torch.manual_seed(0)
+    head = DraftHead(HeadConfig.for_target(model, kind, **head_options)).double()
+    if head.config.use_global:
+        torch.nn.init.normal_(head.img_fc.weight, std=0.2)
+    # So that what a slot sees, and from where, decides what it guesses.
+    for projection in (head.layer.self_attn.q_proj, head.layer.self_attn.k_proj, head.layer.self_attn.o_proj):
+        torch.nn.init.normal_(projection.weight, std=0.4)
+    return model, head
+
+
+def inputs_of(texts, images):
+    inputs = zoo.tiny("llava").inputs(texts, images=images, seed=5)
+    return inputs | {"pixel_values": inputs["pixel_values"].double()}
+
+
+class ByHand:
+    """The head over one whole text per view, from true features of what is committed and its own of what is drafted.
+
+    Args:
+        texts: per view the ids of the prompt without padding, then of what is committed.
+        pixels: of the sample.
+        score: (V, N) logits -> (N,) scores.
+    """
+
+    def __init__(self, model, head, texts, pixels, score=lambda logits: logits[0]):
+        self.model, self.head, self.score, self.views = model, head, score, []
+        for ids in texts:
+            ids = torch.tensor([ids])
+            with watched(model) as watcher:
+                model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+            self.views.append((watcher.embeds[:, 1:], watcher.hidden[:, :-1], ids[:, 1:] == zoo.IMAGE))
+
+    def guess(self, path=()):
+        """(V, D) guessed features after drafting ``path``."""
+        last = []
+        for embeds, features, image in self.views:
+            for token in (*path, None):
+                guess = self.head(self.head.slots(embeds, features, image, torch.ones_like(image)))[:, -1:]
+                if token is not None:
+                    embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([[token]]))], 1)
+                    features, image = torch.cat([features, guess], 1), F.pad(image, (0, 1))
+            last.append(guess[0, -1])
+        return torch.stack(last)
+
+    def logprobs(self, path):
+        """(N,) of the token after ``path``."""
+        return self.score(self.model.get_output_embeddings()(self.guess(path))).log_softmax(-1)
+
+
+def whole_texts(captured, b, text):
+    """Per view the ids that sample ``b`` has with what ``text``, its own, holds beyond the prompt."""
+    prompts = [c.input_ids[b][c.kwargs["attention_mask"][b].bool()].tolist() for c in captured]
+    return [[*prompt, *text[len(prompts[0]) :]] for prompt in prompts]
+
+
+def decoding(captured, cycle, tokens=10):
+    """The samples that are not finished in this cycle, with their texts."""
+    lengths = captured[0].kwargs["attention_mask"].sum(1).tolist()
+    return [(b, text) for b, text in enumerate(cycle[0]) if len(text) - lengths[b] < tokens]
+
+
+def pixels_of(inputs, images, b):
+    counts = [images] * len(inputs["input_ids"]) if isinstance(images, int) else images
+    return inputs["pixel_values"][sum(counts[:b]) : sum(counts[: b + 1])]
+
+
+CHAIN, TREE = {"top_k": 1, "depth": 3}, {"top_k": 2, "depth": 3, "rows": 6}
+
+
+@pytest.mark.parametrize("method", ["plain", "icd"])
+@pytest.mark.parametrize(
+    "texts, images", [(["is it"], 1), (["is it", "what is in"], [2, 1])], ids=["one", "padded batch"]
+)
+@pytest.mark.parametrize("how", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@torch.no_grad()
+def test_a_session_guesses_what_the_module_guesses_from_true_features(kind, how, texts, images, method):
+    """After every cycle the head's cache holds true features alone: its guess is that of one pass over the whole text.
+
+    With ICD the head runs on both views, the second of which has the longer prompt.
+    """
+    model, head = head_and_model(kind)
+    inputs = inputs_of(texts, images)
+    drafter = drafters.get(kind)(head=head, contrast=method == "icd", **how)
+    greedy = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "suppress_tokens": [zoo.IMAGE]}
+    with attach_for(model, method):
+        answers = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :].tolist()
+    # Accepted rows that do not stand next to each other, as many as not for each sample.
+    known = drafters.get("replay")(answers=answers, acceptance=0.6, width=1 if how is CHAIN else 3, tokens=3)
+    cycles, captured = recorded(model, drafter, inputs, method, instead=known)
+    assert len(cycles) > 2 and len(captured) == (2 if method == "icd" else 1)
+    for cycle in cycles:
+        for b, text in decoding(captured, cycle):
+            hand = ByHand(model, head, whole_texts(captured, b, text), pixels_of(inputs, images, b))
+            own = cycle[1][b :: len(texts), -1]
+            torch.testing.assert_close(own, hand.guess(), atol=1e-6, rtol=1e-5)
+
+
+def contrasted(logits, alpha=1.0, beta=0.1):
+    """(V, N) -> (N,) ICD's scores, written out."""
+    scores = (1 + alpha) * logits[0] - alpha * logits[1]
+    return scores.masked_fill(logits[0].softmax(-1) < beta * logits[0].softmax(-1).max(), float("-inf"))
+
+
+def chain_by_hand(hand, depth):
+    path = ()
+    for _ in range(depth):
+        path += (int(hand.logprobs(path).argmax()),)
+    return {path[: n + 1] for n in range(depth)}
+
+
+def tree_by_hand(hand, depth, k, rows):
+    """EAGLE-2's tree: the paths of its rows, the root's empty one left out."""
+    frontier, pool = [((), 0.0)], []
+    for _ in range(depth):
+        children = []
+        for path, value in frontier:
+            best = hand.logprobs(path).topk(k)
+            children += [((*path, int(t)), value + float(v)) for v, t in zip(*best) if v > float("-inf")]
+        pool += children
+        frontier = sorted(children, key=lambda entry: -entry[1])[:k]
+    return {path for path, _ in sorted(pool, key=lambda entry: -entry[1])[: rows - 1]}
+
+
+def paths_of(tree, b):
+    shape, tokens = tree.shape(b), tree.lists[b]
+    rows = [row for row in range(1, len(shape)) if tokens[row] >= 0]
+    return {tuple(tokens[r] for r in shape.path(row)[1:]) for row in rows}
+
+
+@pytest.mark.parametrize("method", ["plain", "icd"])
+@pytest.mark.parametrize(
+    "texts, images", [(["is it"], 1), (["is it", "what is in"], [2, 1])], ids=["one", "padded batch"]
+)
+@pytest.mark.parametrize("how", [CHAIN, TREE], ids=["chain", "tree"])
+@torch.no_grad()
+def test_drafts_are_those_computed_by_hand(how, texts, images, method):
+    """Chains and trees of the head alone, and contrast-aware ones: from the scores of its guesses for both views."""
+    model, head = head_and_model("vispec")
+    inputs = inputs_of(texts, images)
+    drafter = drafters.get("vispec")(head=head, contrast=method == "icd", **how)
+    cycles, captured = recorded(model, drafter, inputs, method)
+    others = 0
+    for cycle in cycles[:4]:
+        tree = cycle[2]
+        for b, text in decoding(captured, cycle):
+            score = contrasted if method == "icd" else lambda logits: logits[0]
+            hand = ByHand(model, head, whole_texts(captured, b, text), pixels_of(inputs, images, b), score)
+            draft = functools.partial(chain_by_hand, depth=3)
+            if how is TREE:
+                draft = functools.partial(tree_by_hand, depth=3, k=2, rows=6)
+            assert paths_of(tree, b) == draft(hand)
+            hand.score = lambda logits: logits[0]
+            others += paths_of(tree, b) != draft(hand)
+    assert (others > 0) == (method == "icd"), "the contrast must show in the draft"
 
 
 def test_a_trimmed_head_drafts_only_its_tokens():

@@ -196,8 +196,7 @@ class _HeadSession(Session):
         z = self.runner.inputs(tokens.repeat(self.views, 1) if self.views > 1 else tokens, features, self.constant)
         start, stop = self.length, self.length + t
         if seen is None:
-            first = int(self.next[0]) if self.samples == 1 else None
-            cos, sin = self._turn_from(t) if first is None else self._turn_slice(first, t)
+            cos, sin = self._turn_next(0, t)
             mask = None if t == 1 and self.seen is None else self.runner.causal(start, stop)
             if self.seen is not None:
                 self.seen = F.pad(self.seen, (0, t), value=True)
@@ -216,12 +215,14 @@ class _HeadSession(Session):
         self.guess = self.runner.step(z, cos, sin, self.keys, self.values, start, mask)[:, -1:]
         self.length, self.next = stop, self.next + moved
 
-    def _turn_slice(self, first: int, t: int) -> tuple[Tensor, Tensor]:
-        cos, sin = self.runner.rotary(first + t)
-        return cos[first : first + t], sin[first : first + t]
-
-    def _turn_from(self, t: int) -> tuple[Tensor, Tensor]:
-        return self._turn(self.next[:, None] + torch.arange(t, device=self.next.device))
+    def _turn_next(self, level: int, t: int) -> tuple[Tensor, Tensor]:
+        """cos, sin of ``t`` slots from ``level`` slots after the next one of each row."""
+        if len(self.next) == 1:
+            first = int(self.next) + level
+            cos, sin = self.runner.rotary(first + t)
+            return cos[first : first + t], sin[first : first + t]
+        # Views of one sample have prompts of their own, so their rows stand at positions of their own.
+        return self._turn(self.next[:, None] + level + torch.arange(t, device=self.next.device))
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin (R, 1, t, head_dim) at ``positions`` (R, t)."""
@@ -271,10 +272,7 @@ class _HeadSession(Session):
 
     def _level(self, token: Tensor, guess: Tensor, level: int) -> Tensor:
         z = self.runner.inputs(token.repeat(self.views, 1) if self.views > 1 else token, guess, self.constant)
-        if self.samples == 1:
-            cos, sin = self._turn_slice(int(self.next[0]) + level, 1)
-        else:
-            cos, sin = self._turn((self.next + level)[:, None])
+        cos, sin = self._turn_next(level, 1)
         mask = None
         if self.seen is not None:
             mask = F.pad(self.seen, (0, level + 1), value=True)[:, None, None]
