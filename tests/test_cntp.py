@@ -77,7 +77,7 @@ def literal(inputs, row, row_id, method, seed, steps, do_sample=False, temperatu
             return (logits / temperature).log_softmax(-1)
 
         def draw(scores, trial, position):
-            noise = sampling.gumbel(seed, (row_id, "cntp", trial), position, len(scores))
+            noise = sampling.gumbel(seed, (row_id, "cntp", len(answer), trial), position, len(scores))
             return int((scores + noise).argmax())
 
         answer, counts = [], []
@@ -144,6 +144,22 @@ def test_the_seed_decides_and_torch_does_without_one():
     assert torch.equal(*free)
 
 
+def test_no_draw_uses_the_noise_of_another(monkeypatch):
+    keys = []
+
+    def gumbel(*key):
+        keys.append(key)
+        return noise(*key)
+
+    noise = sampling.gumbel
+    monkeypatch.setattr(sampling, "gumbel", gumbel)
+    _, run = generate(CNTP(punctuation=MARKS, max_segment=6), tiny("llava").inputs(["is it"]))
+    # Trials that ran further than the one that was kept drew for positions that the next ones draw for again.
+    positions = [position for _, _, position, _ in keys]
+    assert len(run.trials[0]) > 2 and len(set(positions)) < len(positions)
+    assert len(set(keys)) == len(keys)
+
+
 def test_trials_share_a_forward():
     inputs = tiny("llava").inputs(["is it"])
     out, run = generate(CNTP(punctuation=MARKS, max_segment=5), inputs)
@@ -187,9 +203,13 @@ def test_what_it_cannot_do_is_said():
         (dict(cache_implementation="static"), "static cache"),
         (dict(prompt_lookup_num_tokens=3), "drafter"),
         (dict(return_dict_in_generate=True, output_scores=True), "output_scores"),
+        (dict(prefix_allowed_tokens_fn=lambda *_: [5]), "cntp.*prefix_allowed_tokens_fn"),
     ):
+        model, forwards = copy.deepcopy(tiny("llava").model), []
+        model.get_decoder().register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
         with pytest.raises(UnsupportedError, match=says):
-            generate(CNTP(), inputs, **how)
+            generate(CNTP(), inputs, model=model, **how)
+        assert not forwards
     for parameters in (dict(max_trials=0), dict(max_entropy=0.0), dict(form="x"), dict(max_segment=0)):
         with pytest.raises(ParameterError):
             CNTP(**parameters)

@@ -17,7 +17,7 @@ from evals.loaders import scene_source
 from evals.plan import GREEDY
 from evals.runner import Options, Run, load
 from lvlm_decode.cli import app
-from lvlm_decode.controllers.base import Controller, refuse_cache
+from lvlm_decode.controllers.base import Controller
 from lvlm_decode.controllers.opera import OPERA
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import METHODS
@@ -77,7 +77,7 @@ def test_another_cache_is_refused(name):
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(UnsupportedError, match="holds tokens"):
-        refuse_cache(name, filled)
+        method_class(name)(**QUICK[name]).check_cache(filled)
 
 
 @pytest.fixture(scope="module")

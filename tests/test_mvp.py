@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteria
 from zoo import BUILDERS, EOS, tiny
 
+from lvlm_decode.controllers import mvp
 from lvlm_decode.controllers.mvp import MVP, _decide, _Path
 from lvlm_decode.engine import sampling
 from lvlm_decode.engine.attach import attach, detach, last_run
@@ -183,17 +184,31 @@ def test_a_batch_gives_each_sample_what_it_gets_alone():
         assert run.certainties[row] == pytest.approx(own.certainties[0], abs=1e-5)
 
 
-def test_questions_about_one_image_share_its_captions():
+@pytest.fixture()
+def drawn(monkeypatch):
+    """How many captions were drawn, each time some were."""
+    counts = []
+
+    def counting(method, run, asked, *more):
+        counts.append(len(asked))
+        return draw(method, run, asked, *more)
+
+    draw = mvp._draw_captions
+    monkeypatch.setattr(mvp, "_draw_captions", counting)
+    return counts
+
+
+def test_questions_about_one_image_share_its_captions(drawn):
     model = copy.deepcopy(tiny("llava").model)
     method = MVP(**QUICK)
     first = tiny("llava").inputs(["is it", "what"])
     first["pixel_values"][1] = first["pixel_values"][0]
     _, run = generate(method, first, model=model, keep=True)
-    assert run.captions[0] == run.captions[1]
+    assert run.captions[0] == run.captions[1] and drawn == [3]
     again = tiny("llava").inputs(["where"])
     again["pixel_values"][0] = first["pixel_values"][0]
     _, later = generate(method, again, model=model, keep=True)
-    assert later.captions[0] == run.captions[0]
+    assert later.captions[0] == run.captions[0] and drawn == [3]
     assert later.forwards <= 1 + method.path_tokens
     other = tiny("llava").inputs(["where"], seed=9)
     _, fresh = generate(method, other, model=model, keep=True)
@@ -201,6 +216,16 @@ def test_questions_about_one_image_share_its_captions():
     detach(model)
     _, after = generate(method, again, model=model)
     assert after.captions == later.captions and after.forwards > later.forwards
+
+
+def test_captions_are_shared_between_calls_without_a_seed_too(drawn):
+    model, inputs = copy.deepcopy(tiny("llava").model), tiny("llava").inputs(["is it"])
+    captions = []
+    for seed in (None, None, 3, 4, 3):
+        _, run = generate(MVP(**QUICK), inputs, model=model, keep=True, seed=seed)
+        captions.append(run.captions)
+    assert drawn == [3, 3, 3]
+    assert captions[0] == captions[1] and captions[2] == captions[4] != captions[3]
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -245,9 +270,14 @@ def test_what_it_cannot_do_is_said():
         (dict(num_beams=2), "beam search"),
         (dict(cache_implementation="static"), "static cache"),
         (dict(prompt_lookup_num_tokens=3), "drafter"),
+        (dict(return_dict_in_generate=True, output_logits=True), "output_logits"),
+        (dict(prefix_allowed_tokens_fn=lambda *_: [5]), "mvp.*prefix_allowed_tokens_fn"),
     ):
+        model, forwards = copy.deepcopy(tiny("llava").model), []
+        model.get_decoder().register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
         with pytest.raises(UnsupportedError, match=says):
-            generate(MVP(**QUICK), inputs, **how)
+            generate(MVP(**QUICK), inputs, model=model, **how)
+        assert not forwards
     for parameters in (
         dict(answers=["yes"]),
         dict(weights=(1.0, 2.0)),

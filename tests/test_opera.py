@@ -8,8 +8,8 @@ import torch
 from conftest import shared_path
 from opera_restatement import restate
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration, StoppingCriteria, TextStreamer
-from zoo import BUILDERS, EOS, tiny
+from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingCriteria, TextStreamer
+from zoo import BUILDERS, EOS, TEXT, react, tiny
 
 from lvlm_decode.controllers.base import Limits
 from lvlm_decode.controllers.opera import OPERA, Recorder, Search, search_all, spans
@@ -501,6 +501,7 @@ def test_streaming_and_sums_are_refused(llava):
         (dict(form="slides"), "'code' or 'paper'"),
         (dict(score_dtype="int8"), "score_dtype"),
         (dict(max_rollbacks=-1), "max_rollbacks = -1"),
+        (dict(prompt_length=0), "prompt_length = 0"),
     ],
 )
 def test_parameters_outside_their_range(parameters, says):
@@ -575,6 +576,42 @@ def test_half_precision_runs(llava):
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     out = generate(llava.bfloat16(), OPERA(**SEARCH), inputs, max_new_tokens=12)
     assert out.shape[1] > inputs["input_ids"].shape[1]
+
+
+def padded(inputs, columns):
+    """The batch as ``pad_to_multiple_of`` makes it: columns on the left that hold nothing in any row."""
+    pad = torch.nn.functional.pad
+    return inputs | {
+        "input_ids": pad(inputs["input_ids"], (columns, 0)),
+        "attention_mask": pad(inputs["attention_mask"], (columns, 0)),
+    }
+
+
+def test_padding_of_all_rows_moves_no_image(llava):
+    inputs = inputs_of(["is it", "what"])
+    width = inputs["input_ids"].shape[1]
+    how = dict(return_dict_in_generate=True, max_new_tokens=12)
+    method = OPERA(**{**SEARCH, "image_bonus_tokens": 10})
+    out = generate(llava, method, inputs, **how)
+    more = generate(llava, method, padded(inputs, 3), **how)
+    assert torch.equal(more.sequences[:, width + 3 :], out.sequences[:, width:])
+    assert torch.allclose(more.sequences_scores, out.sequences_scores, atol=1e-5)
+
+
+def test_one_window_for_all_layers_is_seen():
+    """Mistral: a window and no list of layer kinds."""
+    config = copy.deepcopy(tiny("llava").model.config)
+    config.text_config = MistralConfig(**TEXT, sliding_window=12)
+    model = react(LlavaForConditionalGeneration(config))
+    model.generation_config.eos_token_id = None
+    inputs = inputs_of(["is it", "what"])
+    assert inputs["input_ids"].shape[1] > 12 and not hasattr(config.text_config, "layer_types")
+    expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    method = OPERA(num_beams=1, num_attn_candidates=1, threshold=99)
+    assert torch.equal(generate(model, method, inputs, max_new_tokens=16), expected)
+    config.text_config.sliding_window = None
+    wide = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert not torch.equal(wide, expected)
 
 
 def test_image_positions_come_from_the_inputs():

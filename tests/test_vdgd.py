@@ -190,13 +190,36 @@ def test_grounding_decides_among_candidates_alone():
     p = torch.tensor([[0.4, 0.35, 0.25, 1e-4]]).log()
     grounds = torch.tensor([[-5.0, -1.0, -2.0, 0.0]])
     scores = Grounding(VDGD(beta=0.5), grounds)(torch.zeros(1, 1), p)
-    assert int(scores.argmax()) == 1 and torch.isinf(scores[0, 3])
+    assert int(scores.argmax()) == 1 and scores.softmax(-1)[0, 3] == 0
     assert scores.exp().sum() == pytest.approx(1.0)
     assert torch.allclose((scores[0, 1] - scores[0, 2]).exp(), torch.tensor(1.0).exp())
     rows = Grounding(VDGD(beta=0.5), grounds)(torch.zeros(3, 1), p.repeat(3, 1))
     assert torch.allclose(rows, scores.repeat(3, 1))
     added = Grounding(VDGD(beta=0.5, mode="add", kappa=0.0), grounds)(torch.zeros(1, 1), p)
     assert int(added.argmax()) == 0
+
+
+def test_where_all_candidates_are_banned_the_likeliest_other_token_is_said():
+    p = torch.tensor([[0.6, 0.05, 0.2, 0.15]]).log()
+    scores = Grounding(VDGD(beta=1.0), torch.tensor([[-1.0, -9.0, -3.0, -0.1]]))(torch.zeros(1, 1), p)
+    assert scores.argsort(-1, descending=True).tolist() == [[0, 2, 3, 1]]
+    assert ((scores / 10).softmax(-1) > 0).tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("how", [{}, dict(do_sample=True, top_k=0), dict(num_beams=2)])
+def test_processors_may_ban_every_candidate(how):
+    """beta = 1 leaves one candidate, and it is the end token here, which may not come yet."""
+    inputs = tiny("llava").inputs(["is it"])
+    width, method = inputs["input_ids"].shape[1], VDGD(**QUICK, beta=1.0)
+    plain, _ = generate("llava", method, inputs, max_new_tokens=6)
+    model = copy.deepcopy(tiny("llava").model)
+    model.generation_config.eos_token_id = int(plain[0, width + 2])
+    out, _ = generate("llava", method, inputs, model, max_new_tokens=6, min_new_tokens=6, **how)
+    answer = out[0, width:].tolist()
+    assert len(answer) == 6 and not set(answer) & {model.generation_config.eos_token_id, 0}
+    once, _ = generate("llava", method, inputs, no_repeat_ngram_size=1, **how)
+    answer = [token for token in once[0, width:].tolist() if token != EOS]
+    assert len(set(answer)) == len(answer) and 0 not in answer
 
 
 def test_what_it_cannot_do_is_said():
@@ -209,6 +232,7 @@ def test_what_it_cannot_do_is_said():
         VDGD() + VDGD()
     with pytest.raises(InputError, match="has no image"):
         generate("llava", VDGD(**QUICK), tiny("llava").inputs(["is it"], 0))
-    for how in (dict(beta=0), dict(mode="mix"), dict(candidates="all"), dict(prompt="{question}")):
+    texts = dict(prompt="{question}"), dict(prompt="{description}")
+    for how in (dict(beta=0), dict(mode="mix"), dict(candidates="all"), *texts):
         with pytest.raises(ParameterError):
             VDGD(**how)

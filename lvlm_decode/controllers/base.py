@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, PrefixConstrainedLogitsProcessor
 
 from ..errors import UnsupportedError
 from ..method import Method
@@ -45,6 +45,41 @@ class Controller(Method):
             streamer: as given to ``generate()``; the prompt has been put already.
         """
         raise NotImplementedError(f"{type(self).__name__} has no decode")
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise if ``generate()`` was asked for a cache that a search cannot put its own in place of.
+
+        Raises:
+            UnsupportedError: a cache that is quantised, offloaded, or holds tokens already.
+        """
+        if cache is None:
+            return
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            raise UnsupportedError(
+                f"{self.name} keeps keys and values in a dynamic cache of its own, and {type(cache).__name__} was asked "
+                "for; leave out cache_implementation and past_key_values."
+            )
+        if cache.get_seq_length() > 0:
+            raise UnsupportedError(
+                f"{self.name} starts from the whole prompt; leave out past_key_values, which holds tokens."
+            )
+
+    def check_search(self, cache: Any, logits_processor: Any, generation_config: GenerationConfig, why: str) -> None:
+        """Raise if the call asks for what a search with rows of its own cannot give; ``why`` it has no outputs per step.
+
+        Raises:
+            UnsupportedError: such a cache, outputs per step, or ``prefix_allowed_tokens_fn``.
+        """
+        self.check_cache(cache)
+        if generation_config.return_dict_in_generate:
+            for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+                if getattr(generation_config, option, False):
+                    raise UnsupportedError(f"{self.name} cannot honour {option}=True: {why}; leave it out.")
+        if any(isinstance(processor, PrefixConstrainedLogitsProcessor) for processor in logits_processor):
+            raise UnsupportedError(
+                f"{self.name} cannot honour prefix_allowed_tokens_fn, which tells samples apart by the rows of Hugging "
+                "Face's own loops; leave it out, or pass a LogitsProcessor that reads the prompt."
+            )
 
 
 @dataclass(frozen=True)
@@ -120,33 +155,3 @@ def pad_answers(input_ids: Tensor, answers: list[Tensor], pad: int) -> Tensor:
     for row, answer in enumerate(answers):
         out[row, : len(answer)] = answer
     return torch.cat([input_ids, out], 1)
-
-
-def refuse_cache(name: str, cache: Any) -> None:
-    """Raise if ``generate()`` was asked for a cache that a search cannot put its own in place of.
-
-    Raises:
-        UnsupportedError: a cache that is quantised, offloaded, or holds tokens already.
-    """
-    if cache is None:
-        return
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        raise UnsupportedError(
-            f"{name} keeps keys and values in a dynamic cache of its own, and {type(cache).__name__} was asked for; leave "
-            "out cache_implementation and past_key_values."
-        )
-    if cache.get_seq_length() > 0:
-        raise UnsupportedError(f"{name} starts from the whole prompt; leave out past_key_values, which holds tokens.")
-
-
-def refuse_outputs(name: str, generation_config: GenerationConfig, why: str) -> None:
-    """Raise if per-step outputs are asked for that a search does not have.
-
-    Raises:
-        UnsupportedError: names the option.
-    """
-    if not generation_config.return_dict_in_generate:
-        return
-    for option in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, option, False):
-            raise UnsupportedError(f"{name} cannot honour {option}=True: {why}; leave it out.")

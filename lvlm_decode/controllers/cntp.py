@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import sampling
-from .base import Controller, Limits, pad_answers, refuse_cache, refuse_outputs, seed_of
+from .base import Controller, Limits, pad_answers, seed_of
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class CNTP(Controller):
     """Several tries where the model is unsure, the most fluent one kept.
 
     With ``do_sample=False`` certain steps take the likeliest token and only trials are drawn, as in the authors' code.
-    Draws are keyed by (seed, sample id, trial, position): the batch never changes an answer.
+    Draws are keyed by (seed, sample id, start of the trials, trial, position): the batch never changes an answer.
 
     Args:
         min_entropy: nats; below it there is one trial, >= 0.
@@ -83,8 +83,8 @@ class CNTP(Controller):
         return int(1 + (self.max_trials - 1) * place)
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        refuse_cache("cntp", mode["cache"])
-        refuse_outputs("cntp", generation_config, "most of its steps belong to trials that were not kept")
+        why = "most of its steps belong to trials that were not kept"
+        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
         captured = run.captured()[0]
         limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
         # The engine's own draws decide one token per position; here every trial needs one.
@@ -239,7 +239,9 @@ class Writer:
         return logits.log_softmax(-1)
 
     def _draw(self, said: Tensor, trial: int, offset: int) -> int:
-        noise = sampling.gumbel(self.seed, (self.row_id, "cntp", trial), len(self.tokens) + offset, len(said))
+        # With the place where the trials began, so that none reuses what a discarded one drew for the same position.
+        start = len(self.tokens)
+        noise = sampling.gumbel(self.seed, (self.row_id, "cntp", start, trial), start + offset, len(said))
         return int((said + noise.to(said.device)).argmax())
 
 

@@ -25,7 +25,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import sampling
-from .base import Controller, Limits, memory_of, pad_answers, refuse_cache, refuse_outputs, seed_of
+from .base import Controller, Limits, memory_of, pad_answers, seed_of
 from .prompts import asking, question_of
 from .rows import Rows
 
@@ -116,8 +116,8 @@ class MVP(Controller):
         self.check(self.form in ("code", "paper"), "form", "'code' or 'paper'")
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        refuse_cache("mvp", mode["cache"])
-        refuse_outputs("mvp", generation_config, "an answer is put together from many paths")
+        why = "an answer is put together from many paths"
+        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
         limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
         samples, seed = run.samples[0], seed_of(run)
         run.forwards = 0
@@ -153,7 +153,8 @@ def captions_of(method: MVP, run: Run, samples: Sequence[Sample], seed: int, end
     """The three captions of every sample's image; drawn once per image."""
     memory = memory_of(run)
     prompts = (method.bottom_up, method.top_down, method.regular)
-    how = (prompts, method.caption_temperature, method.caption_top_p, method.caption_tokens, seed, tuple(ends))
+    # Without a seed of the caller's any draw of the captions is as good as another, so those that are there serve.
+    how = (prompts, method.caption_temperature, method.caption_top_p, method.caption_tokens, run.seed, tuple(ends))
     keys = [image_key(sample) for sample in samples]
     new = {key: sample for key, sample in zip(keys, samples) if ("mvp", key, how) not in memory}
     if new:

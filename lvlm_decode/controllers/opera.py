@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateBeamDecoderOnlyOutput, PrefixConstrainedLogitsProcessor
+from transformers.generation import GenerateBeamDecoderOnlyOutput
 
 from ..engine.attention import Edit, editing, probabilities, visible
 from ..errors import UnsupportedError
-from .base import Controller, Limits, pad_answers, refuse_cache, refuse_outputs
+from .base import Controller, Limits, pad_answers
 from .rows import Rows
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class OPERA(Controller):
         self.check(self.form in _FORMS, "form", "'code' or 'paper'")
         self.check(self.window_size >= 1, "window_size", "at least 1")
         self.check(self.score_dtype in (None, "float16", "float32"), "score_dtype", "'float16', 'float32' or None")
-        self.check(self.prompt_length is None or self.prompt_length >= 0, "prompt_length", "at least 0, or None")
+        self.check(self.prompt_length is None or self.prompt_length >= 1, "prompt_length", "at least 1, or None")
         for name in ("penalty_scale", "image_bonus_tokens", "min_rollback_index", "max_rollbacks"):
             value = getattr(self, name)
             self.check(value is None or value >= 0, name, "at least 0, or None for the form's own")
@@ -137,17 +137,12 @@ class OPERA(Controller):
         return value
 
     def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        refuse_cache("opera", mode["cache"])
-        refuse_outputs("opera", generation_config, "tokens that were taken back have no place in a list of steps")
-        for processor in mode["logits_processor"]:
-            if isinstance(processor, PrefixConstrainedLogitsProcessor):
-                raise UnsupportedError(
-                    "opera cannot honour prefix_allowed_tokens_fn: it tells samples by rows of Hugging Face's own beams; "
-                    "leave it out."
-                )
+        why = "tokens that were taken back have no place in a list of steps"
+        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
         captured = run.captured()[0]
         limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
-        images = input_ids == run.family.image_token_id
+        # The rows of the cache are these, which may have less padding than the caller's.
+        images = captured.input_ids == run.family.image_token_id
         searches = [
             Search(
                 self,

@@ -33,7 +33,7 @@ class Rows:
     def __init__(self, captured: Captured, pad_token_id: int = 0):
         self.module = captured.module
         self.config = self.module.config.get_text_config(decoder=True)
-        self._window = _sliding_window(self.config)
+        self._window, self._kinds = _attention_of(self.config)
         self._pad = pad_token_id
         lane = Lane([captured], (0,), cache=DynamicCache(), pad_token_id=pad_token_id)
         with torch.no_grad():
@@ -238,6 +238,8 @@ class Rows:
         new = self.prompt + lengths[:, None] + depth
         at = torch.cat([at, new], 1)
         near = new[:, :, None] - at[:, None, :] < self._window
+        if not self._kinds:
+            return self._additive(seen & near)
         return {"full_attention": self._additive(seen), "sliding_attention": self._additive(seen & near)}
 
     def _additive(self, seen: Tensor) -> Tensor:
@@ -261,20 +263,25 @@ class Rows:
             )
 
 
-def _sliding_window(config: Any) -> int | None:
-    """How far the sliding layers of a decoder see, ``None`` if it has none.
+def _attention_of(config: Any) -> tuple[int | None, set[str]]:
+    """How far the sliding layers of a decoder see, ``None`` if it has none, and the kinds of layers it tells apart.
+
+    Decoders that tell none apart (Mistral) have one mask for all layers, and their window, where they have one, is all
+    layers'.
 
     Raises:
         UnsupportedError: layers that are neither full nor sliding attention.
     """
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return getattr(config, "sliding_window", None), kinds
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         raise UnsupportedError(
             f"{config.model_type} has layers of kind {', '.join(sorted(other))}, whose state cannot be branched or "
             "rolled back token by token; use a model with attention layers only."
         )
-    return config.sliding_window if "sliding_attention" in kinds else None
+    return config.sliding_window if "sliding_attention" in kinds else None, kinds
 
 
 def _with_hidden(module: torch.nn.Module, run: Any) -> tuple[Tensor, Any]:

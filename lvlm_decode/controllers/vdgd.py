@@ -4,7 +4,7 @@ The model first describes the image, and what it would have said at every token 
 ``q_1 .. q_L``. Then the description goes before the question, and each step chooses among the plausible tokens of the answer
 the one that the description grounds best:
 
-    score(w) = - min_j KL(onehot(w) || q_j) = max_j log q_j(w)        for w in C, else -inf
+    score(w) = - min_j KL(onehot(w) || q_j) = max_j log q_j(w)        for w in C; all others come after these
 
 ``max_j`` is taken while the description is written, so that a step costs one gather. Candidates C: the plausibility mask
 (default), the ``knee`` (everything before the steepest drop of the sorted probabilities, the paper's other form), or the
@@ -25,12 +25,15 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
 from ..method import plausible
-from .base import AsCaller, Controller, Limits, refuse_cache
+from .base import AsCaller, Controller, Limits
 from .prompts import asking, question_of
 from .rows import Rows
 
 if TYPE_CHECKING:
     from ..engine.attach import Run
+
+#: How far below the candidates all other tokens come, in nats; ``exp(-BELOW)`` is 0, also at high temperatures.
+BELOW = 1e4
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class VDGD(Controller):
         self.check(self.reduction in ("min", "avg"), "reduction", "'min' or 'avg'")
         self.check(self.mode in ("replace", "add"), "mode", "'replace' or 'add'")
         self.check(self.description_tokens >= 1, "description_tokens", "at least 1")
-        self.check("{description}" in self.prompt, "prompt", "a text with {description} and {question} in it")
+        named = "{description}" in self.prompt and "{question}" in self.prompt
+        self.check(named, "prompt", "a text with {description} and {question} in it")
 
     def decode(
         self,
@@ -97,7 +101,7 @@ class VDGD(Controller):
         stopping_criteria: Any,
         generation_config: Any,
     ) -> Any:
-        refuse_cache("vdgd", cache)
+        self.check_cache(cache)
         samples = run.samples[0]
         limits = Limits.of(run, input_ids, stopping_criteria, generation_config)
         questions = [question_of(sample).text for sample in samples]
@@ -159,6 +163,10 @@ class VDGD(Controller):
 class Grounding:
     """Re-ranks the candidates of every row by how well the description of its sample grounds them.
 
+    All other tokens come far below, in the order that the answer's own distribution gives them: a draw never takes one, and
+    where the processors after this one ban every candidate (an end token that ``min_new_tokens`` forbids, a repeated word)
+    the likeliest token that is left is said.
+
     Args:
         method: which candidates, and how the grounding enters.
         grounds: (B, N) log-probability that the description gives each token.
@@ -174,7 +182,8 @@ class Grounding:
         grounds = self.grounds.repeat_interleave(len(scores) // len(self.grounds), 0)
         if self.method.mode == "add":
             grounds = scores.log_softmax(-1) + self.method.kappa * grounds
-        return grounds.masked_fill(~keep, float("-inf")).log_softmax(-1)
+        ranked = grounds.masked_fill(~keep, float("-inf")).log_softmax(-1)
+        return torch.where(keep, ranked, scores.log_softmax(-1) - BELOW)
 
 
 def candidates_of(method: VDGD, scores: Tensor) -> Tensor:
