@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 import zoo
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from lvlm_decode.engine.attach import attach, detach, last_run
 from lvlm_decode.errors import LvlmDecodeError, UnsupportedError
@@ -194,6 +194,89 @@ def test_ends_and_lengths_are_honoured():
     assert torch.equal(out, expected)
 
 
+#: Tokens that are no printable character, which alone a string can be made of.
+UNPRINTABLE = [*range(4), *range(99, zoo.VOCABULARY)]
+
+
+@pytest.mark.parametrize("texts", [["is it"], ["is it", "what color"]], ids=["one", "batch"])
+@pytest.mark.parametrize("family", ["llava", "instructblip"])
+def test_stop_strings_are_honoured(family, texts):
+    tiny, model = model_of(family, torch.float32)
+    inputs = tiny.inputs(texts, seed=2)
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": UNPRINTABLE, "eos_token_id": None}
+    # An InstructBLIP's own generate() gives no prompt back, so both are compared from the end.
+    free = model.generate(**inputs, **options)
+    answer = free[0, -NEW:].tolist()
+    stop = tiny.tokenizer.decode(answer[5:7])
+    options |= {"stop_strings": [stop], "tokenizer": tiny.tokenizer, "pad_token_id": zoo.PAD}
+    expected = model.generate(**inputs, **options)
+    ended = expected.shape[1] - free.shape[1] + NEW
+    assert answer[:7] == expected[0, expected.shape[1] - ended :][:7].tolist()
+    assert ended < NEW or len(texts) > 1, "the stop string must stop it"
+    for drafter in (None, "oracle", "half tree", "recycling"):
+        given = drafter_of(drafter, family, torch.float32, free[:, -NEW:].tolist()) if drafter else None
+        out, _ = run(tiny, model, parse("plain"), inputs, given, **options)
+        assert torch.equal(out[:, -ended:], expected[:, -ended:]), drafter
+    vcd, _ = run(tiny, model, parse("vcd"), inputs, **options)
+    out, _ = run(tiny, model, parse("vcd"), inputs, "recycling", **options)
+    assert torch.equal(out, vcd)
+    # From a configuration, as a checkpoint may bring them.
+    del options["stop_strings"]
+    config = GenerationConfig(stop_strings=[stop], eos_token_id=None, pad_token_id=zoo.PAD)
+    for drafter in (None, "recycling"):
+        out, _ = run(tiny, model, parse("plain"), inputs, drafter, **options, generation_config=config)
+        assert torch.equal(out[:, -ended:], expected[:, -ended:]), drafter
+    assert "_get_stopping_criteria" not in model.__dict__
+
+
+class Ends(StoppingCriteria):
+    """Holds for texts of a length that the first token decides; keeps what it was called with."""
+
+    def __init__(self, width):
+        self.width, self.calls = width, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += [row[self.width :].tolist() for row in input_ids]
+        return torch.tensor([len(row) - self.width >= 4 + int(row[self.width]) % 7 for row in input_ids])
+
+
+@pytest.mark.parametrize("eos", [None, zoo.EOS])
+def test_criteria_of_a_batch_end_it_as_without_a_draft(eos):
+    """Without end tokens Hugging Face decodes samples on that have ended, until all have; with them it fills up."""
+    tiny, model = model_of("llava", torch.float32)
+    inputs = tiny.inputs(["is it", "what color", "what is in it"], seed=2)
+    width = inputs["input_ids"].shape[1]
+    how = {"eos_token_id": eos, "suppress_tokens": [zoo.EOS], "pad_token_id": zoo.PAD}
+    free, _ = run(tiny, model, parse("vcd"), inputs, **how)
+    answers = free[:, width:].tolist()
+    assert len({answer[0] % 7 for answer in answers}) > 1, "samples must end at different lengths"
+    for options in ({}, {"return_dict_in_generate": True, "output_scores": True}):
+        expected, _ = run(tiny, model, parse("vcd"), inputs, stopping_criteria=[Ends(width)], **how, **options)
+        for drafting in ("none", "oracle", "half tree", "recycling", "vispec tree"):
+            drafter = drafter_of(drafting, "llava", torch.float32, answers)
+            out, stats = run(
+                tiny, model, parse("vcd"), inputs, drafter, stopping_criteria=[Ends(width)], **how, **options
+            )
+            if options:
+                assert torch.equal(out.sequences, expected.sequences) and len(out.scores) == len(expected.scores)
+            else:
+                assert torch.equal(out, expected), drafting
+                assert stats.tokens == (out[:, width:] != zoo.PAD).sum()
+
+
+def test_every_criterion_is_called_once_a_token():
+    tiny, model = model_of("llava", torch.float32)
+    inputs = tiny.inputs(["is it"], seed=2)
+    width = inputs["input_ids"].shape[1]
+    calls = []
+    for drafting in (None, "half tree"):
+        criteria = [Ends(width), Ends(width)]
+        drafter = drafter_of(drafting, "llava", torch.float32, [calls[-1][0][-1]]) if drafting else None
+        run(tiny, model, parse("vcd"), inputs, drafter, stopping_criteria=criteria, eos_token_id=None)
+        calls.append([criterion.calls for criterion in criteria])
+    assert calls[0] == calls[1] and len(calls[0][0]) == len(calls[0][1]) > 3
+
+
 class Collector:
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -289,6 +372,9 @@ def test_what_cannot_be_honoured_is_refused():
         run(tiny, model, parse("plain"), inputs, "recycling", num_beams=2)
     with pytest.raises(UnsupportedError, match="output_attentions"):
         run(tiny, model, parse("plain"), inputs, "recycling", return_dict_in_generate=True, output_attentions=True)
+    for other in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": zoo.tiny("llava").model}):
+        with pytest.raises(UnsupportedError, match=r"drafter recycling is attached.*leave those out"):
+            run(tiny, model, parse("plain"), inputs, "recycling", **other)
     attach(model, parse("vcd"), drafter="recycling", execution="skip")
     try:
         with pytest.raises(UnsupportedError, match="skip"):

@@ -297,6 +297,11 @@ def decode(
         modes.append("sample")
     modes += ["stream"] if streamer is not None else []
     modes += ["static"] if isinstance(cache, StaticCache) else []
+    if drafter is not None and mode == "assisted_generation":
+        raise UnsupportedError(
+            f"drafter {drafter.name} is attached, and assistant_model, prompt_lookup_num_tokens and assistant_early_exit "
+            "draft too; leave those out of generate(), or attach without a drafter."
+        )
     modes += ["speculation"] if drafter is not None or mode == "assisted_generation" else []
     modes += ["batch"] if len(run.batch.samples) > 1 else []
     check_modes(method, modes)
@@ -457,16 +462,20 @@ class _Attachment:
                 drafter=self.drafter,
             )
 
-        return type(module).generate(
-            module, **text, custom_generate=loop, streamer=streamer, assistant_model=assistant_model, **kwargs
-        )
+        with hf.stopping_with(module, kwargs.get("tokenizer")):
+            return type(module).generate(
+                module, **text, custom_generate=loop, streamer=streamer, assistant_model=assistant_model, **kwargs
+            )
 
     def _rows_per_sample(self, kwargs: dict[str, Any]) -> int:
         """How many rows of the loop each sample takes, from the call and the configurations it falls back on."""
 
+        # A language model inside the LVLM whose loop decodes falls back on its own configuration.
+        own = self.family.decoding_module(self.model).generation_config
+
         def setting(name: str) -> int:
             config = kwargs.get("generation_config")
-            values = [kwargs.get(name), getattr(config, name, None), getattr(self.model.generation_config, name, None)]
+            values = [kwargs.get(name), getattr(config, name, None), getattr(own, name, None)]
             return next((int(v) for v in values if v is not None), 1)
 
         return max(setting("num_beams"), setting("num_return_sequences"))

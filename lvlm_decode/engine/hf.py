@@ -88,6 +88,9 @@ def self_check() -> list[str]:
             moved.append(f"GenerationMixin.{name} lost {', '.join(sorted(missing))}")
     if "is_first_iteration" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
         moved.append("prepare_inputs_for_generation lost is_first_iteration")
+    criteria = getattr(GenerationMixin, "_get_stopping_criteria", None)
+    if criteria is None or "tokenizer" not in inspect.signature(criteria).parameters:
+        moved.append("GenerationMixin._get_stopping_criteria lost tokenizer")
     for cache in (transformers.DynamicCache, transformers.StaticCache):
         for name in ("reorder_cache", "crop", "get_seq_length"):
             if not hasattr(cache, name):
@@ -179,3 +182,18 @@ def instance_attribute(obj: Any, name: str, value: Any) -> Iterator[None]:
             del obj.__dict__[name]
         else:
             obj.__dict__[name] = before
+
+
+@contextmanager
+def stopping_with(module: torch.nn.Module, tokenizer: Any) -> Iterator[None]:
+    """``generate()`` of ``module`` finds ``tokenizer`` for its stop strings: beside ``custom_generate`` it drops its own."""
+    if tokenizer is None:
+        yield
+        return
+    own = module._get_stopping_criteria
+
+    def criteria(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **{**kwargs, "tokenizer": tokenizer})
+
+    with instance_attribute(module, "_get_stopping_criteria", criteria):
+        yield

@@ -166,6 +166,10 @@ class Chooser:
 class Stopper:
     """Whether a row ends with a token, as ``generate()``'s stopping criteria say.
 
+    Every criterion is called once for each committed token of each sample, in order, with that sample's ids alone
+    (1, S + generated) and without scores. A criterion that keeps something for each row of the batch, by its index,
+    cannot be served: samples of a batch are at different lengths while drafts are verified.
+
     Args:
         criteria: as ``generate()`` made them.
         prompt: (B, S) prompt ids.
@@ -176,6 +180,8 @@ class Stopper:
         self.most: int | None = None
         self.ends: set[int] = set()
         self.other: list[Any] = []
+        #: Whether rows that ended are filled up. Without end tokens Hugging Face decodes them on, until all have ended.
+        self.fills = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         for criterion in criteria:
             if type(criterion) is MaxLengthCriteria:
                 limit = criterion.max_length - self.width
@@ -190,11 +196,15 @@ class Stopper:
         """How many further draft tokens could be committed, given one more is committed anyway."""
         return 1 << 30 if self.most is None else self.most - generated - 1
 
+    def full(self, generated: list[int]) -> bool:
+        """Whether the length limit is reached."""
+        return self.most is not None and len(generated) >= self.most
+
     def stops(self, sample: int, generated: list[int]) -> bool:
         """Whether the text of ``sample`` ends with the last of ``generated``."""
-        if generated[-1] in self.ends or (self.most is not None and len(generated) >= self.most):
-            return True
-        if not self.other:
-            return False
-        text = torch.cat([self.prompt[sample], self.prompt.new_tensor(generated)])[None]
-        return any(bool(criterion(text, None).all()) for criterion in self.other)
+        ended = generated[-1] in self.ends or self.full(generated)
+        if self.other:
+            text = torch.cat([self.prompt[sample], self.prompt.new_tensor(generated)])[None]
+            # A list, so that each is called: criteria may count their calls.
+            ended = any([ended, *(bool(criterion(text, None).all()) for criterion in self.other)])
+        return ended

@@ -104,6 +104,8 @@ class _Loop:
         rows = len(input_ids)
         self.generated: list[list[int]] = [[] for _ in range(rows)]
         self.done = [False] * rows
+        #: How many tokens each sample had when its stopping criteria first held.
+        self.ended: list[int | None] = [None] * rows
         self.synchronise = torch.cuda.synchronize if input_ids.is_cuda else (lambda: None)
 
     def __call__(self, watcher: Watcher | None) -> Any:
@@ -121,6 +123,7 @@ class _Loop:
             token = choose(b, 0)
             self.done[b] = self._emit(b, token)
             self.chooser.commit(b, token)
+        self._settle()
         now = self._now()
         stats.prefill_s = now - start
         if not all(self.done):
@@ -140,6 +143,9 @@ class _Loop:
             while not all(self.done):
                 self._cycle(session, watcher)
             session.finish()
+        if not self.stopper.fills:
+            longest = max(self.ended)
+            self.generated = [own[:longest] for own in self.generated]
         stats.tokens = sum(map(len, self.generated))
         if self.streamer is not None:
             self.streamer.end()
@@ -172,6 +178,7 @@ class _Loop:
             stats.rows += sum(token >= 0 for token in tokens)
             stats.accepted += len(path) - 1
             stats.level(max(d for row, d in enumerate(shape.depth) if tokens[row] >= 0), len(path) - 1)
+        self._settle()
         if not all(self.done):
             keep(lanes, [[] if over else path for path, over in zip(paths, self.done)], tree.rows, tree.is_chain)
         walked = self._now()
@@ -210,7 +217,17 @@ class _Loop:
         self.texts[sample].append(token)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))
-        return self.stopper.stops(sample, own)
+        if self.stopper.stops(sample, own) and self.ended[sample] is None:
+            self.ended[sample] = len(own)
+        if self.stopper.fills or self.stopper.full(own):
+            return self.ended[sample] is not None
+        return None not in self.ended and len(own) >= max(self.ended)
+
+    def _settle(self) -> None:
+        """Samples that ended are decoded on, as without a draft, until all have: what is done is known afterwards."""
+        if not self.stopper.fills and None not in self.ended:
+            longest = max(self.ended)
+            self.done = [len(own) >= longest for own in self.generated]
 
     def _couple(self, scores: Tensor, level: int, ids: Tensor | None = None) -> Tensor:
         return self.chooser.couple(scores, [len(own) + level for own in self.generated], ids)
