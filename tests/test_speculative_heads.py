@@ -384,6 +384,21 @@ def test_saving_and_loading(tmp_path):
         HeadConfig.for_target(tiny.model, "medusa")
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_a_model_has_one_fingerprint_in_every_dtype(stored):
+    """Also with weights so small that float16 rounds them."""
+    model = copy.deepcopy(zoo.tiny("llava").model)
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad():
+        weight[:, :4] *= 1e-5
+        weight.copy_(weight.to(stored))
+    names = {fingerprint(copy.deepcopy(model).to(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    assert len(names) == 1
+    with torch.no_grad():
+        weight[0, 5] += 0.1
+    assert fingerprint(model) not in names
+
+
 def test_a_head_for_another_width_is_refused():
     tiny = zoo.tiny("llava")
     head = DraftHead(HeadConfig(**SIZES, kind="msd"))
@@ -477,3 +492,10 @@ def test_foreign_state_dicts_are_refused():
         from_state_dict({**good, "extra": torch.zeros(1)}, tiny.model)
     with pytest.raises(InputError, match="belongs to another model"):
         from_state_dict({**good, "fc.weight": torch.zeros(8, 16)}, tiny.model)
+    for name in ("fc.weight", "layers.0.mlp.down_proj.weight", "img_fc.weight"):
+        with pytest.raises(InputError, match=f"{name} is .* belongs to another model"):
+            from_state_dict({**good, name: good[name].t().contiguous()}, tiny.model)
+    with pytest.raises(InputError, match=r"imadpt\.q is .* belongs to another model"):
+        from_state_dict({**good, "imadpt.q": good["imadpt.q"].transpose(1, 2).contiguous()}, tiny.model)
+    joined = from_state_dict({**good, "imadpt.q": good["imadpt.q"].flatten(1)}, tiny.model)
+    torch.testing.assert_close(joined.imadpt.q.detach(), good["imadpt.q"])

@@ -125,10 +125,16 @@ class HeadConfig:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A short name of a model's language head, the same in every dtype that holds float16 weights exactly."""
-    weight = module.get_output_embeddings().weight
-    sample = weight.detach()[:: max(1, weight.shape[0] // 64)].to("cpu", torch.float16).contiguous()
-    return hashlib.blake2b(sample.numpy().tobytes(), digest_size=8).hexdigest()
+    """A short name of a model's language head, the same for a checkpoint loaded as float32, float16 or bfloat16.
+
+    Weights are rounded to bfloat16, and those that float16 holds with fewer bits (below 2 ** -14) taken for 0, before
+    they are hashed. That is exact for checkpoints stored in float16 or bfloat16; one stored in float32 may get another
+    name when it is loaded as float16, because two roundings are not one.
+    """
+    weight = module.get_output_embeddings().weight.detach()
+    sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16)
+    sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
+    return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class _Attention(nn.Module):
