@@ -163,12 +163,20 @@ class Method:
 
     @property
     def plausible(self) -> float | None:
-        """beta of the plausibility mask, or ``None`` for no mask."""
+        """beta of the plausibility mask if that is relative to view 0 as it is, or ``None``.
+
+        Where this mask leaves one token, ``execution="skip"`` decides the step by view 0 alone.
+        """
         return None
 
     def keep(self, step: Step) -> Tensor | None:
         """(B, T, N) bool, which tokens survive the plausibility mask; ``None`` keeps all."""
         return None if self.plausible is None else plausible(step.logits[0], self.plausible)
+
+    @property
+    def mask_view(self) -> int | None:
+        """The view whose arg max :meth:`keep` always keeps, counted within this method; ``None`` for no mask."""
+        return None if self.plausible is None else 0
 
     def scores(self, step: Step) -> Tensor:
         """(B, T, N): :meth:`combine`, then the mask, once."""
@@ -203,6 +211,10 @@ class Method:
         image_sizes: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
         pixel_attention_mask: Tensor | None = None,
+        batch_num_images: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
         seed: int | None = None,
         **model_kwargs: Any,
     ) -> Any:
@@ -217,6 +229,10 @@ class Method:
             "image_sizes": image_sizes,
             "image_grid_thw": image_grid_thw,
             "pixel_attention_mask": pixel_attention_mask,
+            "batch_num_images": batch_num_images,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "vision_aspect_ratio": vision_aspect_ratio,
         }
         return custom_generate(
             self,
@@ -278,7 +294,8 @@ class Sum(Method):
         """The sum of ``methods``.
 
         Raises:
-            UnsupportedError: a controller, two methods that own the same rule, or the same method twice.
+            UnsupportedError: a controller, two methods that own the same rule, the same method twice, or masks that
+                are relative to different views and could leave no token.
         """
         parts = tuple(part for method in methods for part in method.parts())
         owners: dict[str, str] = {}
@@ -295,6 +312,14 @@ class Sum(Method):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise UnsupportedError(f"{twice} is added to itself; set its strength by its own parameters instead.")
+        masking = [part for part in parts if part.mask_view is not None]
+        foreign = next((part for part in masking if part.mask_view != 0), None)
+        if foreign is not None and len(masking) > 1:
+            other = next(part for part in masking if part is not foreign)
+            raise UnsupportedError(
+                f"{foreign.name} and {other.name} cannot be added with a mask each: {foreign.name}'s is relative to a view "
+                "of its own, and together they may leave no token; set beta=None in one of them if it has one."
+            )
         return Sum(methods=parts)
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:

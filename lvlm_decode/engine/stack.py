@@ -380,7 +380,7 @@ class Lanes:
             for lane, output in zip(self.lanes, outputs):
                 kept = output.hidden_states[layer][:, -logits.shape[2] :]
                 for view, own in zip(lane.views, kept.split(rows)):
-                    states[view] = own
+                    states[view] = own.to(logits.device)
             hidden[layer] = torch.stack(states)
         self.last_step = Step(logits, positions, self.weights, hidden, self._project)
         return self.method.scores(self.last_step)
@@ -404,6 +404,6 @@ def check_execution(execution: str, method: Method, parts: int) -> None:
         raise UnsupportedError(f"execution = {execution!r} is not known; it is one of {', '.join(EXECUTIONS)}.")
     if execution == "skip" and parts > 1 and method.plausible is None:
         raise UnsupportedError(
-            f"{method.name} has no plausibility mask (beta), so no step is certain without its other views; use "
-            "execution='stacked'."
+            f"{method.name} has no plausibility mask on view 0 as it is that could decide a step alone, so every step "
+            "needs all views; use execution='stacked'."
         )

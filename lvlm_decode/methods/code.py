@@ -3,10 +3,10 @@
     D = 1/2 * sum_k log2(|p_v - p_d|_k ** eta + 1) * (p_v + p_d)_k         in [0, 1]
     scores = (2 - D) * l(image) - (1 - D) * l(description in place of the image),   kept: p_v >= D * max p_v
 
-The description is the model's own, greedy, of the sample's image. Like branches (D near 0) are contrasted strongly
-under a loose mask, unlike ones hardly and nearly greedily. eta 0.7 is the default of the authors' command line (their
-function's is 0.2); their ``cd_beta`` is unused there and does not exist here. eta = 0 makes D = 1: greedy decoding of
-the plain model.
+The description is the model's own, greedy, of the sample's image, and is written anew in every call. Like branches (D
+near 0) are contrasted strongly under a loose mask, unlike ones hardly and nearly greedily. eta 0.7 is the default of
+the authors' command line (their function's is 0.2); their ``cd_beta`` is unused there and does not exist here. eta = 0
+makes D = 1: greedy decoding of the plain model.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class CODE(Method):
         seen, described = step.logits.softmax(-1)
         gap = ((seen - described).abs() ** self.eta + 1).log2()
         return 0.5 * (gap * (seen + described)).sum(-1, keepdim=True)
+
+    @property
+    def mask_view(self) -> int:
+        return 0
 
     def keep(self, step: Step) -> Tensor:
         return plausible(step.logits[0], self._divergence(step).clamp(max=1.0))

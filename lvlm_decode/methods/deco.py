@@ -64,6 +64,10 @@ class DeCo(Method):
             )
         return Probes(hidden=self.layers)
 
+    @property
+    def mask_view(self) -> int:
+        return 0
+
     def keep(self, step: Step) -> Tensor:
         probability, token = step.logits[0].softmax(-1).topk(min(self.top_k, step.logits.shape[-1]))
         before = probability.cumsum(-1) - probability

@@ -50,7 +50,12 @@ class LQCD(Method):
 
     @property
     def plausible(self) -> float | None:
-        return self.beta
+        # The neutral form's mask is relative to its other view; see keep().
+        return self.beta if self.form == "plain" else None
+
+    @property
+    def mask_view(self) -> int | None:
+        return None if self.beta is None else int(self.form == "neutral")
 
     def lead(self, query: str, cue: str = "") -> str:
         """The query with the hint, which goes before the words that ask the assistant to speak."""

@@ -67,7 +67,7 @@ class SCMoE(Method):
             weights, experts = weights.clone(), experts.clone()
             # One expert alone: its weight is 1, the other places keep theirs at 0.
             chosen = logits[own].topk(self.rank, -1).indices[:, -1]
-            weights[own], experts[own] = 0, experts[own]
+            weights[own] = 0
             weights[own, 0], experts[own, 0] = 1, chosen
             return logits, weights, experts
 
@@ -77,6 +77,10 @@ class SCMoE(Method):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @property
+    def mask_view(self) -> int | None:
+        return None if self.beta is None else 0
 
     def keep(self, step: Step) -> Tensor | None:
         return None if self.beta is None else plausible(step.logits[0] / self.strong_temperature, self.beta)
