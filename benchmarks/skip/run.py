@@ -6,6 +6,8 @@ Where the runner-up lies below beta times the maximum, the plausibility mask lea
 it; ``execution="skip"`` puts the views off and catches up in one forward. On POPE (one short answer per question) and on
 captions, greedy, batch 1: the share of steps after the prompt that skipped, forwards of the views, time per answer
 relative to stacked execution, paired question by question with the executions in turn. Answers must be equal.
+
+The prompt's forward is never put off, so an answer of one word skips at most the steps after its first token.
 """
 
 import argparse
@@ -34,8 +36,8 @@ def skippable(names: list[str]) -> list[str]:
     """Methods whose views can be put off: they have views and a plausibility mask."""
     found = []
     for name in names:
-        method = lvlm_decode.parse(name)
         try:
+            method = lvlm_decode.parse(name)
             check_execution("skip", method, 2)
         except LvlmDecodeError:
             continue
@@ -73,7 +75,7 @@ def measure(loaded, method: str, task: str, samples: int) -> dict | None:
             return None
         steps += lanes.lanes[0].forwards - 1
         skipped += lanes.skipped
-        views += lanes.lanes[1].forwards
+        views += sum(lane.forwards for lane in lanes.lanes[1:])
         equal += torch.equal(stacked, skipping)
         ratios.append(seconds / base)
     return {
