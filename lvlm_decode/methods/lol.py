@@ -5,10 +5,10 @@
     scores = F + fusion * F' + refocus * (log p(x | guide) - log p(x))      truthfulness-refocused term, then the mask
 
 The amateur is inclined to hallucinate: a LoRA adapter of the attached model (``adapter``, by its peft name;
-``lvlm-decode train negatives`` makes one), another model of the same architecture (``model``), or the model itself
-under an instruction (``instruction``, when neither is given). No code was released and the tables were not at hand:
-the weighted fusion, the form of the last term, the layer and every strength are this library's reading, not the
-paper's values.
+``lvlm-decode train negatives`` makes one; other adapters that are active stay so for the model and not for the
+amateur), another model of the same architecture (``model``), or the model itself under an instruction (``instruction``,
+when neither is given). No code was released and the tables were not at hand: the weighted fusion, the form of the last
+term, the layer and every strength are this library's reading, not the paper's values.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ class LOL(Method):
         return Probes(hidden=(layer,))
 
     def patch(self, run: Any) -> AbstractContextManager:
-        return nullcontext() if self.adapter is None else adapters(run.model, None)
+        return nullcontext() if self.adapter is None else without_adapter(run.model, self.adapter)
 
     def observe(self, model: torch.nn.Module) -> AbstractContextManager:
         # The images are those of the model, encoded once; the amateur differs in what it makes of them.
-        return nullcontext() if self.adapter is None else adapters(model, None)
+        return nullcontext() if self.adapter is None else without_adapter(model, self.adapter)
 
     @cached_property
     def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager]:
         # One object for all samples: views that share a patch run in one forward.
-        return lambda module: adapters(module, self.adapter)
+        return lambda module: only_adapter(module, self.adapter)
 
     def combine(self, step: Step) -> Tensor:
         model, amateur = step.logits[:2].log_softmax(-1)
@@ -104,20 +104,30 @@ class LOL(Method):
         return scores
 
 
+def only_adapter(module: torch.nn.Module, name: str) -> AbstractContextManager[None]:
+    """The peft adapter ``name`` alone is active in ``module``; see :func:`adapters`."""
+    return adapters(module, name, lambda active: [name])
+
+
+def without_adapter(module: torch.nn.Module, name: str) -> AbstractContextManager[None]:
+    """The adapters that were active in ``module``, without the peft adapter ``name``; see :func:`adapters`."""
+    return adapters(module, name, lambda active: [other for other in active if other != name])
+
+
 @contextmanager
-def adapters(module: torch.nn.Module, name: str | None) -> Iterator[None]:
-    """Only the peft adapter ``name`` is active in ``module``, or none of them; restored on exit.
+def adapters(module: torch.nn.Module, name: str, choose: Callable[[list[str]], list[str]]) -> Iterator[None]:
+    """The peft adapters of every layer of ``module`` that ``choose`` makes of the active ones; restored on exit.
 
     Raises:
         DependencyError: peft is not installed.
-        UnsupportedError: the module has no adapter of that name.
+        UnsupportedError: the module has no adapter ``name``.
     """
     try:
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise DependencyError("an amateur adapter needs peft; run: pip install peft") from error
     layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
-    if not layers or (name is not None and not any(name in _names(layer) for layer in layers)):
+    if not any(name in _names(layer) for layer in layers):
         known = sorted({known for layer in layers for known in _names(layer)})
         raise UnsupportedError(
             f"the model has no adapter {name!r} ({', '.join(known) or 'none is loaded'}); load it first with "
@@ -127,12 +137,11 @@ def adapters(module: torch.nn.Module, name: str | None) -> Iterator[None]:
     # peft switches gradients along with adapters.
     gradients = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
-        for layer in layers:
-            if name is not None and name in _names(layer):
-                layer.set_adapter([name])
-                layer.enable_adapters(True)
-            else:
-                layer.enable_adapters(False)
+        for layer, disabled, active in before:
+            chosen = [own for own in choose([] if disabled else active) if own in _names(layer)]
+            if chosen:
+                layer.set_adapter(chosen)
+            layer.enable_adapters(bool(chosen))
         yield
     finally:
         for layer, disabled, active in before:
