@@ -70,8 +70,16 @@ class Sample:
         """What :meth:`Method.observe` of method ``name`` yielded while this batch was encoded.
 
         Index it by image with ``image_slice``.
+
+        Raises:
+            InputError: the images came as features, so the encoder did not run.
         """
         self.batch.images_of(self)
+        if name not in self.batch.observed:
+            raise InputError(
+                f"{name} reads the vision encoder while it encodes, and the images were given as features; pass "
+                "pixel_values to generate()."
+            )
         return self.batch.observed[name]
 
     @property
@@ -461,7 +469,10 @@ class Batch:
             count = len(self._images[sample.index])
             out.append(tuple(encoded[at : at + count]))
             at += count
-        self._check_used(at, len(encoded))
+        if at != len(encoded):
+            # Views have the images of their samples, so those without a place are among the caller's.
+            places = self._images_at[-1]
+            self._check_used(places, places + len(encoded) - at)
         return out
 
     def once(self, key: Hashable, compute: Callable[[Batch], Any]) -> Any:
@@ -555,8 +566,8 @@ def views_of(method: Method, batch: Batch, seed: int) -> tuple[Method, list[list
             per_sample.append([view for group in groups for view in group])
         else:
             per_sample.append(method.views(sample, rng_of(method.name)))
-    if len({len(views) for views in per_sample}) != 1:
+    if len({tuple(view.weight for view in views) for views in per_sample}) != 1:
         raise InputError(
-            f"{method.name} made unequal numbers of views for the samples of one batch; this is a bug in it."
+            f"{method.name} made views for the samples of one batch that differ in number or in weight; this is a bug in it."
         )
     return method, [list(column) for column in zip(*per_sample)]

@@ -98,6 +98,10 @@ class Family:
         out = {}
         for key in parts[0]:
             rows = [part[key] for part in parts]
+            if not isinstance(rows[0], Tensor):
+                # An option of the encoder, the same for the whole call.
+                out[key] = rows[0]
+                continue
             if key in self.prompt_keys:
                 width = max(row.shape[1] for row in rows)
                 rows = [torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows]
@@ -234,6 +238,8 @@ class Family:
 
     #: The attention of the CLS token that DAMRO's authors read: one softmax over all heads, or the mean over heads.
     cls_attention: str = "concat"
+    #: How many outlier patches DAMRO's authors take, and how strongly they contrast.
+    damro: tuple[int, float] = (10, 2.0)
 
     def cls_layer(self) -> torch.nn.Module:
         """The self-attention of the encoder layer that produces the features."""

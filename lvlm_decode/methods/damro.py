@@ -5,12 +5,12 @@ Gong et al., EMNLP 2024; arXiv 2410.04514.
     outliers = the k patches the vision encoder's CLS token attends to most
     scores = (1 + alpha) * l(image) - alpha * l(the outliers' tokens alone)
 
-Follows the authors' code. LLaVA: k 10, alpha 2; the layer that produces the features; ``attention="concat"``, one
-softmax over query and key of all heads together (``"mean_heads"`` is the encoder's own attention, as the paper's
-figure shows it). LLaVA-NeXT: only the small whole image, then the newline token. InstructBLIP: k 4 and alpha 0.5 for
-POPE, 1.5 for CHAIR, the last layer but one, mean over heads; its code reads the encoder's rows one place too early,
-CLS included (``offset="code"``; ``"fixed"`` reads the patches that were chosen). The authors sample directly:
-temperature, top-p and penalties are accepted and ignored there, and apply here.
+Follows the authors' code, also in its defaults per family. LLaVA and LLaVA-NeXT: k 10, alpha 2; the layer that produces
+the features; ``attention="concat"``, one softmax over query and key of all heads together (``"mean_heads"`` is the
+encoder's own attention, as the paper's figure shows it). LLaVA-NeXT: only the small whole image, then the newline
+token. InstructBLIP: k 4 and alpha 0.5 for POPE (pass 1.5 for CHAIR), the last layer but one, mean over heads; its code
+reads the encoder's rows one place too early, CLS included (``offset="code"``; ``"fixed"`` reads the patches that were
+chosen). The authors sample directly: temperature, top-p and penalties are accepted and ignored there, and apply here.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class DAMRO(Contrast):
     costs: ClassVar[tuple[str, ...]] = ("feature",)
     needs: ClassVar[tuple[str, ...]] = ("cls",)
 
-    alpha: float = 2.0  # contrast strength, >= 0
+    alpha: float | None = None  # contrast strength, >= 0; None is the authors' value for the family
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    k: int = 10  # outlier patches per image
+    k: int | None = None  # outlier patches per image; None is the authors' value for the family
     attention: Literal["concat", "mean_heads"] | None = None  # None is the authors' choice for the family
     offset: Literal["code", "fixed"] = "code"  # InstructBLIP only
 
     def __post_init__(self) -> None:
-        self.check(self.alpha >= 0, "alpha", "at least 0")
-        self.check(self.k >= 1, "k", "at least 1")
+        self.check(self.alpha is None or self.alpha >= 0, "alpha", "at least 0, or None")
+        self.check(self.k is None or self.k >= 1, "k", "at least 1, or None")
         self.check(self.attention in (None, "concat", "mean_heads"), "attention", "'concat', 'mean_heads' or None")
         self.check(self.offset in ("code", "fixed"), "offset", "'code' or 'fixed'")
         self.check_beta()
@@ -80,16 +80,18 @@ class DAMRO(Contrast):
                 hook.remove()
 
     def views(self, sample, rng) -> list[View]:
+        k, alpha = sample.family.damro
+        k, alpha = k if self.k is None else self.k, alpha if self.alpha is None else self.alpha
         if not sample.has_image:
-            return [sample.as_view(weight=-self.alpha)]
+            return [sample.as_view(weight=-alpha)]
         seen = sample.observed_by(self.name)
 
         def outliers(features: Tensor, number: int) -> Tensor:
             row = sample.family.encoder_rows(sample.batch.vision)[sample.image_slice][number]
-            index = seen["attention"][row].topk(min(self.k, seen["attention"].shape[1])).indices
+            index = seen["attention"][row].topk(min(k, seen["attention"].shape[1])).indices
             return sample.family.only_patches(sample, number, index, seen["states"][row], self.offset == "fixed")
 
-        return [sample.with_features(outliers, weight=-self.alpha)]
+        return [sample.with_features(outliers, weight=-alpha)]
 
 
 def cls_row(query: Tensor, key: Tensor, heads: int) -> Tensor:
