@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.hf import instance_attribute
+from ..errors import UnsupportedError
 from .base import Encoded, Family
 
 
@@ -17,11 +18,23 @@ class InstructBlip(Family):
 
     The visual tokens depend on the Q-Former's prompt, so a view with another one has its own. The vision encoder runs
     once per picture all the same: only the Q-Former runs again.
+
+    Every row has one picture and its placeholders; a row of text alone is refused. So is an encoder-decoder as the language
+    model (Flan-T5): only a decoder alone is supported.
     """
 
     prompt_keys = ("qformer_input_ids", "qformer_attention_mask")
     pixels_per_row = True
     has_qformer = True
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(model)
+        if self.config.get_text_config().is_encoder_decoder:
+            raise UnsupportedError(
+                f"this {self.config.model_type} has an encoder-decoder language model "
+                f"({self.config.get_text_config().model_type}), which reads its prompt apart from its answer; use one with "
+                "a decoder alone, such as Vicuna."
+            )
 
     def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """As the base, with each picture once; ``picture`` (rows,) says which one each row looks at."""
@@ -86,6 +99,7 @@ class InstructBlip(Family):
         return self.model if hasattr(self.model, "qformer") else self.model.model
 
     cls_attention = "mean_heads"
+    damro = (4, 0.5)
 
     def cls_layer(self) -> torch.nn.Module:
         return self.model.get_encoder(modality="image").encoder.layers[-2].self_attn
