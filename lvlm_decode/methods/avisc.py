@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..engine.attention import attention_to_prompt
@@ -48,6 +49,9 @@ class AvisC(Contrast):
         share, order = (attention.sum(-1) / attention.sum()).sort(descending=True)
         chosen = order[share.cumsum(0) - share < self.gamma]
         mean = attention[chosen].mean(0)
+        if len(mean) == 1:
+            # A single token has no deviation: it stays, so that the view is view 0, which the authors' code falls back on.
+            return torch.ones_like(mean, dtype=torch.bool)
         return mean > mean.mean() + self.deviations * mean.std()
 
     def views(self, sample, rng) -> list[View]:

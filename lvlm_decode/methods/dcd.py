@@ -2,9 +2,11 @@
 
     scores = (1 + alpha) * l(image through P_pos) - alpha * l(image through P_neg)
 
-P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers
-of preference triples (``lvlm-decode train negatives``). Without ``positive`` the model's own projector is the positive one, the
-paper's negative-only variant. The vision encoder runs once for both. alpha and beta are not the paper's values.
+P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers of
+preference triples (``lvlm-decode train negatives``). Without ``positive`` the model's own projector is the positive
+one, the paper's negative-only variant. Of Qwen3-VL the merger of the last layer is the projector; the deepstack mergers
+that feed its early decoder layers stay the model's own. The vision encoder runs once for both. alpha and beta are not
+the paper's values.
 """
 
 from __future__ import annotations

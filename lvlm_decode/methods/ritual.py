@@ -8,7 +8,10 @@ sampling at temperature 1.
 
 The authors transform the picture before the processor; ``generate()`` sees pixels after it, so here the normalisation is
 undone, the picture is transformed at the model's resolution and normalised again. Blur and crop therefore act on the
-resized picture, and the blur's sigma is scaled by the picture's height over 336, the size the authors crop to.
+resized picture, and the blur's sigma is scaled by the picture's height over 336, the size the authors crop to. Families
+that cut a picture into tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM) get each tile transformed where it is.
+
+A row of a batch without an image has nothing to transform: both views are the same and it scores (1 + alpha) * l.
 """
 
 from __future__ import annotations

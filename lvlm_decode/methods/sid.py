@@ -4,9 +4,10 @@
 
 In the second branch the newest token's attention in one early layer, mean over heads, ranks the image tokens; all
 layers after it see the lowest ``share`` of them only. The ranking is made anew for every token. Follows the authors'
-code: the second layer ranks, 100 of 576 tokens stay (50 for captions); the paper says the third layer and 10 %:
-``rank_layer=2, share=0.1``. Image tokens are masked, not dropped. The authors' greedy path leaves the mask out:
-``beta=None``; their sampler runs at alpha 0.5, the value of the paper and of their parser is 1.
+code: the second layer ranks (their ``fast_v_agg_layer=2`` names the first pruned layer and is ``rank_layer=1`` here), 100
+of 576 tokens stay (50 for captions); the paper says the third layer and 10 %: ``rank_layer=2, share=0.1``. Image tokens
+are masked, not dropped. The authors' greedy path leaves the mask out: ``beta=None``; their sampler runs at alpha 0.5, the
+value of the paper and of their parser is 1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class SID(Contrast):
     name: ClassVar[str] = "sid"
     paper: ClassVar[str] = "Self-Introspective Decoding (Huo et al., ICLR 2025)"
     arxiv: ClassVar[str] = "2408.02032"
-    aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "fast_v_agg_layer": "rank_layer"}
     costs: ClassVar[tuple[str, ...]] = ("feature", "attention")
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes what layers attend to, which a processor cannot."}
 

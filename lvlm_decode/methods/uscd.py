@@ -5,7 +5,8 @@
 Written for code generation, where the lame prompt is the prompt without its examples. What carries over to an LVLM is
 the gate: contrast only where the model is unsure. The lame prompt here is the prompt without its image. A token counts
 as uncertain when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
-certain one. No code was released; alpha, beta and threshold are not the paper's.
+certain one. A row without an image is its own lame prompt and scores (1 - alpha) * l where it is uncertain. No code was
+released; alpha, beta and threshold are not the paper's.
 """
 
 from __future__ import annotations
