@@ -1,5 +1,6 @@
 """DAMRO against what the authors' function generated on small LLaVA models, and its parts by hand."""
 
+import copy
 import json
 
 import pytest
@@ -9,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from zoo import tiny
 
 from lvlm_decode import attach, detach
-from lvlm_decode.engine.attach import last_run
-from lvlm_decode.errors import UnsupportedError
+from lvlm_decode.engine.attach import Run, last_run
+from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods.damro import DAMRO, cls_row
 
 
@@ -138,3 +139,33 @@ def test_instructblip_offset_of_the_authors_and_the_right_one():
 def test_families_without_a_readable_cls_token_refuse(family):
     with pytest.raises(UnsupportedError, match="CLS"):
         attach(tiny(family).model, DAMRO())
+
+
+@pytest.mark.parametrize("family,per_image", [("llava", 3), ("llava_next", 4)])
+def test_the_second_image_of_a_prompt_keeps_its_own_outliers(family, per_image):
+    """As the same image would alone: neither the first image's patches nor the neighbour row's."""
+    zoo = tiny(family)
+    rows = [zoo.row("ab", 1, seed=9), zoo.row("is it", 2, seed=1)]
+    run = Run(zoo.model, DAMRO(k=3), zoo.batch(rows), processor=zoo.processor, seed=0)
+    first, second = run.samples[1][1].images
+    assert [len(image.features) for image in (first, second)] == [per_image] * 2
+    assert int((run.samples[1][1].input_ids == run.family.image_token_id).sum()) == 2 * per_image
+    lonely = copy.deepcopy(rows[1])
+    lonely.images = {key: values[1:] for key, values in lonely.images.items()}
+    lonely.ids = torch.cat([lonely.ids[:1], torch.tensor(zoo.image_ids(2)[1]), lonely.ids[-5:]])
+    alone = Run(zoo.model, DAMRO(k=3), zoo.batch([lonely]), processor=zoo.processor, seed=0)
+    (own,) = alone.samples[1][0].images
+    torch.testing.assert_close(second.features, own.features, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(first.features, second.features, atol=1e-2)
+
+
+def test_images_given_as_features_are_refused():
+    zoo = tiny("llava")
+    inputs = zoo.inputs(["is it"])
+    features = zoo.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    attach(zoo.model, DAMRO(k=3))
+    try:
+        with pytest.raises(InputError, match=r"damro reads the vision encoder .* given as features; pass pixel_values"):
+            zoo.model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=1)
+    finally:
+        detach(zoo.model)

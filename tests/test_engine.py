@@ -15,6 +15,7 @@ from lvlm_decode.engine import hf
 from lvlm_decode.engine.attach import Run
 from lvlm_decode.engine.sampling import KeyedDraw, gumbel
 from lvlm_decode.errors import DependencyError, InputError, UnsupportedError
+from lvlm_decode.methods import METHODS as REGISTRY
 
 METHODS = {
     "plain": ld.Plain(),
@@ -503,3 +504,69 @@ def test_old_libraries_are_refused():
     with pytest.raises(DependencyError, match=r"torch 2\.1\.0.* is installed"):
         hf.require(torch_version="2.1.0+cu121")
     hf.require(transformers_version="5.99.0", torch_version="2.11.0+cu130")
+
+
+# --- what the command line's benchmark and other callers lean on -----------------------------------------------------
+
+
+def test_the_skip_benchmark_knows_which_methods_can_skip():
+    import importlib.util
+
+    from conftest import ROOT
+
+    spec = importlib.util.spec_from_file_location("benchmark_skip", ROOT / "benchmarks" / "skip" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.skippable(list(REGISTRY))
+    assert {"vcd", "ritual", "m3id", "lqcd"} <= set(found)
+    assert not {"plain", "mask", "cad", "code", "scmoe", "dcd", "opera"} & set(found)
+
+
+@pytest.mark.parametrize("owner", ["model", "language_model"])
+def test_beams_from_the_configuration_of_the_module_that_decodes(owner):
+    """Inside InstructBLIP the language model's own configuration counts, as without this library."""
+    zoo = tiny("instructblip")
+    inputs = zoo.inputs(("is it", "is it a dog"))
+    config = (zoo.model if owner == "model" else zoo.model.language_model).generation_config
+    before = config.num_beams
+    config.num_beams = 3
+    try:
+        base = zoo.model.generate(**copy.copy(inputs), max_new_tokens=NEW)
+        assert torch.equal(base, generate(zoo.model, copy.copy(inputs), ld.Plain()))
+        ld.attach(zoo.model, "vcd")
+        try:
+            zoo.model.generate(**inputs, max_new_tokens=2)
+            rows = ld.last_run(zoo.model).rows_per_sample
+        finally:
+            ld.detach(zoo.model)
+        assert rows == (1 if owner == "model" else 3)
+    finally:
+        config.num_beams = before
+
+
+@pytest.mark.parametrize("entry", ["attach", "custom_generate"])
+def test_options_of_the_encoder_are_honoured(zoo, batch, entry):
+    options = dict(vision_feature_layer=-1)
+    want = generate(zoo.model, batch, **options)
+    assert not torch.equal(want, generate(zoo.model, batch))
+    method = ld.VCD(alpha=0, beta=None)
+    if entry == "attach":
+        assert torch.equal(want, generate(zoo.model, batch, method, **options))
+    else:
+        assert torch.equal(want, generate(zoo.model, batch, custom_generate=method, **options))
+
+
+def test_views_that_differ_in_number_or_weight_raise(zoo, batch):
+    from dataclasses import dataclass
+
+    from lvlm_decode.method import Contrast
+
+    @dataclass(frozen=True)
+    class Uneven(Contrast):
+        name = "uneven"
+
+        def views(self, sample, rng):
+            return [sample.as_view(weight=float(sample.index))]
+
+    with pytest.raises(InputError, match=r"uneven made views .* number or in weight"):
+        Run(zoo.model, Uneven(), batch, seed=0)

@@ -1,10 +1,11 @@
 """What is peculiar to each model family, shown on tiny models that are first shown to react to their images."""
 
 import copy
+import inspect
 
 import pytest
 import torch
-from zoo import BUILDERS, GRIDS, IMAGE, VISION_END, VISION_START, tiny
+from zoo import BUILDERS, GRIDS, IMAGE, VISION, VISION_END, VISION_START, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.attach import Run
@@ -221,3 +222,61 @@ def test_instructblip_puts_a_prefix_after_the_image_and_the_begin_token():
     assert family.insert_prefix(ids, torch.tensor([7]))[0].tolist() == [IMAGE, IMAGE, 1, 7, 9]
     ids = torch.tensor([1, IMAGE, IMAGE, 9])
     assert family_of(tiny("llava").model).insert_prefix(ids, torch.tensor([7]))[0].tolist() == [1, 7, IMAGE, IMAGE, 9]
+
+
+def test_instructblip_needs_one_picture_and_its_places_in_every_row():
+    """The count that is named is the caller's, not that of the views."""
+    zoo = tiny("instructblip")
+    inputs = zoo.batch([zoo.row("is it", 1, seed=0), zoo.row("ab", 0), zoo.row("no", 1, seed=2)])
+    pixels = inputs["pixel_values"]
+    inputs["pixel_values"] = torch.cat([pixels[:1], torch.zeros_like(pixels[:1]), pixels[1:]])
+    attach(zoo.model, VCD())
+    try:
+        with pytest.raises(InputError, match="the batch has 3 images and its prompts have places for 2"):
+            zoo.model.generate(**inputs, max_new_tokens=1)
+    finally:
+        detach(zoo.model)
+
+
+def test_instructblip_refuses_an_encoder_decoder():
+    from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
+
+    text = dict(model_type="t5", vocab_size=160, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    config = InstructBlipConfig(
+        vision_config=dict(**VISION, image_size=28, patch_size=7),
+        qformer_config=dict(**VISION, vocab_size=120, encoder_hidden_size=32, cross_attention_frequency=1),
+        text_config=text | {"decoder_start_token_id": 0},
+        num_query_tokens=4,
+        image_token_index=IMAGE,
+    )
+    with pytest.raises(UnsupportedError, match=r"encoder-decoder language model \(t5\)"):
+        attach(InstructBlipForConditionalGeneration(config), VCD())
+
+
+# Three entries, one engine.
+
+
+def test_custom_generate_names_every_input_of_the_encoders():
+    named = set(inspect.signature(VCD.__call__).parameters)
+    for family in ALL:
+        if family != "instructblip":  # its loop runs in the language model, which gets none of them
+            assert set(family_of(tiny(family).model).vision_keys) <= named, family
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_the_three_entries_give_the_same_tokens(family):
+    zoo = tiny(family)
+    inputs = zoo.inputs(["is it a dog", "ab"], images=[zoo.max_images, 1], seed=1)
+    new = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    attach(zoo.model, VCD())
+    try:
+        want = zoo.model.generate(**copy.copy(inputs), seed=0, **new)
+    finally:
+        detach(zoo.model)
+    form = VCD().processor(zoo.model, inputs, seed=0)
+    assert torch.equal(zoo.model.generate(**copy.copy(inputs), logits_processor=[form], **new), want)
+    if family == "instructblip":
+        with pytest.raises(UnsupportedError, match="attach"):
+            zoo.model.generate(**inputs, custom_generate=VCD(), seed=0, **new)
+    else:
+        assert torch.equal(zoo.model.generate(**inputs, custom_generate=VCD(), seed=0, **new), want)

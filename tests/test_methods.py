@@ -1,6 +1,7 @@
 """Every method's formula against a literal re-statement, its views against the words and features they should hold."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -11,12 +12,14 @@ from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.attach import Run, last_run
-from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
+from lvlm_decode.errors import InputError, ParameterError, UnknownNameError, UnsupportedError
+from lvlm_decode.families import family_of
 from lvlm_decode.method import Step, plausible
 from lvlm_decode.methods import METHODS, load, parse
 from lvlm_decode.methods.avisc import AvisC
 from lvlm_decode.methods.cad import CAD
 from lvlm_decode.methods.code import CODE
+from lvlm_decode.methods.damro import DAMRO
 from lvlm_decode.methods.dcd import DCD
 from lvlm_decode.methods.deco import DeCo
 from lvlm_decode.methods.dola import DoLa
@@ -25,9 +28,11 @@ from lvlm_decode.methods.lol import LOL
 from lvlm_decode.methods.lqcd import LQCD
 from lvlm_decode.methods.m3id import M3ID
 from lvlm_decode.methods.pai import PAI
+from lvlm_decode.methods.ritual import RITUAL
 from lvlm_decode.methods.scmoe import SCMoE
 from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.uscd import USCD
+from lvlm_decode.methods.vcd import VCD, diffuse, kept_share
 from lvlm_decode.methods.vdd import VDD
 
 B, T, N, D = 2, 3, 12, 6
@@ -735,3 +740,169 @@ def test_scmoe_sends_the_weak_rows_to_one_expert():
 def test_scmoe_needs_experts():
     with pytest.raises(UnsupportedError, match="mixture of experts"):
         attach(tiny("llava").model, SCMoE())
+
+
+# What the formulas say of sums, their masks and their defaults.
+
+
+def test_ritual():
+    s = step(2, weights=[3.0])
+    assert_scores(RITUAL(), s, lambda b, t, z: masked(z[0] + 3 * z[1], z[0], 0.1))
+
+
+def test_vcd_and_ritual_add_up():
+    s = step(3, weights=[-1.0, 3.0])
+    both = (VCD() + RITUAL()).with_counts((1, 1))
+    assert_scores(both, s, lambda b, t, z: masked(2 * z[0] - z[1] + 3 * z[2], z[0], 0.1))
+
+
+def test_masks_relative_to_different_views_do_not_add():
+    neutral = LQCD(form="neutral")
+    for other in (VDD(), CODE(), DeCo(), SCMoE()):
+        for pair in ((neutral, other), (other, neutral)):
+            with pytest.raises(UnsupportedError, match=f"lqcd and {other.name} cannot be added with a mask each"):
+                pair[0] + pair[1]
+    s = step(3, weights=[-1.0, -1.0], scale=6.0)
+    one = [
+        (VDD(beta=None) + neutral).with_counts((1, 1)),
+        (VDD() + LQCD(form="neutral", beta=None)).with_counts((1, 1)),
+    ]
+    # On these logits the two masks that are refused together have no token in common somewhere.
+    kept = [method.keep(s) for method in one]
+    assert not (kept[0] & kept[1]).any(-1).all()
+    for method in (*one, (VDD() + LQCD() + SCMoE() + CODE()).with_counts((1, 1, 1, 1))):
+        assert method.scores(s if len(method.counts) == 2 else step(5, weights=[-1.0] * 4)).isfinite().any(-1).all()
+
+
+#: What the specification of each method says of its numbers.
+DEFAULTS = {
+    "mask": dict(beta=0.1),
+    "vcd": dict(alpha=1.0, beta=0.1, noise_step=500),
+    "ritual": dict(alpha=3.0, beta=0.1),
+    "icd": dict(alpha=1.0, beta=0.1),
+    "m3id": dict(decay=0.02, beta=0.1, threshold=None, cap=None, first=1),
+    "lqcd": dict(alpha=1.0, beta=0.1),
+    "cad": dict(alpha=0.5, beta=None),
+    "vdd": dict(alpha=1.0, beta=0.1, unknown_id=0),
+    "code": dict(eta=0.7, max_description=512),
+    "pai": dict(alpha=0.2, gamma=1.1, beta=0.1, first_layer=2),
+    "sid": dict(alpha=1.0, beta=0.1, rank_layer=1, share=100 / 576),
+    "avisc": dict(alpha=1.0, beta=0.1, gamma=0.5, deviations=1.0),
+    "damro": dict(alpha=None, beta=0.1, k=None),
+    "dcd": dict(alpha=1.0, beta=0.1),
+    "dola": dict(beta=0.1),
+    "deco": dict(alpha=0.6, layers=None, top_k=20, top_p=0.9),
+    "lol": dict(strength=0.5, lower_strength=0.5, fusion=0.5, refocus=0.5, layer=None, beta=0.1),
+    "uscd": dict(alpha=0.5, beta=0.1, threshold=0.9),
+    "scmoe": dict(alpha=0.5, beta=0.1, rank=2, strong_temperature=1.0, weak_temperature=1.0),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not hasattr(load(name), "decode") and name != "plain"])
+def test_numbers_default_to_the_specification(name):
+    """A parameter whose default is a number, or that may be a number, is in the table above."""
+    numeric = {
+        field.name: field.default
+        for field in dataclasses.fields(load(name))
+        if any(kind in str(field.type) for kind in ("int", "float")) and "Literal" not in str(field.type)
+    }
+    assert numeric == DEFAULTS[name]
+
+
+def test_damro_defaults_to_the_authors_values_of_the_family():
+    for family, k, alpha in (("llava", 10, 2.0), ("llava_next", 10, 2.0), ("instructblip", 4, 0.5)):
+        assert family_of(tiny(family).model).damro == (k, alpha)
+    run = run_of("llava", DAMRO())
+    assert len(run.samples[1][0].images[0].features) == 10 and run.views[0].weight == -2.0
+    run = run_of("llava", DAMRO(k=3, alpha=0.0))
+    assert len(run.samples[1][0].images[0].features) == 3 and run.views[0].weight == 0.0
+    assert run_of("instructblip", DAMRO()).views[0].weight == -0.5
+
+
+def test_vcd_noise_schedule():
+    """Signal left of the image, as the specification tabulates the authors' code."""
+    kept = kept_share("code").sqrt()
+    table = {0: 1.0, 100: 0.9983, 300: 0.9810, 500: 0.8630, 700: 0.5927, 999: 0.2850}
+    for at, want in table.items():
+        assert round(float(kept[at]), 4) == want
+    assert float(kept_share("paper")[500].sqrt()) < 1e-11
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noise = diffuse(x, 500, "code", torch.Generator().manual_seed(1)) - kept[500] * x
+    assert abs(float(noise.std()) - 0.5052) < 0.01
+
+
+def test_sid_hides_all_but_a_share_of_the_authors_image():
+    assert round(SID().share * 576) == 100
+    with pytest.raises(UnknownNameError, match="fast_v_agg_layer"):
+        SID.create(fast_v_agg_layer=2)
+
+
+# The second image of a prompt.
+
+
+def test_avisc_judges_the_tokens_of_all_images_together():
+    zoo = tiny("llava")
+    inputs = zoo.batch([zoo.row("ab", 1, seed=9), zoo.row("is it", 2, seed=1)])
+    method = AvisC(deviations=0.5)
+    run = Run(zoo.model, method, inputs, processor=zoo.processor, seed=0)
+    attention = eager_rows("llava", inputs).mean(2)[:, 1][:, inputs["input_ids"][1] == IMAGE]
+    blind = method.blind(attention).split([16, 16])
+    assert all(0 < int(part.sum()) < 16 for part in blind) and not torch.equal(*blind)
+    for own, view, keep in zip(run.samples[0][1].images, run.samples[1][1].images, blind):
+        torch.testing.assert_close(view.features, own.features * keep[:, None])
+
+
+def test_avisc_leaves_an_image_of_one_token_alone():
+    """Its deviation is not a number; the authors' code falls back on view 0."""
+    assert AvisC().blind(torch.tensor([[0.2], [0.3]])).tolist() == [True]
+
+
+def test_lol_leaves_the_users_own_adapter_on_for_the_model():
+    """View 0 is the model as the user has it, without the amateur; the amateur is its adapter alone."""
+    from peft import LoraConfig
+
+    model = copy.deepcopy(tiny("llava").model)
+    generator = torch.Generator().manual_seed(1)
+    for name in ("mine", "amateur"):
+        model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], r=2), adapter_name=name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=generator)
+    inputs = tiny("llava").inputs(["is it a dog?"])
+    words = {key: value for key, value in inputs.items() if key != "pixel_values"}
+    want = {}
+    with torch.no_grad():
+        model.set_adapter("mine")
+        features = model.get_image_features(inputs["pixel_values"], return_dict=True)
+        for name in ("mine", "amateur"):
+            model.set_adapter(name)
+            image = {"image": copy.deepcopy(features)}
+            want[name] = model(**words, mm_encoder_outputs=image).logits[0, -1]
+    for active in (["mine"], ["mine", "amateur"]):
+        model.set_adapter(active)
+        attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor)
+        try:
+            model.generate(**inputs, do_sample=False, max_new_tokens=1)
+            seen = last_run(model).lanes.last_step.logits[:, 0, -1]
+        finally:
+            detach(model)
+        torch.testing.assert_close(seen[0], want["mine"], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(seen[1], want["amateur"], atol=1e-5, rtol=1e-4)
+        assert model.active_adapters() == active
+    assert (want["mine"] - want["amateur"]).abs().max() > 0.1
+
+
+def test_lqcd_neutral_decides_no_step_by_the_users_own_query():
+    """Where the mask on view 0 leaves one token, that of the neutral query may want another."""
+    method = LQCD(form="neutral", beta=0.3)
+    s = step(2, scale=6.0)
+    alone = plausible(s.logits[0], 0.3).sum(-1) == 1
+    assert alone.any() and not torch.equal(method.scores(s).argmax(-1)[alone], s.logits[0].argmax(-1)[alone])
+    zoo = tiny("llava")
+    attach(zoo.model, method, processor=zoo.processor, execution="skip")
+    try:
+        with pytest.raises(UnsupportedError, match="lqcd has no plausibility mask on view 0"):
+            zoo.model.generate(**zoo.inputs(["is it? I think it is not."]), max_new_tokens=1)
+    finally:
+        detach(zoo.model)
