@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import StaticCache
+from transformers import Cache, StaticCache, cache_utils
 
-from lvlm_decode.engine.attach import Run
+from lvlm_decode.engine.attach import Run, attach, detach
+from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative.cache_ops import check_cache, keep
 from lvlm_decode.speculative.tree import Tree, chain_shape, shape_of
@@ -106,11 +107,34 @@ def test_caches_that_forget_are_refused():
     class Sliding:
         is_sliding = True
 
-    class Cache:
+    class Windows:
         layers = (Sliding(),)
 
     with pytest.raises(ValueError, match="layer 0 has a sliding window"):
-        check_cache(Cache())
+        check_cache(Windows())
+
+
+def test_caches_that_hold_more_than_keys_and_values_are_refused():
+    """Cropping the keys of a quantized layer would only crop what is not quantized yet."""
+
+    class Quantized(cache_utils.QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    tiny = zoo.tiny("llava")
+    layers = [Quantized(residual_length=4) for _ in range(zoo.LAYERS)]
+    attach(tiny.model, parse("plain"), drafter="recycling")
+    try:
+        with pytest.raises(UnsupportedError, match="layer 0 is a Quantized, which holds more than keys and values"):
+            tiny.model.generate(**tiny.inputs(["is it"]), past_key_values=Cache(layers=layers), max_new_tokens=4)
+    finally:
+        detach(tiny.model)
+    mixed = Cache(layers=[cache_utils.DynamicLayer(), cache_utils.LinearAttentionAndFullAttentionLayer()])
+    with pytest.raises(UnsupportedError, match="layer 1 is a LinearAttentionAndFullAttentionLayer"):
+        check_cache(mixed)
 
 
 def test_chains_are_trees_too():

@@ -12,6 +12,7 @@ from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import DRAFTERS, Context, Verified
 from lvlm_decode.speculative.drafters.automaton import Automaton
+from lvlm_decode.speculative.heads import DraftHead, HeadConfig
 from lvlm_decode.speculative.tree import Tree
 
 
@@ -220,3 +221,16 @@ def test_early_exit_refuses_decoders_it_cannot_run():
 
     with pytest.raises(UnsupportedError, match="rotary"):
         drafters.parse("early-exit").layers(Module())
+
+
+@pytest.mark.parametrize("name", ["recycling", "automaton", "lookup", "early-exit", "vispec"])
+def test_what_is_learned_in_inference_mode_serves_outside_of_it(name):
+    """And the other way round: the drafter, not the call, owns what is kept between calls."""
+    tiny = zoo.tiny("llava")
+    head = {"head": DraftHead(HeadConfig.for_target(tiny.model, name, depth=2, top_k=2))} if name == "vispec" else {}
+    for first in (True, False):
+        drafter, outs = drafters.get(name).create(model=tiny.model, **head), []
+        for mode in (first, not first, first):
+            with torch.inference_mode(mode):
+                outs.append(generate(tiny.model, tiny, drafter)[0])
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])

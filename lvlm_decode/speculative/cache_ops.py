@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import UnsupportedError
 
@@ -23,8 +24,8 @@ def check_cache(cache: Any) -> None:
     """Raise unless rejected rows can be taken out of this cache again.
 
     Raises:
-        UnsupportedError: a layer with a sliding window, which forgets slots that a rejection would need back, or a
-            layer without keys and values by position (linear attention).
+        UnsupportedError: a layer with a sliding window, which forgets slots that a rejection would need back; or one that
+            holds more than keys and values by position: quantized states, a state of linear attention, an index.
     """
     for number, layer in enumerate(cache.layers):
         if getattr(layer, "is_sliding", False):
@@ -32,10 +33,12 @@ def check_cache(cache: Any) -> None:
                 f"cache layer {number} has a sliding window, and rejected draft tokens cannot be taken back from it; "
                 "decode without a drafter."
             )
-        if not hasattr(layer, "keys"):
+        # Not subclasses: what they hold beside keys and values would keep the rejected tokens.
+        if type(layer) not in (DynamicLayer, StaticLayer):
             raise UnsupportedError(
-                f"cache layer {number} ({type(layer).__name__}) has no keys by position, so rejected draft tokens "
-                "cannot be taken back from it; decode without a drafter."
+                f"cache layer {number} is a {type(layer).__name__}, which holds more than keys and values by position, so "
+                "rejected draft tokens cannot be taken back from it; decode without a drafter, or with a dynamic or "
+                "static cache."
             )
 
 

@@ -49,7 +49,9 @@ class Recycling(Drafter):
     def begin(self, context: Context) -> Session:
         size = context.scores.shape[-1]
         if self.adjacency is None or self.adjacency.shape[0] != size or self.adjacency.device != context.device:
-            self.adjacency = torch.full((size, self.width), PAD, dtype=torch.long, device=context.device)
+            # It outlives the call: made inside inference mode, no later call outside could write to it.
+            with torch.inference_mode(False):
+                self.adjacency = torch.full((size, self.width), PAD, dtype=torch.long, device=context.device)
         return _RecyclingSession(self, context)
 
     def fork(self) -> Drafter:
