@@ -12,8 +12,9 @@ from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingC
 from zoo import BUILDERS, EOS, TEXT, react, tiny
 
 from lvlm_decode.controllers.base import Limits
-from lvlm_decode.controllers.opera import OPERA, Recorder, Search, search_all, spans
+from lvlm_decode.controllers.opera import OPERA, Model, Recorder, Search, search_all, spans
 from lvlm_decode.controllers.rows import Rows
+from lvlm_decode.engine import attention
 from lvlm_decode.engine.attach import attach, detach, last_run
 from lvlm_decode.engine.attention import editing
 from lvlm_decode.engine.prepare import Batch
@@ -293,14 +294,16 @@ def generate(model, method, inputs, **how):
 def eager(model, inputs):
     """``forward`` of the re-statement: the whole sequence again, attention of every layer, no cache."""
     model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
-    known = {}
-
     embed, ids = model.get_input_embeddings(), inputs["input_ids"]
+    vision = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
     with torch.no_grad():
         prompt = embed(ids)
-        features = model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+        features = model.get_image_features(**vision, return_dict=True).pooler_output
     prompt[ids == model.config.image_token_id] = torch.cat(list(features))
+    # InstructBLIP's loop is that of the language model inside it.
+    model = getattr(model, "language_model", model)
+    model.set_attn_implementation("eager")
+    known = {}
 
     def one(prefix):
         if prefix not in known:
@@ -317,28 +320,33 @@ def eager(model, inputs):
     return forward
 
 
-@pytest.mark.parametrize("form", ["code", "paper"])
-@pytest.mark.parametrize("seed", [0, 4])
-def test_a_model_equals_the_restatement_on_uncached_eager_forwards(llava, form, seed):
-    inputs = inputs_of(seed=seed)
+@pytest.mark.parametrize(
+    ("family", "form", "seed", "more"),
+    [("llava", form, seed, {}) for form in ("code", "paper") for seed in (0, 4)]
+    # So heavy a bonus that an image span off by one, as the authors' is for InstructBLIP, gives another answer.
+    + [("instructblip", "code", seed, dict(image_bonus_tokens=8, penalty_weights=4.0)) for seed in (1, 7)],
+)
+def test_a_model_equals_the_restatement_on_uncached_eager_forwards(family, form, seed, more):
+    built = tiny(family)
+    model, inputs = copy.deepcopy(built.model), built.inputs(["is it"], 1, seed)
     width = inputs["input_ids"].shape[1]
-    (image,) = spans(inputs["input_ids"] == llava.config.image_token_id)
-    log = []
+    (image,) = spans(inputs["input_ids"] == model.config.image_token_id)
+    log, search = [], SEARCH | more
     expected = restate(
-        eager(llava, inputs),
+        eager(model, inputs),
         width,
         image,
-        **SEARCH,
+        **search,
         window_size=16,
         max_new_tokens=24,
         eos=EOS,
         paper=form == "paper",
         log=log,
     )
-    method = OPERA(**SEARCH, form=form, window_size=16, prompt_length=1)
-    out = generate(llava, method, inputs, max_new_tokens=24)
+    method = OPERA(**search, form=form, window_size=16, prompt_length=1)
+    out = generate(model, method, inputs, max_new_tokens=24)
     assert out[0, width:].tolist() == expected
-    assert llava.run.rollbacks == [len(log)] and log
+    assert model.run.rollbacks == [len(log)] and log
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
@@ -414,8 +422,72 @@ def test_recorded_rows_are_those_of_eager_attention(family):
             assert recorded[row, column].sum() == pytest.approx(float(recorded[row, column, held].sum()), abs=1e-6)
 
 
-def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava):
-    passes = []
+@pytest.fixture()
+def forwards(monkeypatch):
+    """(tokens, logits) of every forward of a decoder by :class:`Rows` after the prompt's: widths of its input and output."""
+    seen = []
+
+    def recording(self, tokens, depth, mask, keep):
+        out = forward(self, tokens, depth, mask, keep)
+        seen.append((tokens.shape[1], out.logits.shape[1]))
+        return out
+
+    forward = Rows._forward
+    monkeypatch.setattr(Rows, "_forward", recording)
+    return seen
+
+
+def rows_of(texts):
+    model = copy.deepcopy(tiny("llava").model)
+    batch = Batch(family_of(model), inputs_of(texts))
+    return Rows(batch.capture(batch.resolve(batch.samples)))
+
+
+def test_logits_are_those_of_the_places_where_rows_end(forwards):
+    tokens = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]])
+    with torch.no_grad():
+        logits = rows_of(["is it", "what", "where"]).extend(tokens, [2, 4, 2])
+        single = rows_of(["is it", "what", "where"])
+        steps = torch.stack([single.extend(tokens[:, i : i + 1]) for i in range(4)], 1)
+    assert forwards[0] == (4, 2)
+    assert torch.allclose(logits, steps[torch.arange(3), [1, 3, 1]], atol=1e-5)
+
+
+def test_prompts_are_not_moved_while_beams_stay_with_their_sample():
+    with torch.no_grad():
+        rows = rows_of(["is it", "what"])
+        rows.select([0, 0, 1, 1])
+        tokens = torch.tensor([[5, 6]] * 4)
+        rows.look(tokens)
+        where = [layer.keys.data_ptr() for layer in rows.cache.layers]
+        for parents, columns in (([1, 0, 2, 2], [0, 1, 1, 0]), ([0, 0, 3, 2], [1, -1, -1, 0])):
+            rows.take(parents, columns)
+            rows.look(tokens)
+            assert [layer.keys.data_ptr() for layer in rows.cache.layers] == where
+        rows.take([2, 3], [0, 1])
+        assert rows.cache.layers[0].keys.data_ptr() not in where
+        chosen = rows.extend(torch.tensor([[7], [8]]))
+        again = rows_of(["is it", "what"])
+        again.select([1, 1])
+        # Row 2 was row 3 with 5, row 3 was row 2 with 6 and then 5.
+        expected = again.extend(torch.tensor([[5, 5, 7, 0], [6, 5, 6, 8]]), [3, 4])
+    assert torch.allclose(chosen, expected, atol=1e-5)
+
+
+def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava, forwards, monkeypatch):
+    passes, looked, refeeds = [], [], []
+
+    def look(self, tokens):
+        looked.append(tokens.shape)
+        return rows_look(self, tokens)
+
+    def rewind(self, prefixes):
+        refeeds.extend(prefix.shape[1] for prefix in prefixes.values())
+        return model_rewind(self, prefixes)
+
+    rows_look, model_rewind = Rows.look, Model.rewind
+    monkeypatch.setattr(Rows, "look", look)
+    monkeypatch.setattr(Model, "rewind", rewind)
     hooks = [
         llava.get_decoder().register_forward_hook(lambda *_: passes.append("text")),
         llava.model.vision_tower.register_forward_hook(lambda *_: passes.append("vision")),
@@ -426,12 +498,17 @@ def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava):
     (rollbacks,) = llava.run.rollbacks
     assert rollbacks > 0
     assert passes.count("vision") == 1
-    assert llava.run.forwards == passes.count("text")
     # A prefill, a look per step; a rollback re-feeds once and runs its choice, which was no candidate, once.
-    looks = llava.run.forwards - 1 - 2 * rollbacks
-    assert looks >= 28
+    assert llava.run.forwards == passes.count("text") == 1 + len(looked) + len(refeeds) + rollbacks
+    assert len(refeeds) == rollbacks and len(looked) >= 28
+    # The re-feed is that of the response alone, as long as it then is.
+    widths = iter(width for width, _ in forwards)
+    assert all(any(width == length for width in widths) for length in refeeds) and min(refeeds) > 0
+    del forwards[:], looked[:], refeeds[:], attention.materialised[:]
     generate(llava, OPERA(**{**SEARCH, "threshold": 99}), inputs_of(seed=0))
-    assert llava.run.rollbacks == [0] and llava.run.forwards == 1 + 28
+    assert llava.run.rollbacks == [0] and llava.run.forwards == 1 + 28 and not refeeds
+    # One layer's attention of three candidates of three beams, and nothing of the prompt's.
+    assert attention.materialised == [(3, 3)] * 28
 
 
 def test_the_model_is_left_as_it_was(llava):

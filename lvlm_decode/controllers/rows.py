@@ -12,11 +12,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..engine.stack import Lane
 from ..errors import UnsupportedError
 from ..families.base import Captured
+
+#: Slots that a cache gets beyond those it needs, so that it need not be copied for every token.
+ROOM = 32
+
+
+class Slots(DynamicLayer):
+    """Keys and values (R, G, S, width) of a layer at the front of buffers that are longer: appending copies what is new."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._buffers: dict[str, Tensor] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, new: Tensor) -> Tensor:
+        states, buffer = getattr(self, name), self._buffers.get(name)
+        start, end = states.shape[2], states.shape[2] + new.shape[2]
+        if buffer is None or buffer.shape[2] < end:
+            buffer = new.new_empty(*new.shape[:2], end + ROOM, new.shape[3])
+            buffer[:, :, :start] = states
+            self._buffers[name] = buffer
+        buffer[:, :, start:end] = new
+        return buffer[:, :, :end]
+
+    def replace(self, name: str, states: Tensor) -> None:
+        """Put other "keys" or "values" here: fewer slots of those there are, or a tensor of its own."""
+        setattr(self, name, states)
+        if name in self._buffers and self._buffers[name].data_ptr() != states.data_ptr():
+            del self._buffers[name]
 
 
 class Rows:
@@ -35,7 +70,7 @@ class Rows:
         self.config = self.module.config.get_text_config(decoder=True)
         self._window, self._kinds = _attention_of(self.config)
         self._pad = pad_token_id
-        lane = Lane([captured], (0,), cache=DynamicCache(), pad_token_id=pad_token_id)
+        lane = Lane([captured], (0,), cache=Cache(layer_class_to_replicate=Slots), pad_token_id=pad_token_id)
         with torch.no_grad():
             hidden, out = _with_hidden(self.module, lambda: lane.prefill(1))
         #: (R, N) float32 for the first token of every row.
@@ -48,6 +83,8 @@ class Rows:
             )
         self.prompt = lane.length
         self._prompt_mask, self._position = lane.mask, lane.position
+        #: Which prompt each row has.
+        self._prompts = list(range(len(self.first)))
         #: Tokens that each row holds after its prompt.
         self.lengths = [0] * len(self.first)
         self.forwards = 1
@@ -87,9 +124,11 @@ class Rows:
         if ragged or self._prompt_mask is not None or self._window is not None:
             own = torch.ones(q, q, dtype=torch.bool, device=self.device).tril()
             mask = self._mask(own, torch.arange(q, device=self.device))
-        keep = 1 if even else q
+        # The head is the widest matrix there is: only the positions after which some row ends go through it.
+        ends = sorted({max(count - 1, 0) for count in counts})
+        keep = 1 if even else torch.tensor(ends, device=self.device)
         out = self._forward(tokens, torch.arange(q, device=self.device), mask, keep)
-        last = torch.tensor([0 if even else max(count - 1, 0) for count in counts], device=self.device)
+        last = torch.tensor([ends.index(max(count - 1, 0)) for count in counts], device=self.device)
         logits = out.logits[torch.arange(len(self), device=self.device), last].float()
         self._settle(counts, q)
         return logits
@@ -107,7 +146,7 @@ class Rows:
             out = self._forward(tokens, depth, mask, c)
             self._looked = (c, None, out.logits)
             return
-        # The head is the widest matrix there is; it runs later, for the alternatives that are chosen.
+        # The head runs later, for the alternatives that are chosen.
         none = torch.empty(0, dtype=torch.long, device=self.device)
         hidden, _ = _with_hidden(self.module, lambda: self._forward(tokens, depth, mask, none))
         self._looked = (c, hidden, None)
@@ -120,30 +159,41 @@ class Rows:
         """
         c, hidden, all_logits = self._looked or (0, None, None)
         start = self.prompt + self._slots() - c
-        index = torch.tensor(parents, device=self.device)
-        taken = [i for i, column in enumerate(columns) if column >= 0]
+        had, same = self.prompt + self.width, list(parents) == list(range(len(self)))
         lengths = [self.lengths[p] + (column >= 0) for p, column in zip(parents, columns)]
-        source = ([parents[i] for i in taken], [columns[i] for i in taken])
-        slots = [start + column for column in source[1]]
-        to = [self.prompt + lengths[i] - 1 for i in taken]
+        end = self.prompt + max(lengths)
+        taken = [i for i, column in enumerate(columns) if column >= 0]
+        places = [taken, [parents[i] for i in taken], [columns[i] for i in taken], [lengths[i] for i in taken]]
+        rows, source, column, length = torch.tensor(places, dtype=torch.long, device=self.device)
+        index = torch.tensor(parents, device=self.device)
         logits = None
         if taken:
-            picked = (hidden if all_logits is None else all_logits)[source]
-            logits = picked.new_empty(len(parents), picked.shape[-1])
-            logits[taken] = picked
+            logits = (hidden if all_logits is None else all_logits)[source, column]
             logits = (self._head(logits) if all_logits is None else logits).float()
-        same = list(parents) == list(range(len(self)))
-        end = self.prompt + max(lengths)
+            if len(taken) < len(parents):
+                logits = logits.new_empty(len(parents), logits.shape[-1]).index_copy_(0, rows, logits)
+        # Rows that stay among those of their prompt need not move its slots, which are most of the cache.
+        home = [self._prompts[p] for p in parents] == self._prompts
+        # Layers may live on devices of their own.
+        moves = {layer.keys.device: None for layer in self.cache.layers}
+        for device in moves:
+            every = (index, rows, source, start + column, self.prompt + length - 1)
+            moves[device] = tuple(places.to(device) for places in every)
         for layer in self.cache.layers:
+            index_here, rows_here, source_here, slots, to = moves[layer.keys.device]
             for name in ("keys", "values"):
                 states = getattr(layer, name)
-                # Layers may live on devices of their own.
-                chosen = states[source[0], :, slots] if taken else None
-                moved = states if same else states.index_select(0, index.to(states.device))
+                chosen = states[source_here, :, slots] if taken else None
+                if not home:
+                    states = states[:, :, :end].index_select(0, index_here)
+                elif not same:
+                    own = states[:, :, self.prompt : had]
+                    own.copy_(own.index_select(0, index_here))
                 if taken:
-                    moved[taken, :, to] = chosen
-                setattr(layer, name, moved[:, :, :end])
-        self._reorder_prompts(index, same)
+                    states[rows_here, :, to] = chosen
+                layer.replace(name, states[:, :, :end])
+        self._reorder_prompts(index, home)
+        self._prompts = [self._prompts[p] for p in parents]
         self.lengths, self._looked = lengths, None
         return logits
 
@@ -164,7 +214,7 @@ class Rows:
         out = object.__new__(Rows)
         out.__dict__.update(self.__dict__)
         index = torch.tensor(rows, device=self.device)
-        out.cache = DynamicCache()
+        out.cache = Cache(layer_class_to_replicate=Slots)
         for number, layer in enumerate(self.cache.layers):
             out.cache.update(
                 layer.keys[:, :, : self.prompt][rows],
@@ -172,6 +222,7 @@ class Rows:
                 number,
             )
         out._reorder_prompts(index, False)
+        out._prompts = [self._prompts[row] for row in rows]
         out.lengths, out._looked, out.forwards = [0] * len(rows), None, 0
         return out
 
@@ -193,8 +244,8 @@ class Rows:
         """Slots after the prompt that the cache holds at present."""
         return self.cache.layers[0].keys.shape[2] - self.prompt
 
-    def _reorder_prompts(self, index: Tensor, same: bool) -> None:
-        if same:
+    def _reorder_prompts(self, index: Tensor, home: bool) -> None:
+        if home:
             return
         self.first = self.first[index]
         self._position = self._position.index_select(-2, index)
@@ -221,7 +272,7 @@ class Rows:
                 if index is not None:
                     shape = (-1, states.shape[1], -1, states.shape[3])
                     states = states.gather(2, index.to(states.device)[:, None, :, None].expand(shape))
-                setattr(layer, name, states[:, :, :end])
+                layer.replace(name, states[:, :, :end])
 
     def _mask(self, own: Tensor, depth: Tensor) -> Tensor | dict[str, Tensor]:
         """(R, 1, q, S + q) additive: the slots each row has, and of the new tokens those that ``own`` (q, q) shows."""
