@@ -234,3 +234,41 @@ def test_what_is_learned_in_inference_mode_serves_outside_of_it(name):
             with torch.inference_mode(mode):
                 outs.append(generate(tiny.model, tiny, drafter)[0])
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+
+
+@pytest.mark.parametrize("temperature", [None, 1.5], ids=["greedy", "sampled"])
+def test_the_confidence_stop_of_early_exit(temperature):
+    """Nothing follows a draft whose probability at the exit, before the noise of sampling, is below the stop."""
+    tiny, stop = zoo.tiny("llava"), 0.02
+    drafter, logits, drafted = drafters.parse(f"early-exit(exits=(2,),tokens=5,stop={stop})"), [], []
+    begin = type(drafter).begin
+
+    def spied(context):
+        session = begin(drafter, context)
+        run, propose = session._run, session.propose
+
+        def noted(*args):
+            logits[-1].append(run(*args))
+            return logits[-1][-1]
+
+        def wrapped(room):
+            logits.append([])
+            drafted.append((propose(room).lists[0][1:], min(room, 5)))
+            return Tree.chain(torch.tensor([context.tokens[0][-1:] + drafted[-1][0]]))
+
+        session.plan = lambda most: (2, most)
+        session._run, session.propose = noted, wrapped
+        return session
+
+    drafter.begin = spied
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "seed": 1} if temperature else {}
+    generate(tiny.model, tiny, drafter, eos_token_id=None, **how)
+    for steps, (tokens, most) in zip(logits, drafted):
+        chance, expected = 1.0, 0
+        for step, token in zip(steps, tokens):
+            chance *= float((step / (temperature or 1.0)).softmax(-1)[0, 0, token])
+            expected += 1
+            if chance < stop:
+                break
+        assert len(tokens) == len(steps) == expected and (chance < stop or len(tokens) == most)
+    assert len({len(tokens) for tokens, most in drafted if most == 5}) > 1, "it must stop early at times"

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import zoo
 from torch.nn import functional as F
 
 from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.engine.sampling import gumbel
 from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError, UnknownNameError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
@@ -281,17 +283,22 @@ def contrasted(logits, alpha=1.0, beta=0.1):
     return scores.masked_fill(logits[0].softmax(-1) < beta * logits[0].softmax(-1).max(), float("-inf"))
 
 
-def chain_by_hand(hand, depth):
-    path = ()
-    for _ in range(depth):
-        path += (int(hand.logprobs(path).argmax()),)
-    return {path[: n + 1] for n in range(depth)}
+def chain_by_hand(hand, depth, log_stop=-math.inf, choose=lambda level, scores: int(scores.argmax())):
+    """The paths of its rows, the root's empty one left out. ``choose`` (level, log-probabilities) -> token."""
+    path, value = (), 0.0
+    while len(path) < depth and value >= log_stop:
+        logprobs = hand.logprobs(path)
+        path += (choose(len(path), logprobs),)
+        value += float(logprobs[path[-1]])
+    return {path[: n + 1] for n in range(len(path))}
 
 
-def tree_by_hand(hand, depth, k, rows):
+def tree_by_hand(hand, depth, k, rows, log_stop=-math.inf):
     """EAGLE-2's tree: the paths of its rows, the root's empty one left out."""
     frontier, pool = [((), 0.0)], []
     for _ in range(depth):
+        if frontier[0][1] < log_stop:
+            break
         children = []
         for path, value in frontier:
             best = hand.logprobs(path).topk(k)
@@ -332,6 +339,90 @@ def test_drafts_are_those_computed_by_hand(how, texts, images, method):
             hand.score = lambda logits: logits[0]
             others += paths_of(tree, b) != draft(hand)
     assert (others > 0) == (method == "icd"), "the contrast must show in the draft"
+
+
+@pytest.mark.parametrize("how", [CHAIN, TREE], ids=["chain", "tree"])
+@torch.no_grad()
+def test_the_confidence_stop_of_heads(how):
+    """Nothing follows a path whose probability, as the head sees it, is below the stop."""
+    model, head = head_and_model("vispec")
+    inputs = inputs_of(["is it"], 1)
+    stop = 0.02 if how is CHAIN else 0.08
+    cycles, captured = recorded(model, drafters.get("vispec")(head=head, stop=stop, **how), inputs)
+    depths = set()
+    for cycle in cycles:
+        hand = ByHand(model, head, whole_texts(captured, 0, cycle[0][0]), inputs["pixel_values"])
+        limits = {"depth": min(3, 10 - 1 - len(cycle[0][0]) + inputs["input_ids"].shape[1]), "log_stop": math.log(stop)}
+        expected = chain_by_hand(hand, **limits) if how is CHAIN else tree_by_hand(hand, k=2, rows=6, **limits)
+        assert paths_of(cycle[2], 0) == expected
+        depths.add(max(map(len, expected), default=0))
+    assert len(depths & {1, 2, 3}) > 1, "a stop that never or always stops shows nothing"
+
+
+SUPPRESSED = [0, 7, 8, 9, 14, 21, 28, 56, 63, 77, 84, 91, zoo.IMAGE]
+
+
+def drawn_by_hand(seed, row, position, logprobs, temperature=0.7, top_k=30):
+    """Log-probabilities under the processors of a sampling run, and with its noise."""
+    scores = logprobs.clone()
+    scores[SUPPRESSED] = -math.inf
+    scores = scores / temperature
+    scores[scores < scores.topk(top_k).values[-1]] = -math.inf
+    return scores.log_softmax(-1), scores + gumbel(seed, row, position, len(scores))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stop", [0.0, 0.1])
+def test_a_trimmed_head_in_sampling_sees_the_processors_and_the_noise_of_the_whole_vocabulary(stop):
+    """Suppressed tokens are told by their ids, not by where they stand in the trimmed vocabulary; nor is the noise.
+
+    The confidence stop asks for probabilities before the noise, which would make any token look certain.
+    """
+    model, head = head_and_model("vispec")
+    allowed = torch.arange(0, zoo.VOCABULARY, 7)
+    trimmed = DraftHead(head.config, trim=allowed).double()
+    trimmed.load_state_dict(head.state_dict() | {"trim": allowed})
+    inputs = inputs_of(["is it"], 1)
+    width = inputs["input_ids"].shape[1]
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 1.0, "seed": 3, "sample_ids": ["one"]}
+    drafter = drafters.get("vispec")(head=trimmed, top_k=1, depth=3, stop=stop)
+    cycles, captured = recorded(model, drafter, inputs, suppress_tokens=SUPPRESSED, **sampling)
+    outside = torch.ones(zoo.VOCABULARY, dtype=torch.bool).index_fill_(0, allowed, False)
+    lengths = set()
+    for cycle in cycles:
+        at = len(cycle[0][0]) - width
+
+        def score(logits):
+            return logits[0].masked_fill(outside, -math.inf)
+
+        hand = ByHand(model, head, whole_texts(captured, 0, cycle[0][0]), inputs["pixel_values"], score)
+        path, value = (), 0.0
+        while len(path) < min(3, 10 - 1 - at) and not (stop and value < math.log(stop)):
+            plain, noisy = drawn_by_hand(3, "one", at + len(path), hand.logprobs(path))
+            path += (int(noisy.argmax()),)
+            value += float(plain[path[-1]])
+        assert paths_of(cycle[2], 0) == {path[: n + 1] for n in range(len(path))}
+        assert not set(path) & set(SUPPRESSED)
+        lengths.add(len(path))
+    assert not stop or (1 in lengths and len(lengths) > 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"top_p": 0.9, "min_p": 0.05}, {"renormalize_logits": True}], ids=str)
+@pytest.mark.parametrize("how", [CHAIN, {**CHAIN, "stop": 0.3}, TREE, {**TREE, "stop": 0.3}], ids=str)
+def test_a_trimmed_head_of_which_nothing_is_left(how, more):
+    model, head = head_and_model("msd")
+    allowed = torch.arange(0, zoo.VOCABULARY, 7)
+    trimmed = DraftHead(head.config, trim=allowed).double()
+    inputs = inputs_of(["is it"], 1)
+    options = {"do_sample": True, "seed": 3, "suppress_tokens": allowed.tolist(), "eos_token_id": None, **more}
+    with attach_for(model, "plain"):
+        expected = model.generate(**inputs, max_new_tokens=8, **options)
+    with attach_for(model, "plain", drafter=drafters.get("msd")(head=trimmed, **how)):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=8, **options), expected)
+    cycles, _ = recorded(model, drafters.get("msd")(head=trimmed, **how), inputs, tokens=8, **options)
+    # A tree leaves out what cannot be chosen; a chain notices once it asks how sure it is.
+    most = 0 if how["top_k"] > 1 else 1 if "stop" in how else 3
+    assert all(len(paths_of(tree, 0)) <= most for _, _, tree in cycles)
 
 
 def test_a_trimmed_head_drafts_only_its_tokens():

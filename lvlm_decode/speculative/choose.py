@@ -115,26 +115,37 @@ class Chooser:
 
         return choose
 
-    def couple(self, scores: Tensor, positions: Sequence[int], ids: Tensor | None = None) -> Tensor:
+    def couple(self, scores: Tensor, positions: Sequence[int], ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A draft's scores under the noise that the target will draw with: couples what both choose.
 
         The best token of ``log q + G`` is far likelier to be the best one of ``log p + G`` than a token drawn apart
         (arXiv 2408.07978). Allowed because acceptance compares choices: the draft is then a function of prefix and noise.
 
         Args:
-            scores: (B, t, N) scores of a draft.
+            scores: (B, t, N') scores of a draft.
             positions: for each sample the position of the token they choose.
-            ids: (N,) tokens the scores are for; ``None`` for the whole vocabulary.
+            ids: (N',) tokens the scores are for; ``None`` for the whole vocabulary, N' = N.
 
         Returns:
-            (B, t, N); ``scores`` themselves unless tokens are drawn.
+            (B, t, N') as processors that look at a row alone leave them, and the same under the noise; ``scores``
+            themselves, twice, unless tokens are drawn. Of a trimmed vocabulary processors may leave nothing: -inf
+            throughout, or NaN from one that normalises.
         """
         if self.noise is None:
-            return scores
-        out = self._process_all(scores) if self.row_wise else scores
-        size = scores.shape[-1] if ids is None else self.size
-        noise = torch.stack([self._gumbel(b, position, size, scores.device) for b, position in enumerate(positions)])
-        return out + (noise if ids is None else noise[:, ids])[:, None]
+            return scores, scores
+        if self.row_wise:
+            scores = self._process_trimmed(scores, ids)
+        noise = torch.stack(
+            [self._gumbel(b, position, self.size, scores.device) for b, position in enumerate(positions)]
+        )
+        return scores, scores + (noise if ids is None else noise[:, ids])[:, None]
+
+    def _process_trimmed(self, scores: Tensor, ids: Tensor | None) -> Tensor:
+        """(..., N') processed scores of the tokens ``ids``: processors name tokens, so they see the whole vocabulary."""
+        if ids is None:
+            return self._process_all(scores)
+        whole = scores.new_full((*scores.shape[:-1], self.size), float("-inf"))
+        return self._process_all(whole.index_copy_(-1, ids, scores)).index_select(-1, ids)
 
     def commit(self, sample: int, token: int) -> None:
         """``token`` now ends the text of ``sample``."""

@@ -229,7 +229,7 @@ class _Loop:
             longest = max(self.ended)
             self.done = [len(own) >= longest for own in self.generated]
 
-    def _couple(self, scores: Tensor, level: int, ids: Tensor | None = None) -> Tensor:
+    def _couple(self, scores: Tensor, level: int, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.chooser.couple(scores, [len(own) + level for own in self.generated], ids)
 
     def _prompts(self) -> list[list[int]]:

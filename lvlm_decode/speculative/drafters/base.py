@@ -31,8 +31,8 @@ class Context:
         prompt_lengths: how many entries of each list are prompt.
         scores: (B, N) mitigated scores of the first token, before processors.
         prompt: the prompt as the language model saw it, for drafters with ``features``; else ``None``.
-        couple: (scores (B, t, N), level, ids) -> the scores under the noise the target will draw with, ``level`` levels
-            below the root; ``None`` where drafts are not coupled.
+        couple: (scores (B, t, N'), level, ids) -> the scores as the target will process them ``level`` levels below the
+            root, and the same under the noise it will draw with; ``None`` where drafts are not coupled.
         device: where proposals are wanted.
     """
 
@@ -42,7 +42,7 @@ class Context:
     prompt_lengths: list[int]
     scores: Tensor
     prompt: Features | None = None
-    couple: Callable[[Tensor, int, Tensor | None], Tensor] | None = None
+    couple: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
@@ -136,7 +136,8 @@ class Drafter:
     Args:
         stop: confidence stop, after SpecDec++ (arXiv 2405.19715): drafting goes no deeper once the estimated
             probability that the whole path is accepted falls below it. The paper trains a head for the estimate; here
-            it is the draft's own cumulative probability where there is one, else the running acceptance. 0 never stops.
+            it is the draft's own cumulative probability where there is one (under sampling after temperature and
+            warpers, before the noise), else the running acceptance. 0 never stops.
     """
 
     name: ClassVar[str] = ""

@@ -99,12 +99,13 @@ class _ExitSession(Session):
         tokens, token, chance = [roots], roots, 0.0
         for level in range(length):
             logits = self._run(token, layer, level, lane, cache)
+            coupled = logits
             if self.context.couple is not None:
-                logits = self.context.couple(logits, level, None)
-            token = logits.argmax(-1)
+                logits, coupled = self.context.couple(logits, level, None)
+            token = coupled.argmax(-1)
             tokens.append(token)
             if self.drafter.stop > 0:
-                chance = chance + (logits.amax(-1) - logits.logsumexp(-1))
+                chance = chance + logits.log_softmax(-1).gather(-1, token[..., None])
                 if bool((chance < math.log(self.drafter.stop)).all()):
                     break
         return Tree.chain(torch.cat(tokens, 1))

@@ -229,12 +229,14 @@ class _HeadSession(Session):
         cos, sin = self.runner.rotary(int(positions.max()) + 1)
         return cos[positions][:, None], sin[positions][:, None]
 
-    def _scores(self, guess: Tensor, level: int) -> Tensor:
-        """(B, t, N') draft scores of guessed features (R, t, D), ``level`` levels below the root."""
+    def _scores(self, guess: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Twice (B, t, N'): draft scores of guessed features (R, t, D), ``level`` levels below the root; under the noise."""
         logits = self.runner.logits(guess)
         if self.views > 1:
             logits = self._mitigated(logits, level)
-        return logits if self.context.couple is None else self.context.couple(logits, level, self.runner.trim)
+        if self.context.couple is None:
+            return logits, logits
+        return self.context.couple(logits, level, self.runner.trim)
 
     def _mitigated(self, logits: Tensor, level: int) -> Tensor:
         """(B, t, N') the method's scores of the logits of all views (R, t, N')."""
@@ -257,12 +259,12 @@ class _HeadSession(Session):
         self._reserve(depth)
         cumulative = 0.0
         for level in range(depth):
-            scores = self._scores(guess, level)[:, -1]
-            token = runner.token_ids(scores.argmax(-1, keepdim=True))
+            scores, coupled = (x[:, -1] for x in self._scores(guess, level))
+            chosen = coupled.argmax(-1, keepdim=True)
+            token = runner.token_ids(chosen)
             tokens.append(token)
             if self._log_stop is not None:
-                best = scores.amax(-1) - scores.logsumexp(-1)
-                cumulative = cumulative + best
+                cumulative = cumulative + _logprobs(scores).gather(-1, chosen)
                 if bool((cumulative < self._log_stop).all()):
                     # This token is drafted already and costs one row; what would follow it is not drafted.
                     break
@@ -282,8 +284,10 @@ class _HeadSession(Session):
         """EAGLE-2: expand the ``top_k`` best rows of every level, then rerank all of them."""
         runner, k, samples = self.runner, self.top_k, self.samples
         self._reserve(depth * k)
-        scores = F.log_softmax(self._scores(self.guess, 0)[:, -1], -1)
-        values, chosen = scores.topk(k, -1)  # (B, k)
+        scores, coupled = (x[:, -1] for x in self._scores(self.guess, 0))
+        values, chosen = _logprobs(coupled).topk(k, -1)  # (B, k)
+        # Of the frontier's paths, before the noise; only the confidence stop asks for them.
+        sure = None if self._log_stop is None else _logprobs(scores).gather(-1, chosen)
         tokens = runner.token_ids(chosen)
         pool_tokens, pool_values = [tokens], [values]
         pool_parents = [torch.full_like(tokens, -1)]
@@ -293,7 +297,7 @@ class _HeadSession(Session):
         seen = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(samples, k, k)
         size = k
         for level in range(depth - 1):
-            if self._log_stop is not None and bool((values[:, 0] < self._log_stop).all()):
+            if sure is not None and bool((sure[:, 0] < self._log_stop).all()):
                 break
             z = runner.inputs(tokens.repeat(self.views, 1), guess, self.constant)
             cos, sin = self._turn((self.next + level)[:, None].expand(-1, k))
@@ -302,13 +306,16 @@ class _HeadSession(Session):
                 past = past & self.seen[:, None]
             mask = torch.cat([past, seen.repeat(self.views, 1, 1)], -1)[:, None]
             out = runner.step(z, cos, sin, self.keys, self.values, self.length + level * k, mask)
-            scores = values[..., None] + F.log_softmax(self._scores(out, level + 1), -1)
-            best, chosen = scores.topk(k, -1)  # (B, k, k)
+            scores, coupled = self._scores(out, level + 1)
+            best, chosen = (values[..., None] + _logprobs(coupled)).topk(k, -1)  # (B, k, k)
             pool_tokens.append(runner.token_ids(chosen).flatten(1))
             pool_values.append(best.flatten(1))
             pool_parents.append(place.repeat_interleave(k, 1))
             values, kept = best.flatten(1).topk(k, -1)  # (B, k) of the k * k
             parent = kept // k
+            if sure is not None:
+                own = sure[..., None] + _logprobs(scores).gather(-1, chosen)
+                sure = own.flatten(1).gather(1, kept)
             tokens = pool_tokens[-1].gather(1, kept)
             place = size + kept
             size += k * k
@@ -334,3 +341,9 @@ class _HeadSession(Session):
             shape = shape_of((-1, *(row_of[parents[b][entry]] for entry in entries)))
             drafts.append(([root, *(tokens[b][entry] for entry in entries)], shape))
         return Tree.of(drafts, self.runner.device)
+
+
+def _logprobs(scores: Tensor) -> Tensor:
+    """(..., N) log-probabilities; -inf throughout where no token has a chance."""
+    out = F.log_softmax(scores, -1)
+    return out.masked_fill(out.isnan(), float("-inf"))
