@@ -87,6 +87,14 @@ def test_reranking_keeps_ancestors_even_among_ties(seed):
     assert min(values[e] for e in chosen) >= max(v for e, v in enumerate(values) if e not in chosen)
 
 
+@pytest.mark.parametrize("none", [float("-inf"), float("nan")])
+def test_reranking_leaves_out_what_has_no_chance(none):
+    parents, values = [-1, -1, 0, 1, 2, 3, 0], [-0.1, none, -0.2, none, none, none, -0.3]
+    chosen = rerank(values, 6)
+    assert chosen == [0, 2, 6] and all(parents[entry] in (-1, *chosen) for entry in chosen)
+    assert rerank([none] * 4, 3) == []
+
+
 def run_walk(shape, tokens, law, end=None):
     """The walk under a deterministic law: prefix of tokens -> next token."""
     out = []

@@ -144,13 +144,15 @@ def rerank(values: Sequence[float], rows: int) -> list[int]:
     ancestor of what it holds.
 
     Args:
-        values: for each pool entry the log-probability of its path; parents stand before their children.
-        rows: how many to keep.
+        values: for each pool entry the log-probability of its path; parents stand before their children. Entries without
+            a chance (-inf, or NaN where a whole vocabulary has none) are left out.
+        rows: how many to keep at most.
 
     Returns:
         The chosen entries, in pool order.
     """
-    best = sorted(range(len(values)), key=lambda entry: (-values[entry], entry))[:rows]
+    able = [entry for entry, value in enumerate(values) if value > float("-inf")]
+    best = sorted(able, key=lambda entry: (-values[entry], entry))[:rows]
     return sorted(best)
 
 

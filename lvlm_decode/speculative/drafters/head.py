@@ -264,8 +264,9 @@ class _HeadSession(Session):
             token = runner.token_ids(chosen)
             tokens.append(token)
             if self._log_stop is not None:
-                cumulative = cumulative + _logprobs(scores).gather(-1, chosen)
-                if bool((cumulative < self._log_stop).all()):
+                cumulative = cumulative + F.log_softmax(scores, -1).gather(-1, chosen)
+                # Asked this way round, so that a vocabulary of which processors leave nothing (NaN) stops too.
+                if not bool((cumulative >= self._log_stop).any()):
                     # This token is drafted already and costs one row; what would follow it is not drafted.
                     break
             if level + 1 < depth:
@@ -285,9 +286,9 @@ class _HeadSession(Session):
         runner, k, samples = self.runner, self.top_k, self.samples
         self._reserve(depth * k)
         scores, coupled = (x[:, -1] for x in self._scores(self.guess, 0))
-        values, chosen = _logprobs(coupled).topk(k, -1)  # (B, k)
+        values, chosen = F.log_softmax(coupled, -1).topk(k, -1)  # (B, k)
         # Of the frontier's paths, before the noise; only the confidence stop asks for them.
-        sure = None if self._log_stop is None else _logprobs(scores).gather(-1, chosen)
+        sure = None if self._log_stop is None else F.log_softmax(scores, -1).gather(-1, chosen)
         tokens = runner.token_ids(chosen)
         pool_tokens, pool_values = [tokens], [values]
         pool_parents = [torch.full_like(tokens, -1)]
@@ -297,7 +298,7 @@ class _HeadSession(Session):
         seen = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(samples, k, k)
         size = k
         for level in range(depth - 1):
-            if sure is not None and bool((sure[:, 0] < self._log_stop).all()):
+            if sure is not None and not bool((sure[:, 0] >= self._log_stop).any()):
                 break
             z = runner.inputs(tokens.repeat(self.views, 1), guess, self.constant)
             cos, sin = self._turn((self.next + level)[:, None].expand(-1, k))
@@ -307,14 +308,14 @@ class _HeadSession(Session):
             mask = torch.cat([past, seen.repeat(self.views, 1, 1)], -1)[:, None]
             out = runner.step(z, cos, sin, self.keys, self.values, self.length + level * k, mask)
             scores, coupled = self._scores(out, level + 1)
-            best, chosen = (values[..., None] + _logprobs(coupled)).topk(k, -1)  # (B, k, k)
+            best, chosen = (values[..., None] + F.log_softmax(coupled, -1)).topk(k, -1)  # (B, k, k)
             pool_tokens.append(runner.token_ids(chosen).flatten(1))
             pool_values.append(best.flatten(1))
             pool_parents.append(place.repeat_interleave(k, 1))
             values, kept = best.flatten(1).topk(k, -1)  # (B, k) of the k * k
             parent = kept // k
             if sure is not None:
-                own = sure[..., None] + _logprobs(scores).gather(-1, chosen)
+                own = sure[..., None] + F.log_softmax(scores, -1).gather(-1, chosen)
                 sure = own.flatten(1).gather(1, kept)
             tokens = pool_tokens[-1].gather(1, kept)
             place = size + kept
@@ -335,15 +336,8 @@ class _HeadSession(Session):
     ) -> Tree:
         drafts = []
         for b, root in enumerate(roots[:, 0].tolist()):
-            # What the plausibility mask removed has no chance at all.
-            entries = [e for e in rerank(values[b], self.rows - 1) if values[b][e] > float("-inf")]
+            entries = rerank(values[b], self.rows - 1)
             row_of = {entry: row for row, entry in enumerate(entries, start=1)} | {-1: 0}
             shape = shape_of((-1, *(row_of[parents[b][entry]] for entry in entries)))
             drafts.append(([root, *(tokens[b][entry] for entry in entries)], shape))
         return Tree.of(drafts, self.runner.device)
-
-
-def _logprobs(scores: Tensor) -> Tensor:
-    """(..., N) log-probabilities; -inf throughout where no token has a chance."""
-    out = F.log_softmax(scores, -1)
-    return out.masked_fill(out.isnan(), float("-inf"))
