@@ -27,7 +27,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..engine import sampling
 from .base import Controller, Limits, memory_of, pad_answers, seed_of
 from .prompts import asking, question_of
-from .rows import Rows
+from .rows import Rows, write
 
 if TYPE_CHECKING:
     from ..engine.attach import Run
@@ -172,26 +172,18 @@ def captions_of(method: MVP, run: Run, samples: Sequence[Sample], seed: int, end
 def _draw_captions(
     method: MVP, run: Run, asked: list[Sample], ids: list[Any], seed: int, ends: Sequence[int]
 ) -> list[str]:
-    captured = run.batch.capture(run.batch.resolve(asked))
-    rows = Rows(captured, run.family.pad_token_id)
+    rows = Rows(run.batch.capture(run.batch.resolve(asked)), run.family.pad_token_id)
     warpers = [TemperatureLogitsWarper(method.caption_temperature), TopPLogitsWarper(method.caption_top_p)]
-    texts: list[list[int]] = [[] for _ in asked]
-    live, logits = list(range(len(asked))), rows.first
-    for position in range(method.caption_tokens):
+
+    def choose(logits: Tensor, live: list[int], position: int) -> list[int]:
         # A caption is words; a placeholder among them would want features.
+        logits = logits.clone()
         logits[:, run.family.image_token_id] = float("-inf")
         for warper in warpers:
             logits = warper(None, logits)
-        tokens = _draw(logits, [ids[row] for row in live], position, seed)
-        going = [i for i, token in enumerate(tokens) if token not in ends]
-        for i in going:
-            texts[live[i]].append(tokens[i])
-        if not going or position == method.caption_tokens - 1:
-            break
-        if len(going) < len(live):
-            rows.select(going)
-        live = [live[i] for i in going]
-        logits = rows.extend(torch.tensor([[tokens[i]] for i in going], device=logits.device))
+        return _draw(logits, [ids[row] for row in live], position, seed)
+
+    texts = write(rows, method.caption_tokens, ends, choose)
     run.forwards += rows.forwards
     tokenizer = asked[0].tokenizer
     return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]

@@ -7,7 +7,7 @@ differ only in which slots are masked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from ..engine.stack import Lane
+from ..engine.stack import Lane, additive
 from ..errors import UnsupportedError
 from ..families.base import Captured
 
@@ -294,10 +294,7 @@ class Rows:
         return {"full_attention": self._additive(seen), "sliding_attention": self._additive(seen & near)}
 
     def _additive(self, seen: Tensor) -> Tensor:
-        dtype = self.module.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+        return additive(seen, self.module.dtype)
 
     def _forward(self, tokens: Tensor, depth: Tensor, mask: Any, keep: int | Tensor) -> Any:
         self.forwards += 1
@@ -333,6 +330,33 @@ def _attention_of(config: Any) -> tuple[int | None, set[str]]:
             "rolled back token by token; use a model with attention layers only."
         )
     return config.sliding_window if "sliding_attention" in kinds else None, kinds
+
+
+def write(
+    rows: Rows, most: int, ends: Sequence[int], choose: Callable[[Tensor, list[int], int], list[int]]
+) -> list[list[int]]:
+    """Let every row write up to ``most`` tokens; one that says an end token is dropped.
+
+    Args:
+        choose: logits (n, N), the numbers of the n rows that still write, and the position -> their next tokens.
+
+    Returns:
+        per row its tokens, without the end token.
+    """
+    texts: list[list[int]] = [[] for _ in range(len(rows))]
+    live, logits = list(range(len(rows))), rows.first
+    for position in range(most):
+        tokens = choose(logits, live, position)
+        going = [i for i, token in enumerate(tokens) if token not in ends]
+        for i in going:
+            texts[live[i]].append(tokens[i])
+        if not going or position == most - 1:
+            break
+        if len(going) < len(live):
+            rows.select(going)
+        live = [live[i] for i in going]
+        logits = rows.extend(torch.tensor([[tokens[i]] for i in going], device=logits.device))
+    return texts
 
 
 def _with_hidden(module: torch.nn.Module, run: Any) -> tuple[Tensor, Any]:

@@ -27,7 +27,7 @@ from ..engine import hf
 from ..method import plausible
 from .base import AsCaller, Controller, Limits
 from .prompts import asking, question_of
-from .rows import Rows
+from .rows import Rows, write
 
 if TYPE_CHECKING:
     from ..engine.attach import Run
@@ -211,38 +211,20 @@ def describe(run: Run, samples: list[Any], method: VDGD, ends: Sequence[int]) ->
         per sample its description's ids (without the end token); (B, N) maximum or mean over its steps of the
         log-probabilities; forwards run.
     """
-    captured = run.batch.capture(run.batch.resolve(samples))
-    pad = run.family.pad_token_id
-    image = run.family.image_token_id
-    rows = Rows(captured, pad)
-    logits, grounds = rows.first, None
-    texts: list[list[int]] = [[] for _ in samples]
-    steps = [0] * len(samples)
-    going = [True] * len(samples)
-    for step in range(method.description_tokens):
-        said = logits.log_softmax(-1)
-        live = torch.tensor(going, device=said.device)[:, None]
-        if grounds is None:
-            grounds = said.clone()
-        elif method.reduction == "min":
-            grounds = torch.where(live, torch.maximum(grounds, said), grounds)
-        else:
-            grounds = torch.where(live, grounds + said, grounds)
+    rows = Rows(run.batch.capture(run.batch.resolve(samples)), run.family.pad_token_id)
+    grounds = torch.full_like(rows.first, float("-inf") if method.reduction == "min" else 0.0)
+    steps = grounds.new_zeros(len(samples), 1)
+
+    def choose(logits: Tensor, live: list[int], position: int) -> list[int]:
+        said, before = logits.log_softmax(-1), grounds[live]
+        grounds[live] = torch.maximum(before, said) if method.reduction == "min" else before + said
+        steps[live] += 1
         # A description is words; a placeholder among them would want features.
         words = logits.clone()
-        words[:, image] = float("-inf")
-        tokens = words.argmax(-1)
-        for row, token in enumerate(tokens.tolist()):
-            if going[row]:
-                steps[row] += 1
-                if token in ends:
-                    going[row] = False
-                else:
-                    texts[row].append(token)
-        if not any(going) or step == method.description_tokens - 1:
-            break
-        tokens = torch.where(torch.tensor(going, device=tokens.device), tokens, pad)
-        logits = rows.extend(tokens[:, None])
+        words[:, run.family.image_token_id] = float("-inf")
+        return words.argmax(-1).tolist()
+
+    texts = write(rows, method.description_tokens, ends, choose)
     if method.reduction == "avg":
-        grounds = grounds / torch.tensor(steps, device=grounds.device)[:, None]
+        grounds /= steps
     return [torch.tensor(text, dtype=torch.long) for text in texts], grounds, rows.forwards

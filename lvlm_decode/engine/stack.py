@@ -174,10 +174,7 @@ class Lane:
         if getattr(self.cache, "is_compileable", False):
             capacity = self.cache.layers[0].max_cache_len
             seen = torch.nn.functional.pad(seen, (0, capacity - seen.shape[-1]))
-        dtype = self.module.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
-            :, None
-        ]
+        return additive(seen, self.module.dtype)
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         self.forwards += 1
@@ -227,6 +224,12 @@ class Lane:
             self.mask = self.mask[whole]
         self.position = self.position.index_select(-2, whole)
         self._pending = [tokens[index] for tokens in self._pending]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, 1, q, S) attention mask to add to the scores, from (R, q, S) bool."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def axes_of(values: Sequence[Tensor]) -> int:
