@@ -218,6 +218,7 @@ MODES = {
     "static": "a static cache",
     "speculation": "a drafter or assistant model",
     "batch": "several samples in one batch",
+    "returns": "num_return_sequences above 1",
     "sum": "other methods",
     "processor": "the LogitsProcessor form",
 }
@@ -478,7 +479,10 @@ class _Attachment:
             values = [kwargs.get(name), getattr(config, name, None), getattr(own, name, None)]
             return next((int(v) for v in values if v is not None), 1)
 
-        return max(setting("num_beams"), setting("num_return_sequences"))
+        returns = setting("num_return_sequences")
+        # Here, because transformers would refuse it before the method is asked, and advise beams.
+        check_modes(self.method, ["returns"] if returns > 1 else [])
+        return max(setting("num_beams"), returns)
 
 
 def attach(
