@@ -80,6 +80,13 @@ def test_another_cache_is_refused(name):
         method_class(name)(**QUICK[name]).check_cache(filled)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_none_of_them_is_a_processor(name):
+    built = tiny("llava")
+    with pytest.raises(UnsupportedError, match=rf"{name} cannot run with the LogitsProcessor form: .*attach\(model"):
+        method_class(name)(**QUICK[name]).processor(built.model, built.inputs(["is it"]))
+
+
 @pytest.fixture(scope="module")
 def loaded():
     try:

@@ -270,6 +270,7 @@ def test_what_it_cannot_do_is_said():
         (dict(num_beams=2), "beam search"),
         (dict(cache_implementation="static"), "static cache"),
         (dict(prompt_lookup_num_tokens=3), "drafter"),
+        (dict(num_return_sequences=2), "num_return_sequences"),
         (dict(return_dict_in_generate=True, output_logits=True), "output_logits"),
         (dict(prefix_allowed_tokens_fn=lambda *_: [5]), "mvp.*prefix_allowed_tokens_fn"),
     ):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -551,6 +552,7 @@ def test_an_exception_inside_a_rollback_is_not_swallowed(llava, monkeypatch):
         (dict(num_beams=3), "beam search.*OPERA\\(num_beams"),
         (dict(cache_implementation="static"), "static cache"),
         (dict(prompt_lookup_num_tokens=3), "drafter"),
+        (dict(num_return_sequences=2), "num_return_sequences.*best beam"),
         (dict(return_dict_in_generate=True, output_scores=True), "output_scores"),
         (dict(prefix_allowed_tokens_fn=lambda *_: [5]), "prefix_allowed_tokens_fn"),
     ],
@@ -569,6 +571,14 @@ def test_streaming_and_sums_are_refused(llava):
         generate(llava, OPERA(**SEARCH), inputs_of(), streamer=streamer)
     with pytest.raises(UnsupportedError, match="added to another method"):
         OPERA() + OPERA(form="paper")
+
+
+def test_a_streamer_for_one_call_gets_the_prompt_alone(llava):
+    """What the documentation says of it: transformers does not pass it on, so it cannot be refused."""
+    put, inputs = [], inputs_of()
+    streamer = SimpleNamespace(put=lambda tokens: put.append(tokens), end=lambda: None)
+    llava.generate(**inputs, max_new_tokens=4, do_sample=False, custom_generate=OPERA(**SEARCH), streamer=streamer)
+    assert len(put) == 1 and torch.equal(put[0], inputs["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -223,15 +223,17 @@ def test_processors_may_ban_every_candidate(how):
 
 
 def test_what_it_cannot_do_is_said():
-    inputs = tiny("llava").inputs(["is it"])
+    inputs, model, forwards = tiny("llava").inputs(["is it"]), copy.deepcopy(tiny("llava").model), []
+    model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     with pytest.raises(UnsupportedError, match="static cache"):
-        generate("llava", VDGD(**QUICK), inputs, cache_implementation="static")
+        generate("llava", VDGD(**QUICK), inputs, model, cache_implementation="static")
     with pytest.raises(UnsupportedError, match="drafter"):
-        generate("llava", VDGD(**QUICK), inputs, prompt_lookup_num_tokens=3)
+        generate("llava", VDGD(**QUICK), inputs, model, prompt_lookup_num_tokens=3)
+    with pytest.raises(InputError, match="has no image"):
+        generate("llava", VDGD(**QUICK), tiny("llava").inputs(["is it"], 0), model)
+    assert not forwards
     with pytest.raises(UnsupportedError, match="added"):
         VDGD() + VDGD()
-    with pytest.raises(InputError, match="has no image"):
-        generate("llava", VDGD(**QUICK), tiny("llava").inputs(["is it"], 0))
     texts = dict(prompt="{question}"), dict(prompt="{description}")
     for how in (dict(beta=0), dict(mode="mix"), dict(candidates="all"), *texts):
         with pytest.raises(ParameterError):

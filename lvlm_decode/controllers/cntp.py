@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 class CNTP(Controller):
     """Several tries where the model is unsure, the most fluent one kept.
 
-    With ``do_sample=False`` certain steps take the likeliest token and only trials are drawn, as in the authors' code.
+    With ``do_sample=False`` certain steps take the likeliest token and only trials are drawn, as in the authors' code; then
+    neither entropy nor trials know ``temperature``, ``top_p`` or ``top_k``, which ``generate()`` applies when sampling alone.
+    With ``do_sample=True`` they do, and also the ``top_k=50`` that ``generate()`` sets unless it is told ``top_k=0``. The
+    authors sample at temperature 0.8 and top_p 0.9.
+
     Draws are keyed by (seed, sample id, start of the trials, trial, position): the batch never changes an answer.
 
     Args:

@@ -46,9 +46,9 @@ class MVP(Controller):
 
     Args:
         answers: the words an answer can be, in lower case.
-        bottom_up: asks for the caption that goes from details to the whole.
-        top_down: asks for the caption that goes from the whole to details.
-        regular: asks for a plain caption.
+        bottom_up: asks for the caption that goes from details to the whole; words of this library's own.
+        top_down: asks for the caption that goes from the whole to details; words of this library's own.
+        regular: asks for a plain caption, as the authors do.
         weights: of the three views, >= 0.
         caption_temperature: captions are drawn at it, > 0.
         caption_top_p: and from this nucleus, (0, 1].
@@ -73,6 +73,7 @@ class MVP(Controller):
         "stream": "the answer is known when all paths have ended; leave the streamer out.",
         "static": "its paths branch in a cache that grows and shrinks; leave out cache_implementation.",
         "speculation": "it compares distributions under several prompts; leave the drafter out.",
+        "returns": "it answers once, with what is most certain; leave out num_return_sequences.",
         "sum": "it answers other prompts, which the views of a method do not follow.",
         "processor": "a processor cannot change the prompt; use attach(model, MVP()).",
     }

@@ -15,6 +15,12 @@ both forms go back when all beams do.
 Differences from the authors' code on purpose: image positions come from the inputs (their InstructBLIP span is off by one),
 samples of a batch go back each on its own, an exception is an exception (theirs is taken for "no rollback"), and a rollback
 that their tables of ``window_size`` positions cannot hold is not made.
+
+What the numbers are: scores and attention are single precision, the column products double precision and kept from step to
+step (clamped to its largest value), where the authors multiply them anew in single precision; before the half precision of
+``score_dtype`` the two differ in the last bit, which may decide between columns that are nearly equal. The authors' runs on
+a GPU have logits in half precision: penalties below about 0.004 vanish in them, and after the shift of a rollback (by about
+``fill``) they are multiples of 0.5, so such runs are not reproduced token for token.
 """
 
 from __future__ import annotations
@@ -59,6 +65,12 @@ _FORMS: dict[str, dict[str, Any]] = {
 class OPERA(Controller):
     """Beam search with over-trust penalty and rollback.
 
+    Candidates are the likeliest tokens of the model itself, before the caller's processors; these see the log-probabilities
+    among candidates, as in the authors' code, so a processor that bans all candidates of a beam leaves tokens at ``fill``.
+
+    A streamer is refused under ``attach``. ``generate(custom_generate=OPERA(), streamer=...)`` cannot refuse it:
+    transformers gives it the prompt and does not pass it on, so it never sees the answer.
+
     Args:
         num_beams: N_beam, >= 1. ``generate()``'s own ``num_beams`` stays 1.
         num_attn_candidates: N_can, candidates per beam whose attention is looked at, >= 1. 1 is greedy search with rollback.
@@ -75,8 +87,9 @@ class OPERA(Controller):
         max_rollbacks: beta, rollbacks per position: ``num_attn_candidates`` in the code, 5 in the paper.
         fill: score of tokens that are out of the question, before normalisation.
         prompt_length: prompt tokens that count when a finished answer's score is divided by length ** length_penalty.
-            ``None``: the prompt with one token per image for models fed by ids, as the authors' LLaVA; 1 for models fed by
-            embeddings, as their InstructBLIP. 1 is also what Hugging Face 5 does, where the end token counts.
+            ``None``: the prompt with one token per run of image tokens for models fed by ids, as the authors' LLaVA (two
+            images with nothing between them count once); 1 for models fed by embeddings, as their InstructBLIP. 1 is also
+            what Hugging Face 5 does, where the end token counts.
     """
 
     name: ClassVar[str] = "opera"
@@ -96,6 +109,7 @@ class OPERA(Controller):
         "stream": "it takes tokens back after they were chosen; leave the streamer out.",
         "static": "its beams branch and roll back in a cache that grows and shrinks; leave out cache_implementation.",
         "speculation": "it looks ahead itself and its choice depends on all beams; leave the drafter out.",
+        "returns": "it answers with the best beam alone; leave out num_return_sequences.",
         "sum": "it replaces the search, and both would decide the next token.",
         "processor": "a processor sees one step and cannot take tokens back; use attach(model, OPERA()).",
     }

@@ -48,7 +48,8 @@ class VDGD(Controller):
         reduction: "min" takes the description token that grounds a candidate best, "avg" the mean over all.
         mode: "replace" the scores of the answer by the grounding (paper), or "add" a multiple of it to them.
         kappa: how much grounding "add" adds.
-        describe: asks for the description; ``{question}`` is the question.
+        describe: asks for the description; ``{question}`` is the question. The authors' goes on for several sentences with
+            what to describe in photographs and in charts.
         prompt: the grounded question; ``{description}`` and ``{question}``.
         description_tokens: the longest description, >= 1.
     """
