@@ -35,7 +35,6 @@ PARAMETERS = {
     "dcd": "dcd(negative={negatives}/negative.safetensors,positive={negatives}/positive.safetensors)",
     "lol": "lol(adapter=amateur)",
 }
-INSTRUCTBLIP = {"damro": "damro(k=4,alpha=0.5)"}
 BATCH = 40
 SUMS = ("vcd+ritual", "icd+vdd")
 
@@ -43,14 +42,13 @@ SUMS = ("vcd+ritual", "icd+vdd")
 def chosen(model, negatives: Path | None) -> list[str]:
     """The methods that this model can run, in the registry's order, then some sums."""
     family, names = family_of(model), []
-    own = PARAMETERS | (INSTRUCTBLIP if family.has_qformer else {})
     for name in METHODS:
         if hasattr(method_class(name), "decode") or name in ("plain", "mask", "scmoe"):
             continue
         if name == "dcd" and negatives is None:
             continue
         # Without an adapter LOL's amateur is the model under an instruction.
-        text = name if name == "lol" and negatives is None else own.get(name, name).format(negatives=negatives)
+        text = name if name == "lol" and negatives is None else PARAMETERS.get(name, name).format(negatives=negatives)
         try:
             check_needs(parse(text), family)
         except UnsupportedError as error:

@@ -1,5 +1,7 @@
 """Speculation measured on this machine: plain, VCD and VCD+RITUAL with every drafter, against Hugging Face's own loops.
 
+A table is written beside each JSON.
+
     python benchmarks/speculative/run.py captions  --output benchmarks/speculative/captions.json
     python benchmarks/speculative/run.py replay    --output benchmarks/speculative/replay.json
 
@@ -227,8 +229,10 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
     return {
         "what": f"random LLaVA, {tokens} tokens, drafts of {depth} tokens replayed from the known answer with set acceptance",
         "mismatches": {
-            name: mismatches(results[name], results["hf plain" if name.startswith("plain") else name.split(" |")[0]])
-            for name in drafted
+            name: mismatches(
+                results[name], results["hf plain" if name[:5] == "plain" or name[:3] == "hf " else name.split(" |")[0]]
+            )
+            for name in [*drafted, *(arm for arm in results if arm == "plain" or arm[:3] == "hf ")]
         },
         "speedup_over_sequential": {
             name: round(1 / ratio(results[name], results[f"{name.split(' |')[0]} sequential"], True), 3)
@@ -239,6 +243,38 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
         "raw": raw(results),
         "circumstances": circumstances(model),
     }
+
+
+def table(report: dict) -> str:
+    """A report as Markdown."""
+    about, lines = report["circumstances"], [report["what"] + ".", ""]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    lines += [
+        f"{about['processor']}, {about['threads']} threads, {about['dtype']}, {about['parameters'] / 1e6:.1f} M parameters, "
+        f"{versions}, load average at the end {about['load_average'][0]}.",
+        "",
+        "| arm | ms per token | relative to hf plain | decoding alone | tau | acceptance per level | split ms: target, draft, "
+        "other | formula | mismatches |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, arm in report["arms"].items():
+        told, differ = arm.get("speculation"), report["mismatches"].get(name)
+        cells = [
+            name.replace("|", r"\|"),
+            f"{arm['ms_per_token']:.2f}",
+            f"{arm['vs_plain']:.2f}x",
+            f"{arm['vs_plain_decode']:.2f}x",
+        ]
+        if told:
+            cells += [f"{told['tau']:.2f}", " ".join(f"{level:.2f}" for level in told["acceptance_per_level"])]
+            cells += [", ".join(f"{ms:.2f}" for ms in told["ms_per_token_split"].values())]
+            cells += [f"{told['formula']['time_per_token']:.2f}x"]
+        else:
+            cells += ["", "", "", ""]
+        lines.append(f"| {' | '.join(cells)} | {'' if differ is None else differ} |")
+    for name, value in report.get("targets", {}).items():
+        lines += ["", f"{name.replace('_', ' ')}: `{json.dumps(value)}`"]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -263,10 +299,8 @@ def main() -> None:
     else:
         report = replay(options.tokens or 32, options.rounds, methods, options.depth, tuple(options.acceptance))
     options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    for name, arm in report["arms"].items():
-        tau = arm.get("speculation", {}).get("tau", "")
-        ratios = f"x{arm['vs_plain']:.2f}  decode x{arm['vs_plain_decode']:.2f}"
-        print(f"{name:44s} {arm['ms_per_token']:8.2f} ms  {ratios}  tau {tau}")
+    options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    print(table(report))
 
 
 if __name__ == "__main__":
