@@ -65,7 +65,8 @@ def decode(
 
     Returns:
         (B, S + generated) ids, or a ``GenerateDecoderOnlyOutput`` if the configuration asks for one; its ``speculation``,
-        and the run's, hold the :class:`~lvlm_decode.speculative.stats.Stats`.
+        and the run's, hold the :class:`~lvlm_decode.speculative.stats.Stats`. Scores and logits of a sample that ended
+        before the others repeat its last ones; without a draft they are those of the padding, which mean nothing.
 
     Raises:
         UnsupportedError: see :func:`check` and :func:`~lvlm_decode.speculative.cache_ops.check_cache`.
