@@ -4,8 +4,10 @@
 
 The two of a pair take turns, so that a busy machine hits both, and ratios are taken pair by pair. Time is wall clock and
 this process's CPU time, one thread. OPERA and beam search write the same number of tokens, without an end token; the others
-answer until they are done. Peak memory is that of the process while it writes, in a process of its own per measurement
-with small allocations returned to the system, above what it held before (model and inputs), and whole.
+answer until they are done. A call is the prompt's forward and then steps, and OPERA runs one prompt per sample where beam
+search runs one per beam; so for this pair calls for one token are timed as well, and the steps' ratio is that of what longer
+calls take more (``--tokens`` says how long they are). Peak memory is that of the process while it writes, in a process of its
+own per measurement with small allocations returned to the system, above what it held before (model and inputs), and whole.
 """
 
 import argparse
@@ -99,7 +101,8 @@ class Measured:
             self.how |= {"eos_token_id": None}
             self.how |= control if method is None else {}
 
-    def __call__(self) -> dict:
+    def __call__(self, tokens: int | None = None) -> dict:
+        how = self.how if tokens is None else {**self.how, "max_new_tokens": tokens}
         calls = []
         hook = self.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
         if self.method is not None:
@@ -108,7 +111,7 @@ class Measured:
         more = {} if self.method is None else {"seed": 0}
         wall, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
-            out = self.model.generate(**self.inputs, **self.how, **more)
+            out = self.model.generate(**self.inputs, **how, **more)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         rollbacks = getattr(last_run(self.model), "rollbacks", None) if self.method is not None else None
         lvlm_decode.detach(self.model)
@@ -163,9 +166,12 @@ def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
     for side in sides.values():
         side()
     raw = {key: [] for key in sides}
+    first: dict[str, list[dict]] = {key: [] for key in sides}
     for _ in range(repeats):
         for key, side in sides.items():
             raw[key].append(side())
+        for key, side in sides.items() if control else ():
+            first[key].append(side(1))
     memory = (
         {key: child(index, key, tokens, batch) for key in sides} if Path("/proc/self/clear_refs").exists() else None
     )
@@ -187,12 +193,32 @@ def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
         "forwards_per_token": {key: runs[0]["forwards"] / runs[0]["tokens"] for key, runs in raw.items()},
         "raw": raw,
     }
+    if control:
+        found |= apart(raw, first)
     if memory:
         found["memory_bytes"] = memory
         found["peak_ratio"] = memory["method"]["peak"] / memory["control"]["peak"]
         above = {key: value["peak"] - value["before"] for key, value in memory.items()}
         found["peak_above_model_ratio"] = above["method"] / above["control"]
     return found
+
+
+def apart(raw: dict[str, list[dict]], first: dict[str, list[dict]]) -> dict:
+    """The prompt and the steps after it, each on its own: ratios pair by pair, seconds of CPU time, and raw samples."""
+
+    def per_step(key: str, field: str) -> list[float]:
+        return [(whole[field] - one[field]) / (whole["tokens"] - 1) for whole, one in zip(raw[key], first[key])]
+
+    def ratio(field: str) -> float:
+        return statistics.median(m / c for m, c in zip(per_step("method", field), per_step("control", field)))
+
+    return {
+        "step_wall_ratio": ratio("wall_s"),
+        "step_cpu_ratio": ratio("cpu_s"),
+        "step_cpu_s": {key: statistics.median(per_step(key, "cpu_s")) for key in raw},
+        "one_token_cpu_s": {key: statistics.median(run["cpu_s"] for run in runs) for key, runs in first.items()},
+        "one_token": {key: [{f: run[f] for f in ("wall_s", "cpu_s")} for run in runs] for key, runs in first.items()},
+    }
 
 
 def machine() -> dict:
@@ -233,7 +259,7 @@ def main() -> None:
     pairs = []
     for index in given.pairs:
         pairs.append(pair(index, given.tokens, given.batch, given.repeats))
-        shown = {key: value for key, value in pairs[-1].items() if key not in ("raw", "memory_bytes")}
+        shown = {key: value for key, value in pairs[-1].items() if key not in ("raw", "one_token", "memory_bytes")}
         print(json.dumps(shown), flush=True)
     record = {
         "command": " ".join(["python", *sys.argv]),

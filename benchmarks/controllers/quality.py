@@ -3,7 +3,8 @@
     python benchmarks/controllers/quality.py --out benchmarks/controllers --captions 100 --questions 100
 
 CHAIR on the held-out emoji scenes with recall and length beside it, POPE on their yes/no questions; through the evaluation
-runner, so controls, intervals and paired tests are its own. Writes per model and benchmark a table (.md), and settings,
+runner, so controls, intervals and paired tests are its own. CNTP answers twice: with the likeliest token where it is certain,
+and sampling as its authors do. Writes per model and benchmark a table (.md), and settings,
 summaries and every answer (.json).
 """
 
@@ -18,10 +19,12 @@ import transformers
 from evals import evaluator
 from evals.answers import read_json
 from evals.loaders import scene_source
-from evals.plan import GREEDY
+from evals.plan import GREEDY, Decoding
 from evals.runner import Options, Run, load
 from evals.tables import blocks, render
 
+#: How the authors of CNTP sample; the runner adds plain sampling and the mask alone in the same way as controls.
+SAMPLED = Decoding(do_sample=True, temperature=0.8, top_p=0.9)
 MODELS = ("tiny", "tiny-instructblip")
 METHODS = {
     "chair": ("opera", "opera(threshold=5)", "cntp", "vdgd"),
@@ -52,7 +55,7 @@ def main() -> None:
                 source = source.only(given.splits)
             limit = given.captions if benchmark == "chair" else given.questions
             options = Options(max_new_tokens={"chair": 96, "pope": 24}[benchmark], batch_size=16)
-            pairs = [(method, GREEDY) for method in METHODS[benchmark]]
+            pairs = [(method, GREEDY) for method in METHODS[benchmark]] + [("cntp", SAMPLED)]
             with tempfile.TemporaryDirectory() as work:
                 out = Path(work)
                 results = Run(scored, source, loaded, out, pairs, (given.seed,), limit, options, quiet=True).execute()
