@@ -222,6 +222,15 @@ def test_processors_may_ban_every_candidate(how):
     assert len(set(answer)) == len(answer) and 0 not in answer
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_allowed_tokens_are_those_of_the_sample(beams):
+    inputs, allowed = tiny("llava").inputs(["is it", "what"]), ([20, 21, 22, 23], [30, 31, 32, 33])
+    how = dict(num_beams=beams, prefix_allowed_tokens_fn=lambda sample, _: allowed[sample])
+    out, _ = generate("llava", VDGD(**QUICK), inputs, max_new_tokens=4, **how)
+    for row, own in zip(out[:, inputs["input_ids"].shape[1] :].tolist(), allowed):
+        assert set(row) <= set(own)
+
+
 def test_what_it_cannot_do_is_said():
     inputs, model, forwards = tiny("llava").inputs(["is it"]), copy.deepcopy(tiny("llava").model), []
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
