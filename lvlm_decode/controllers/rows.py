@@ -20,7 +20,7 @@ from ..errors import UnsupportedError
 from ..families.base import Captured
 
 #: Slots that a cache gets beyond those it needs, so that it need not be copied for every token.
-ROOM = 32
+ROOM = 16
 
 
 class Slots(DynamicLayer):
