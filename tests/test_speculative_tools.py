@@ -391,6 +391,19 @@ def test_the_package_holds_no_head_without_its_training_report():
         assert (folder / "head.safetensors").stat().st_size < 4 << 20
 
 
+def test_the_table_of_heads_says_what_their_training_reported():
+    lines = ["| head | parameters | steps | tau | acceptance per level |", "|---|---|---|---|---|"]
+    for path in sorted((lvlm_decode_data.HERE / "heads").glob("*/training.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        last = report["curve"][-1]
+        levels = ", ".join(f"{value:.2f}" for value in last["acceptance_per_level"])
+        millions = f"{report['parameters'] / 1e6:.2f} M"
+        lines.append(f"| `{path.parent.name}` | {millions} | {last['step']} | {last['tau']:.2f} | {levels} |")
+    text = (lvlm_decode_data.HERE / "heads" / "README.md").read_text(encoding="utf-8")
+    written = text.split("<!-- heads -->\n")[1].split("<!-- /heads -->")[0]
+    assert written == "\n".join(lines) + "\n", "\n".join(lines)
+
+
 class StubProcessor:
     """The processor's call for the tiny random models."""
 

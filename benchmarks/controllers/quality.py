@@ -25,10 +25,12 @@ from evals.tables import blocks, render
 
 #: How the authors of CNTP sample; the runner adds plain sampling and the mask alone in the same way as controls.
 SAMPLED = Decoding(do_sample=True, temperature=0.8, top_p=0.9)
-MODELS = ("tiny", "tiny-instructblip")
+#: VDGD without its re-ranking: what the description before the question does alone.
+PROMPT_ALONE = "vdgd(mode=add,kappa=0)"
+MODELS = ("tiny-llava", "tiny-instructblip")
 METHODS = {
-    "chair": ("opera", "opera(threshold=5)", "cntp", "vdgd"),
-    "pope": ("opera", "cntp", "vdgd", "mvp(caption_tokens=64)"),
+    "chair": ("opera", "opera(threshold=5)", "cntp", "vdgd", PROMPT_ALONE),
+    "pope": ("opera", "cntp", "vdgd", PROMPT_ALONE, "mvp(caption_tokens=64)"),
 }
 
 
