@@ -12,6 +12,7 @@ from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.attach import Run, last_run
+from lvlm_decode.engine.prepare import Batch
 from lvlm_decode.errors import InputError, ParameterError, UnknownNameError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.method import Step, plausible
@@ -445,6 +446,25 @@ def test_code_describes_the_whole_batch_once_and_writes_it_where_the_image_was()
         ids = own.input_ids.tolist()
         first = ids.index(IMAGE)
         assert run.samples[1][row].input_ids.tolist() == [*ids[:first], *said, *[t for t in ids[first:] if t != IMAGE]]
+
+
+def test_code_describes_an_image_once_for_all_its_questions(monkeypatch):
+    zoo, asked = tiny("llava"), []
+    answers = Batch.answers
+
+    def counted(self, samples, max_new_tokens):
+        asked.append(len(samples))
+        return answers(self, samples, max_new_tokens)
+
+    monkeypatch.setattr(Batch, "answers", counted)
+    inputs = zoo.inputs(["is it a dog? ASSISTANT:", "ab ASSISTANT:", "what? ASSISTANT:"])
+    inputs["pixel_values"] = inputs["pixel_values"][[0, 1, 0]]
+    run = Run(zoo.model, CODE(prompt="say", max_description=4), inputs, processor=zoo.processor, seed=0)
+    assert asked == [2]
+    alone = {key: value[2:] for key, value in inputs.items()}
+    other = Run(zoo.model, CODE(prompt="say", max_description=4), alone, processor=zoo.processor, seed=0)
+    seen = run.samples[1][2].input_ids.tolist()
+    assert seen[-len(other.samples[1][0].input_ids) :] == other.samples[1][0].input_ids.tolist()
 
 
 def test_avisc_blind_tokens():

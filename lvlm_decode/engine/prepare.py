@@ -83,6 +83,16 @@ class Sample:
         return self.batch.observed[name]
 
     @property
+    def image_key(self) -> str:
+        """A hash of the sample's images: of their pixels, or of their features if they came as such."""
+        digest = hashlib.blake2b(digest_size=16)
+        own = self.family.prompt_keys
+        parts = [v for k, v in sorted(self.vision.items()) if isinstance(v, Tensor) and k not in own]
+        for part in parts or [image.features for image in self.images]:
+            digest.update(part.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
     def image_slice(self) -> slice:
         """Where this sample's images stand among the images of its batch."""
         return self.batch.image_slice(self)

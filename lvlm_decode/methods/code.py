@@ -3,7 +3,8 @@
     D = 1/2 * sum_k log2(|p_v - p_d|_k ** eta + 1) * (p_v + p_d)_k         in [0, 1]
     scores = (2 - D) * l(image) - (1 - D) * l(description in place of the image),   kept: p_v >= D * max p_v
 
-The description is the model's own, greedy, of the sample's image, and is written anew in every call. Like branches (D
+The description is the model's own, greedy, of the sample's image, written once for all samples of a call that show it;
+the next call writes it anew. Like branches (D
 near 0) are contrasted strongly under a loose mask, unlike ones hardly and nearly greedily. eta 0.7 is the default of
 the authors' command line (their function's is 0.2); their ``cd_beta`` is unused there and does not exist here. eta = 0
 makes D = 1: greedy decoding of the plain model.
@@ -51,10 +52,14 @@ class CODE(Method):
         key = ("description", self.prompt, self.max_description)
         return [sample.without_image(instead=sample.batch.once(key, self._describe)[sample.index])]
 
-    def _describe(self, batch: Batch) -> list[Tensor]:
-        """Of every sample the ids of its description; a row without an image answers its own prompt in vain."""
-        asked = [asking(sample, self.prompt) if sample.has_image else sample for sample in batch.samples]
-        return batch.answers(asked, self.max_description)
+    def _describe(self, batch: Batch) -> list[Tensor | None]:
+        """Of every sample with an image the ids of its description."""
+        asked = [asking(sample, self.prompt) if sample.has_image else None for sample in batch.samples]
+        # Questions about one image ask for one description, unless more than the question differs.
+        keys = [None if own is None else (own.image_key, tuple(own.input_ids.tolist())) for own in asked]
+        new = {key: own for key, own in zip(keys, asked) if key is not None}
+        written = dict(zip(new, batch.answers(list(new.values()), self.max_description)))
+        return [written.get(key) for key in keys]
 
     def _divergence(self, step: Step) -> Tensor:
         """(B, T, 1) D."""
