@@ -54,8 +54,9 @@ DRAFTERS = (
     "eagle",
     "msd",
     "vispec",
-    "vispec(depth=7,stop=0.3)",
-    "vispec(top_k=2,depth=4,rows=8)",
+    "vispec(depth=9,rows=10)",
+    "vispec(depth=9,rows=10,stop=0.3)",
+    "vispec(top_k=2,depth=5,rows=12)",
     "vispec(contrast=True)",
 )
 
