@@ -159,7 +159,7 @@ def literal(inputs, question, method, seed, row_id, image_id):
 
 
 def test_equals_the_literal_pass(monkeypatch):
-    monkeypatch.setattr("lvlm_decode.controllers.mvp.image_key", lambda sample: "picture")
+    monkeypatch.setattr("lvlm_decode.engine.prepare.Sample.image_key", "picture")
     method = MVP(**QUICK, paths=12)
     inputs = tiny("llava").inputs(["what is it"])
     out, run = generate(method, inputs, sample_ids=["s"])

@@ -13,7 +13,6 @@ Captions belong to the image: questions about the same image share them, within 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,24 +138,13 @@ class MVP(Controller):
         return sequences
 
 
-def image_key(sample: Sample) -> str:
-    """A hash of the sample's images: of their pixels, or of their features if they came as such."""
-    digest = hashlib.blake2b(digest_size=16)
-    parts = [
-        v for k, v in sorted(sample.vision.items()) if isinstance(v, Tensor) and k not in sample.family.prompt_keys
-    ]
-    for part in parts or [image.features for image in sample.images]:
-        digest.update(part.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def captions_of(method: MVP, run: Run, samples: Sequence[Sample], seed: int, ends: Sequence[int]) -> list[list[str]]:
     """The three captions of every sample's image; drawn once per image."""
     memory = memory_of(run)
     prompts = (method.bottom_up, method.top_down, method.regular)
     # Without a seed of the caller's any draw of the captions is as good as another, so those that are there serve.
     how = (prompts, method.caption_temperature, method.caption_top_p, method.caption_tokens, run.seed, tuple(ends))
-    keys = [image_key(sample) for sample in samples]
+    keys = [sample.image_key for sample in samples]
     new = {key: sample for key, sample in zip(keys, samples) if ("mvp", key, how) not in memory}
     if new:
         asked = [asking(sample, prompt) for sample in new.values() for prompt in prompts]
