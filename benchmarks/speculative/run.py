@@ -54,8 +54,8 @@ DRAFTERS = (
     "eagle",
     "msd",
     "vispec",
-    "vispec(depth=9,rows=10)",
-    "vispec(depth=9,rows=10,stop=0.3)",
+    "vispec(stop=0.3)",
+    "vispec(depth=6,rows=8)",
     "vispec(top_k=2,depth=5,rows=12)",
     "vispec(contrast=True)",
 )
