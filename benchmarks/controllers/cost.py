@@ -240,6 +240,22 @@ def machine() -> dict:
     }
 
 
+def table(pairs: list[dict]) -> str:
+    """The pairs as Markdown: medians of paired ratios."""
+    lines = [
+        "| model | method | beside | asked | time | step alone | peak memory | above the model | forwards per token |"
+    ]
+    lines.append("|" + "---|" * 9)
+    for pair in pairs:
+        size, step = f"{pair['model']}, {pair['parameters'] / 1e6:.0f} M", pair.get("step_wall_ratio")
+        forwards = " against ".join(f"{pair['forwards_per_token'][side]:.2f}" for side in ("method", "control"))
+        cells = [size, pair["method"], pair["control"], pair["asked"], f"{pair['wall_ratio']:.2f}x"]
+        cells += [f"{step:.2f}x" if step else ""]
+        cells += [f"{pair[name]:.2f}x" if name in pair else "" for name in ("peak_ratio", "peak_above_model_ratio")]
+        lines.append(f"| {' | '.join([*cells, forwards])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("cost.json"))
@@ -268,6 +284,7 @@ def main() -> None:
         "pairs": pairs,
     }
     given.out.write_text(json.dumps(record, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(table(pairs))
 
 
 if __name__ == "__main__":

@@ -90,6 +90,19 @@ def measure(loaded, method: str, task: str, samples: int) -> dict | None:
     }
 
 
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    lines = ["| method | POPE: skipped | POPE: time | captions: skipped | captions: time | equal answers |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, found in results["methods"].items():
+        if "refused" in found:
+            continue
+        cells = [cell for r in found.values() for cell in (f"{r['share_skipped']:.0%}", f"{r['time_vs_stacked']:.2f}x")]
+        equal, asked = (sum(r[key] for r in found.values()) for key in ("equal_answers", "samples"))
+        lines.append(f"| {' | '.join([name, *cells])} | {equal} of {asked} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny")
@@ -114,6 +127,7 @@ def main() -> None:
         )
         print(f"{name:<12} {line}", flush=True)
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        arguments.output.with_suffix(".md").write_text(table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
