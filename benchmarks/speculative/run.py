@@ -165,7 +165,7 @@ def captions(
     }
 
 
-def random_llava(hidden: int = 1024, layers: int = 14, vocabulary: int = 8192) -> LlavaForConditionalGeneration:
+def random_llava(hidden: int = 1024, layers: int = 15, vocabulary: int = 8192) -> LlavaForConditionalGeneration:
     """A LLaVA of random weights; the default has more than 200 M parameters."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
