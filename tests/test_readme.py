@@ -1,5 +1,6 @@
 """The README says what is so: computed parts are computed again, its code runs, its figures are the recorded ones."""
 
+import json
 import re
 import subprocess
 import sys
@@ -36,6 +37,29 @@ def test_code_of_the_readme_runs(tmp_path):
     assert len(done.stdout.split()) > 5
     statements = [line for line in code.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(statements) <= 12
+
+
+def speed_table() -> str:
+    """The table of speeds from the records of the speculative benchmark."""
+    lines = ["| model | method | drafter | time per token | accepted per verification | answers that differ |"]
+    lines.append("|---|---|---|---|---|---|")
+    for model, record in (("LLaVA", "captions"), ("InstructBLIP", "captions-instructblip")):
+        report = json.loads((ROOT / "benchmarks" / "speculative" / f"{record}.json").read_text(encoding="utf-8"))
+        for method in ("plain", "vcd", "vcd+ritual"):
+            for drafter in ("", "sequential", "automaton(shortest=1)", "vispec"):
+                if method == "plain" and drafter in ("", "sequential"):
+                    continue
+                name = f"{method} | {drafter}" if drafter not in ("", "sequential") else f"{method} {drafter}".strip()
+                arm = report["arms"][name]
+                how = {"": "none, views stacked", "sequential": "none, a forward for each view"}.get(drafter, f"`{drafter}`")
+                tau = f"{arm['speculation']['tau']:.1f}" if "speculation" in arm else ""
+                cells = [model, method, how, f"{arm['vs_plain']:.2f}x", tau, str(report["mismatches"].get(name, ""))]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_speeds_of_the_readme_are_the_recorded_ones():
+    assert speed_table() in block("measured"), "\n" + speed_table()
 
 
 def test_layout_of_the_readme_exists():
