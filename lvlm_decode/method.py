@@ -1,7 +1,10 @@
 """What a decoding method is: views of a sample, and how to combine what the model says about them.
 
     scores = combine(logits of every view)          one stacked forward, see ``lvlm_decode.engine``
-    scores[token] = -inf  where  p(token) < beta * max p     under view 0, untempered, once, after combining
+    where p(token) < beta * max p, under view 0, untempered, once, after combining:   scores[token] = l0 - max l0 - BELOW
+
+The authors write -inf there. BELOW is as good for every draw and search (``exp(-BELOW)`` is 0), and where the caller's
+processors ban all that the mask left, the sample's own order decides instead of nothing.
 
 Letters: ``B`` samples, ``V`` views, ``T`` positions in this forward, ``N`` vocabulary, ``L`` layers, ``D`` width. View 0 is
 the sample itself. Methods are frozen dataclasses without state; everything that one call needs travels in :class:`Step`.
@@ -22,6 +25,9 @@ from .errors import ParameterError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
     from .engine.prepare import Sample
+
+#: How far below the best token, in nats, those come that a mask removes; ``exp(-BELOW)`` is 0, also at high temperatures.
+BELOW = 1e4
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ class Method:
     def scores(self, step: Step) -> Tensor:
         """(B, T, N): :meth:`combine`, then the mask, once."""
         scores, keep = self.combine(step), self.keep(step)
-        return scores if keep is None else scores.masked_fill(~keep, float("-inf"))
+        return scores if keep is None else masked(scores, keep, step.logits[0])
 
     def parts(self) -> tuple[Method, ...]:
         """The methods this one is a sum of; itself if it is not a sum."""
@@ -384,3 +390,8 @@ def plausible(logits: Tensor, beta: float | Tensor) -> Tensor:
     """
     log_beta = torch.as_tensor(beta, dtype=logits.dtype, device=logits.device).log()
     return logits >= logits.amax(-1, keepdim=True) + log_beta
+
+
+def masked(scores: Tensor, keep: Tensor, logits: Tensor) -> Tensor:
+    """(..., N) ``scores`` where ``keep``; all other tokens BELOW, in the order of ``logits``, those of view 0."""
+    return torch.where(keep, scores, logits - logits.amax(-1, keepdim=True) - BELOW)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 from transformers.generation import LogitsProcessor
-from zoo import tiny
+from zoo import EOS, PAD, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine import hf
@@ -399,6 +399,42 @@ def test_keyed_draw_depends_on_seed_sample_and_position():
     for (k1, v1), (k2, v2) in itertools.combinations(noise.items(), 2):
         assert not torch.equal(v1, v2), (k1, k2)
     assert torch.equal(noise[0, "a", 1], gumbel(0, "a", 1, 5))
+
+
+BANS = {
+    "ngrams": {"no_repeat_ngram_size": 1},
+    "first words": {"bad_words_ids": "the first two tokens of the plain answer"},
+    "early end": {"min_new_tokens": NEW, "eos_token_id": "the first token of the plain answer"},
+}
+
+
+@pytest.mark.parametrize("execution", ["stacked", "sequential", "skip"])
+@pytest.mark.parametrize("bans", BANS)
+def test_where_processors_ban_what_the_mask_left_the_samples_own_order_decides(zoo, batch, bans, execution):
+    """beta = 1 leaves the arg max alone, so contrast decides nothing: greedy decoding is the plain model's, bans included."""
+    width = batch["input_ids"].shape[1]
+    first = generate(zoo.model, batch)[:, width : width + 2]
+    how = dict(BANS[bans])
+    if "bad_words_ids" in how:
+        how["bad_words_ids"] = [[token] for token in first.flatten().tolist()]
+    if "eos_token_id" in how:
+        how["eos_token_id"] = first[:, 0].tolist()
+    expected = generate(zoo.model, batch, **how)
+    method = ld.VCD(beta=1.0)
+    assert torch.equal(generate(zoo.model, batch, method, execution, seed=0, **how), expected)
+    for mode in ({"do_sample": True}, {"do_sample": True, "seed": 0}, {"num_beams": 3}):
+        for row in generate(zoo.model, batch, method, execution, **{**how, **mode})[:, width:].tolist():
+            said = row[: row.index(EOS)] if EOS in row else row
+            assert PAD not in said, "a token was said of which nobody thought"
+            assert bans != "ngrams" or len(set(said)) == len(said)
+    if execution == "stacked":
+        ld.attach(zoo.model, method, drafter="recycling(rows=6,depth=3)")
+        try:
+            assert torch.equal(
+                zoo.model.generate(**batch, **how, do_sample=False, max_new_tokens=NEW, seed=0), expected
+            )
+        finally:
+            ld.detach(zoo.model)
 
 
 def test_keyed_draw_never_draws_what_is_masked():

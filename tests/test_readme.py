@@ -51,7 +51,9 @@ def speed_table() -> str:
                     continue
                 name = f"{method} | {drafter}" if drafter not in ("", "sequential") else f"{method} {drafter}".strip()
                 arm = report["arms"][name]
-                how = {"": "none, views stacked", "sequential": "none, a forward for each view"}.get(drafter, f"`{drafter}`")
+                how = {"": "none, views stacked", "sequential": "none, a forward for each view"}.get(
+                    drafter, f"`{drafter}`"
+                )
                 tau = f"{arm['speculation']['tau']:.1f}" if "speculation" in arm else ""
                 cells = [model, method, how, f"{arm['vs_plain']:.2f}x", tau, str(report["mismatches"].get(name, ""))]
                 lines.append(f"| {' | '.join(cells)} |")

@@ -24,16 +24,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
-from ..method import plausible
+from ..method import masked, plausible
 from .base import AsCaller, Controller, Limits
 from .prompts import asking, question_of
 from .rows import Rows, write
 
 if TYPE_CHECKING:
     from ..engine.attach import Run
-
-#: How far below the candidates all other tokens come, in nats; ``exp(-BELOW)`` is 0, also at high temperatures.
-BELOW = 1e4
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class Grounding:
         if self.method.mode == "add":
             grounds = scores.log_softmax(-1) + self.method.kappa * grounds
         ranked = grounds.masked_fill(~keep, float("-inf")).log_softmax(-1)
-        return torch.where(keep, ranked, scores.log_softmax(-1) - BELOW)
+        return masked(ranked, keep, scores)
 
 
 def candidates_of(method: VDGD, scores: Tensor) -> Tensor:

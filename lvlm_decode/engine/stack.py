@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from ..errors import UnsupportedError
 from ..families.base import Captured
-from ..method import Method, Probes, Step, plausible
+from ..method import Method, Probes, Step, masked, plausible
 from .prepare import left_pad
 
 EXECUTIONS = ("stacked", "sequential", "skip")
@@ -356,7 +356,7 @@ class Lanes:
                     lane.put_off(tokens)
                 self.skipped += 1
                 self.last_step = None
-                return logits.masked_fill(~alone, float("-inf")), first
+                return masked(logits, alone, logits), first
         outputs = [first, *(lane.extend(tokens, keep, **tree, **self._call(lane, call)) for lane in others)]
         return self._score(outputs, positions), first
 

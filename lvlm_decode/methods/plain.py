@@ -18,7 +18,7 @@ class Plain(Method):
 
 @dataclass(frozen=True)
 class Mask(Method):
-    """The plausibility mask and no contrast: scores = l0 where p >= beta * max p, else -inf.
+    """The plausibility mask and no contrast: scores = l0 where p >= beta * max p, else far below.
 
     The control of every method that samples under the mask: it turns sampling into near-greedy decoding, which explains
     much of the published gains (Yin et al., arXiv 2504.10020).

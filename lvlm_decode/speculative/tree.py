@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParameterError
+from ..method import BELOW
 
 #: Stands in a tree for a row that fills up a batch: fed as token 0, equal to no token, hence never accepted.
 PAD = -1
@@ -145,13 +146,13 @@ def rerank(values: Sequence[float], rows: int) -> list[int]:
 
     Args:
         values: for each pool entry the log-probability of its path; parents stand before their children. Entries without
-            a chance (-inf, or NaN where a whole vocabulary has none) are left out.
+            a chance (masked, -inf, or NaN where a whole vocabulary has none) are left out.
         rows: how many to keep at most.
 
     Returns:
         The chosen entries, in pool order.
     """
-    able = [entry for entry, value in enumerate(values) if value > float("-inf")]
+    able = [entry for entry, value in enumerate(values) if value > -BELOW / 2]
     best = sorted(able, key=lambda entry: (-values[entry], entry))[:rows]
     return sorted(best)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ParameterError
+from ...method import BELOW
 from ..tree import PAD, Tree, ranked_shape
 from .base import Context, Drafter, Session, Verified
 
@@ -106,5 +107,5 @@ class _RecyclingSession(Session):
             tokens, scores = [tokens[at] for at in known], scores[known]
         values, best = scores.topk(self.drafter.width, dim=-1)
         # What the plausibility mask removed is no candidate.
-        best = best.masked_fill(values == float("-inf"), PAD)
+        best = best.masked_fill(values < -BELOW / 2, PAD)
         self.drafter.adjacency[torch.tensor(tokens, device=best.device)] = best
