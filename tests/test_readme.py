@@ -62,6 +62,17 @@ def speed_table() -> str:
 
 def test_speeds_of_the_readme_are_the_recorded_ones():
     assert speed_table() in block("measured"), "\n" + speed_table()
+    record = json.loads((ROOT / "benchmarks" / "speculative" / "captions.json").read_text(encoding="utf-8"))
+    assert f"VCD takes {record['arms']['vcd | vispec']['vs_plain']:.2f} of the time per token of plain" in README
+
+
+def test_captions_of_the_readme_are_the_recorded_ones():
+    folder = ROOT / "benchmarks" / "controllers"
+    cells = json.loads((folder / "quality-tiny-llava-chair.json").read_text(encoding="utf-8"))
+    share = {(cell["method"], cell["decoding"]): cell["summary"]["chair_s"] for cell in cells}
+    text = " ".join(block("measured").split())
+    assert f"in {100 * share['cntp', 'greedy']:.1f} % of the LLaVA's captions, greedy decoding in" in text
+    assert f"greedy decoding in {100 * share['plain', 'greedy']:.1f} %" in text
 
 
 def test_layout_of_the_readme_exists():
