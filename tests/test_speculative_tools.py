@@ -184,18 +184,47 @@ def test_objectives_run_under_bfloat16_autocast(kind, tmp_path):
     torch.testing.assert_close(loss.float(), expected, rtol=0.03, atol=0.03)
 
 
+#: The command line's own training, with what each process trained and on which pictures written down beside it.
+WATCHED = """
+import os, sys, torch
+from lvlm_decode import cli
+from lvlm_decode.training import draft_heads
+folder, heads, sources = sys.argv.pop(1), [], []
+init, complete = draft_heads.Objective.__init__, draft_heads.Target.complete
+def watched(self, head, *rest):
+    init(self, head, *rest)
+    heads.append(head)
+def noted(self, items, *rest):
+    sources.extend(item.source for item in items if item.load is not None)
+    complete(self, items, *rest)
+draft_heads.Objective.__init__, draft_heads.Target.complete = watched, noted
+try:
+    cli.main()
+finally:
+    torch.save((heads[0].state_dict(), sources), f"{folder}/{os.environ['RANK']}.pt")
+"""
+
+
 def test_two_processes_train_one_head(tiny_llava, tmp_path):
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED)
     # accelerate's own launcher starts one process on a CPU; torch's starts what accelerate finds on several GPUs.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "lvlm_decode.cli", "train", "draft-head"]
+    command += [str(script), str(tmp_path), "train", "draft-head"]
     command += ["--target", tiny_llava, "--output", str(tmp_path), "--kind", "vispec", "--samples", "4", "--steps", "2"]
-    command += ["--text-samples", "4", "--batch", "2", "--max-new-tokens", "8", "--held-out", "1", "--lr", "1e-3"]
+    command += ["--text-samples", "4", "--batch", "2", "--max-new-tokens", "8", "--held-out", "1", "--lr", "1e-2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "process 0 of 2" in done.stdout and "process 1 of 2" in done.stdout
     assert json.loads((tmp_path / "training.json").read_text())["curve"][-1]["step"] == 2
-    assert DraftHead.from_pretrained(tmp_path).config.kind == "vispec"
+    (one, first), (two, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(first) == len(second) == 2 and not set(first) & set(second)
+    saved = DraftHead.from_pretrained(tmp_path).state_dict()
+    for name, value in one.items():
+        # Gradients of different pictures, averaged: the processes end in the same weights.
+        assert torch.equal(two[name], value), name
+        torch.testing.assert_close(saved[name], value.half().float(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("unroll", [0, 1, 2])
@@ -290,7 +319,7 @@ def test_training_and_resuming_end_in_the_same_head(kind, model, tmp_path):
         text_samples=4,
         steps=4,
         batch=3,
-        lr=1e-3,
+        lr=1e-2,
         max_new_tokens=12,
         held_out=1,
         evaluate_every=2,
@@ -321,7 +350,8 @@ def test_training_and_resuming_end_in_the_same_head(kind, model, tmp_path):
     assert not list((tmp_path / "broken").glob("answers*")) and not (tmp_path / "broken" / "training.pt").exists()
     again = DraftHead.from_pretrained(tmp_path / "broken")
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-2)
+        # At this rate a step without the optimizer's memory goes elsewhere.
+        torch.testing.assert_close(again.state_dict()[name], value, atol=1e-5, rtol=1e-3)
 
 
 def test_a_head_starts_from_another(tiny_llava, tmp_path):
