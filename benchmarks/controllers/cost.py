@@ -14,8 +14,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from PIL import Image
 import lvlm_decode
 import lvlm_decode_data
 from lvlm_decode.engine.attach import last_run
+from lvlm_decode.speculative.bench import circumstances
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION, QUESTION = "Please describe this image in detail.", "Is there a dog in the image?"
@@ -182,7 +181,7 @@ def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
     found = {
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "circumstances": circumstances(model),
         "batch": batch,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "method": method,
@@ -221,25 +220,6 @@ def apart(raw: dict[str, list[dict]], first: dict[str, list[dict]]) -> dict:
     }
 
 
-def machine() -> dict:
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "lvlm_decode"], capture_output=True, text=True).stdout
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-        "library_changed_since": bool(changed.strip()),
-    }
-
-
 def table(pairs: list[dict]) -> str:
     """The pairs as Markdown: medians of paired ratios."""
     lines = [
@@ -271,7 +251,6 @@ def main() -> None:
     if given.peak:
         peak(int(given.peak[0]), given.peak[1], given.tokens, given.batch)
         return
-    before = machine()
     pairs = []
     for index in given.pairs:
         pairs.append(pair(index, given.tokens, given.batch, given.repeats))
@@ -279,8 +258,6 @@ def main() -> None:
         print(json.dumps(shown), flush=True)
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": before,
-        "load_average_after": list(os.getloadavg()),
         "pairs": pairs,
     }
     given.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
+from ..engine import hf
 from ..engine.stack import Lane, additive
 from ..errors import UnsupportedError
 from ..families.base import Captured
@@ -23,7 +22,7 @@ from ..families.base import Captured
 ROOM = 16
 
 
-class Slots(DynamicLayer):
+class Slots(hf.DynamicLayer):
     """Keys and values (R, G, S, width) of a layer at the front of buffers that are longer: appending copies what is new."""
 
     def __init__(self, **kwargs: Any):
@@ -70,7 +69,7 @@ class Rows:
         self.config = self.module.config.get_text_config(decoder=True)
         self._window, self._kinds = _attention_of(self.config)
         self._pad = pad_token_id
-        lane = Lane([captured], (0,), cache=Cache(layer_class_to_replicate=Slots), pad_token_id=pad_token_id)
+        lane = Lane([captured], (0,), cache=hf.cache_of(Slots), pad_token_id=pad_token_id)
         with torch.no_grad():
             hidden, out = _with_hidden(self.module, lambda: lane.prefill(1))
         #: (R, N) float32 for the first token of every row.
@@ -214,7 +213,7 @@ class Rows:
         out = object.__new__(Rows)
         out.__dict__.update(self.__dict__)
         index = torch.tensor(rows, device=self.device)
-        out.cache = Cache(layer_class_to_replicate=Slots)
+        out.cache = hf.cache_of(Slots)
         for number, layer in enumerate(self.cache.layers):
             out.cache.update(
                 layer.keys[:, :, : self.prompt][rows],

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from transformers import GenerationMixin, LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList, cache_utils
 
 from ..errors import DependencyError, UnsupportedError
 
 MINIMUM_TRANSFORMERS = "5.23.0"
 MINIMUM_TORCH = "2.11"
+
+#: Layers of a cache. Looked up gently: versions without them are refused by :func:`require`, in words.
+DynamicLayer: type = getattr(cache_utils, "DynamicLayer", object)
+StaticLayer: type = getattr(cache_utils, "StaticLayer", object)
 
 #: Loops of ``GenerationMixin`` by generation mode.
 _LOOPS = {
@@ -95,7 +99,17 @@ def self_check() -> list[str]:
         for name in ("reorder_cache", "crop", "get_seq_length"):
             if not hasattr(cache, name):
                 moved.append(f"{cache.__name__}.{name} is gone")
+    for name in ("lazy_initialization", "update", "crop"):
+        if not hasattr(DynamicLayer, name):
+            moved.append(f"DynamicLayer.{name} is gone")
+    if "layer_class_to_replicate" not in inspect.signature(transformers.Cache.__init__).parameters:
+        moved.append("Cache lost layer_class_to_replicate")
     return moved
+
+
+def cache_of(layer: type) -> transformers.Cache:
+    """An empty cache whose layers are made of the class ``layer`` as they are needed."""
+    return transformers.Cache(layer_class_to_replicate=layer)
 
 
 def generation_mode(generation_config: transformers.GenerationConfig, assistant_model: Any = None) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from ..engine import hf
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def check_cache(cache: Any) -> None:
                 "decode without a drafter."
             )
         # Not subclasses: what they hold beside keys and values would keep the rejected tokens.
-        if type(layer) not in (DynamicLayer, StaticLayer):
+        if type(layer) not in (hf.DynamicLayer, hf.StaticLayer):
             raise UnsupportedError(
                 f"cache layer {number} is a {type(layer).__name__}, which holds more than keys and values by position, so "
                 "rejected draft tokens cannot be taken back from it; decode without a drafter, or with a dynamic or "
