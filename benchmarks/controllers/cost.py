@@ -254,7 +254,8 @@ def main() -> None:
     pairs = []
     for index in given.pairs:
         pairs.append(pair(index, given.tokens, given.batch, given.repeats))
-        shown = {key: value for key, value in pairs[-1].items() if key not in ("raw", "one_token", "memory_bytes", "circumstances")}
+        long = ("raw", "one_token", "memory_bytes", "circumstances")
+        shown = {key: value for key, value in pairs[-1].items() if key not in long}
         print(json.dumps(shown), flush=True)
     record = {
         "command": " ".join(["python", *sys.argv]),
