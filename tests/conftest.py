@@ -20,6 +20,17 @@ def shared_path(relative: str) -> Path:
     return path
 
 
+def needs_adapters() -> None:
+    """Skip, with the reason, where the installed transformers and peft do not go together."""
+    from lvlm_decode.engine import hf
+    from lvlm_decode.errors import DependencyError
+
+    try:
+        hf.require_adapters()
+    except DependencyError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_per_test_process():
     import torch

@@ -19,6 +19,7 @@ from evals.runner import Options, Run, load
 from lvlm_decode.cli import app
 from lvlm_decode.controllers.base import Controller
 from lvlm_decode.controllers.opera import OPERA
+from lvlm_decode.engine import hf
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import METHODS
 from lvlm_decode.methods import load as method_class
@@ -73,7 +74,7 @@ def test_another_cache_is_refused(name):
     config = model.config.get_text_config()
     for cache in (StaticCache(config=config, max_cache_len=200), Quantised(config=config)):
         with pytest.raises(UnsupportedError, match="cache"):
-            model.generate(**built.inputs(["is it"]), max_new_tokens=4, do_sample=False, past_key_values=cache)
+            model.generate(**built.inputs(["is it"]), max_new_tokens=4, do_sample=False, **hf.with_cache(cache))
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(UnsupportedError, match="holds tokens"):

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import needs_adapters
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 from lvlm_decode import attach, detach
+from lvlm_decode.engine import hf
 from lvlm_decode.engine.attach import Run, last_run
 from lvlm_decode.engine.prepare import Batch
 from lvlm_decode.errors import InputError, ParameterError, UnknownNameError, UnsupportedError
@@ -546,9 +548,9 @@ def literal_logits(inputs, tokens: Tensor, **settings) -> Tensor:
     cache = DynamicCache(config=model.config.get_text_config())
     out = []
     with torch.no_grad():
-        out.append(model(**inputs, past_key_values=cache).logits[0, -1])
+        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
         for token in tokens:
-            out.append(model(input_ids=token.view(1, 1), past_key_values=cache).logits[0, -1])
+            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
     return torch.stack(out)
 
 
@@ -663,6 +665,7 @@ def test_dcd_reads_safetensors_and_refuses_another_models_projector(tmp_path):
 
 
 def lora(model: torch.nn.Module) -> None:
+    needs_adapters()
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=2), adapter_name="amateur")
@@ -883,6 +886,7 @@ def test_avisc_leaves_an_image_of_one_token_alone():
 
 def test_lol_leaves_the_users_own_adapter_on_for_the_model():
     """View 0 is the model as the user has it, without the amateur; the amateur is its adapter alone."""
+    needs_adapters()
     from peft import LoraConfig
 
     model = copy.deepcopy(tiny("llava").model)

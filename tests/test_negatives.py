@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import needs_adapters
 
 from lvlm_decode import DCD, LOL, attach, detach, last_run
 from lvlm_decode.errors import UnsupportedError
@@ -89,6 +90,7 @@ def rows(processor, triples):
 
 
 def test_an_amateur_is_saved_loaded_and_contrasted(tiny_llava, triples, short, tmp_path):
+    needs_adapters()
     model, processor = copy.deepcopy(tiny_llava[0]), tiny_llava[1]
     plain = loss(model, processor, short, "rejected")
     losses = train_amateur(model, processor, short, steps=4, batch=2, rate=3e-3)

@@ -7,6 +7,7 @@ import torch
 import zoo
 from transformers import Cache, StaticCache, cache_utils
 
+from lvlm_decode.engine import hf
 from lvlm_decode.engine.attach import Run, attach, detach
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import parse
@@ -129,7 +130,7 @@ def test_caches_that_hold_more_than_keys_and_values_are_refused():
     attach(tiny.model, parse("plain"), drafter="recycling")
     try:
         with pytest.raises(UnsupportedError, match="layer 0 is a Quantized, which holds more than keys and values"):
-            tiny.model.generate(**tiny.inputs(["is it"]), past_key_values=Cache(layers=layers), max_new_tokens=4)
+            tiny.model.generate(**tiny.inputs(["is it"]), **hf.with_cache(Cache(layers=layers)), max_new_tokens=4)
     finally:
         detach(tiny.model)
     mixed = Cache(layers=[cache_utils.DynamicLayer(), cache_utils.LinearAttentionAndFullAttentionLayer()])

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from lvlm_decode.engine import hf
 from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode.speculative.heads import DraftHead, HeadConfig
 from lvlm_decode.speculative.heads.runner import HeadRunner
@@ -115,7 +116,7 @@ def verification(model: LlamaForCausalLM, views: int, rows: int, context: int) -
         arguments["position_ids"] = (context + shape.depths).to(model.device)[None].expand(views, -1)
 
     def run() -> None:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+        model(input_ids=ids, **hf.with_cache(cache), use_cache=True, **arguments)
         cache.crop(-rows)
 
     return run
@@ -129,7 +130,7 @@ def graphed(model: LlamaForCausalLM, context: int) -> Callable[[], object]:
     position = torch.full((1, 1), context, device=model.device)
 
     def step() -> None:
-        model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, position_ids=position, **hf.with_cache(cache), use_cache=True)
         for layer in cache.layers:
             layer.cumulative_length.fill_(context)
 

@@ -57,11 +57,11 @@ class Controller(Method):
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
             raise UnsupportedError(
                 f"{self.name} keeps keys and values in a dynamic cache of its own, and {type(cache).__name__} was asked "
-                "for; leave out cache_implementation and past_key_values."
+                "for; leave out cache_implementation and the cache."
             )
         if cache.get_seq_length() > 0:
             raise UnsupportedError(
-                f"{self.name} starts from the whole prompt; leave out past_key_values, which holds tokens."
+                f"{self.name} starts from the whole prompt; leave out the cache, which holds tokens."
             )
 
     def check_search(self, cache: Any, logits_processor: Any, generation_config: GenerationConfig, why: str) -> None:

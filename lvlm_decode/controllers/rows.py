@@ -303,7 +303,7 @@ class Rows:
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=self._position + 1 + lengths[:, None] + depth,
-                past_key_values=self.cache,
+                **hf.with_cache(self.cache),
                 use_cache=True,
                 logits_to_keep=keep,
                 return_dict=True,

@@ -120,7 +120,8 @@ class VDGD(Controller):
         config = copy.deepcopy(generation_config)
         config.max_length = width + limits.new_tokens
 
-        def loop(module, input_ids, past_key_values, **model_kwargs):
+        def loop(module, input_ids, **model_kwargs):
+            cache = hf.take_cache(model_kwargs)
             # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
             for name in ("logits_processor", "stopping_criteria", "generation_config"):
                 del model_kwargs[name]
@@ -132,7 +133,7 @@ class VDGD(Controller):
                 stopping_criteria=criteria,
                 generation_config=config,
                 streamer=streamer,
-                past_key_values=past_key_values,
+                cache=cache,
                 **model_kwargs,
             )
 
@@ -154,7 +155,7 @@ class VDGD(Controller):
             return sequences
         out.sequences = sequences
         # It belongs to the grounded prompt; a caller who continued from it would continue that one.
-        out.past_key_values = None
+        hf.drop_cache(out)
         return out
 
 

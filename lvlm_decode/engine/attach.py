@@ -355,13 +355,13 @@ def decode(
             input_ids,
             streamer=streamer,
             assistant=assistant,
-            past_key_values=cache,
+            cache=cache,
             **common,
             **model_kwargs,
         )
-    if hasattr(out, "past_key_values") and len(run.samples) > 1:
+    if len(run.samples) > 1:
         # Its rows are those of every view; a caller who continues from it would continue all of them.
-        out.past_key_values = None
+        hf.drop_cache(out)
     return out
 
 
@@ -456,7 +456,7 @@ class _Attachment:
                 logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria,
                 generation_config=generation_config,
-                cache=model_kwargs.pop("past_key_values", None),
+                cache=hf.take_cache(model_kwargs),
                 model_kwargs=model_kwargs,
                 streamer=streamer,
                 assistant=assistant,

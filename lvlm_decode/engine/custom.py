@@ -1,7 +1,7 @@
 """``generate(custom_generate=VCD())``: one call, nothing left behind.
 
 ``generate()`` hands over the rows it prepared, already expanded for beams; the samples are read back from them. Known limit
-of transformers 5.23: it drops ``streamer``, ``assistant_model`` and ``tokenizer`` on this path.
+of transformers: it drops ``streamer``, ``assistant_model`` and ``tokenizer`` on this path.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..families import family_of
 from ..method import Method
+from . import hf
 from .attach import Run, decode
 
 
@@ -61,7 +62,7 @@ def custom_generate(
             )
         features = family.unpack(given)
     run = Run(model, method, inputs, seed=seed, rows_per_sample=expand, family=family, features=features)
-    cache = model_kwargs.pop("past_key_values", None)
+    cache = hf.take_cache(model_kwargs)
     return decode(
         run,
         input_ids,

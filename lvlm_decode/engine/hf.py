@@ -9,21 +9,29 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
 from transformers import GenerationMixin, LogitsProcessorList, cache_utils
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from ..errors import DependencyError, UnsupportedError
 
 MINIMUM_TRANSFORMERS = "5.23.0"
+BELOW_TRANSFORMERS = "5.25"
 MINIMUM_TORCH = "2.11"
 
 #: Layers of a cache. Looked up gently: versions without them are refused by :func:`require`, in words.
 DynamicLayer: type = getattr(cache_utils, "DynamicLayer", object)
 StaticLayer: type = getattr(cache_utils, "StaticLayer", object)
+
+_PREPARED = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+#: What forwards, loops and outputs call the cache: "cache" from transformers 5.24 on, "past_key_values" before. Read from
+#: a signature and not from the version, so that a source checkout between two releases is read correctly as well.
+_CACHE = "cache" if "cache" in _PREPARED else "past_key_values"
 
 #: Loops of ``GenerationMixin`` by generation mode.
 _LOOPS = {
@@ -63,7 +71,7 @@ def require(transformers_version: str | None = None, torch_version: str | None =
     if Version(have) < Version(MINIMUM_TRANSFORMERS) or Version(have).major > 5:
         raise DependencyError(
             f"transformers {have} is installed, and lvlm_decode needs {MINIMUM_TRANSFORMERS} or a newer 5.x; run: "
-            f"pip install 'transformers>={MINIMUM_TRANSFORMERS},<6'"
+            f"pip install 'transformers>={MINIMUM_TRANSFORMERS},<{BELOW_TRANSFORMERS}'"
         )
     have = torch_version or torch.__version__
     if Version(have.split("+")[0]) < Version(MINIMUM_TORCH):
@@ -75,7 +83,7 @@ def require(transformers_version: str | None = None, torch_version: str | None =
     if moved:
         raise DependencyError(
             f"transformers {transformers.__version__} moved names this library uses ({'; '.join(moved)}); install a "
-            f"version it was tested with: pip install 'transformers=={MINIMUM_TRANSFORMERS}'"
+            f"version it was tested with: pip install 'transformers>={MINIMUM_TRANSFORMERS},<{BELOW_TRANSFORMERS}'"
         )
 
 
@@ -90,8 +98,9 @@ def self_check() -> list[str]:
         missing = expected - set(inspect.signature(loop).parameters)
         if missing:
             moved.append(f"GenerationMixin.{name} lost {', '.join(sorted(missing))}")
-    if "is_first_iteration" not in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
-        moved.append("prepare_inputs_for_generation lost is_first_iteration")
+    for name in ("is_first_iteration", _CACHE):
+        if name not in _PREPARED:
+            moved.append(f"prepare_inputs_for_generation lost {name}")
     criteria = getattr(GenerationMixin, "_get_stopping_criteria", None)
     if criteria is None or "tokenizer" not in inspect.signature(criteria).parameters:
         moved.append("GenerationMixin._get_stopping_criteria lost tokenizer")
@@ -107,9 +116,60 @@ def self_check() -> list[str]:
     return moved
 
 
+def require_adapters() -> None:
+    """Refuse a peft that the installed transformers does not load adapters with.
+
+    Raises:
+        DependencyError: peft is missing or too old; names both versions and the remedy.
+    """
+    try:
+        have = version("peft")
+    except PackageNotFoundError as error:
+        raise DependencyError("adapters need peft, which is not installed; run: pip install peft") from error
+    if Version(have) < Version(MIN_PEFT_VERSION):
+        raise DependencyError(
+            f"transformers {transformers.__version__} loads adapters with peft {MIN_PEFT_VERSION} or newer, and peft {have} "
+            "is installed; run: pip install -U peft, or, where no such peft is published yet: "
+            "pip install 'transformers<5.24'"
+        )
+
+
 def cache_of(layer: type) -> transformers.Cache:
     """An empty cache whose layers are made of the class ``layer`` as they are needed."""
     return transformers.Cache(layer_class_to_replicate=layer)
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """``cache`` as the argument that forwards, loops and ``generate()`` take it by."""
+    return {_CACHE: cache}
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments ``kwargs``, taken out of them; ``None`` if there is none.
+
+    Raises:
+        DependencyError: another argument holds a cache too. Lanes that then wrote into that one would answer wrong tokens.
+    """
+    cache = kwargs.pop(_CACHE, None)
+    for name, value in kwargs.items():
+        if isinstance(value, transformers.Cache):
+            raise DependencyError(
+                f"transformers {transformers.__version__} hands over a cache as {name!r}, which this lvlm_decode does not "
+                f"know; install a version it was tested with: pip install 'transformers>={MINIMUM_TRANSFORMERS},"
+                f"<{BELOW_TRANSFORMERS}'"
+            )
+    return cache
+
+
+def cache_in(output: Any) -> Any:
+    """The cache that a forward or ``generate()`` returned, or ``None``."""
+    return getattr(output, _CACHE, None)
+
+
+def drop_cache(output: Any) -> None:
+    """Take the cache out of what a loop returned."""
+    if not isinstance(output, torch.Tensor):
+        setattr(output, _CACHE, None)
 
 
 def generation_mode(generation_config: transformers.GenerationConfig, assistant_model: Any = None) -> str:
@@ -125,6 +185,7 @@ def run_loop(
     logits_processor: LogitsProcessorList,
     stopping_criteria: Any,
     generation_config: transformers.GenerationConfig,
+    cache: Any,
     streamer: Any = None,
     assistant: dict[str, Any] | None = None,
     **model_kwargs: Any,
@@ -133,6 +194,7 @@ def run_loop(
 
     Args:
         input_ids: (B, T) prompt rows, already expanded for beams and return sequences.
+        cache: the cache that ``generate()`` made for the loop.
         assistant: ``assistant_model``, ``assistant_tokenizer``, ``tokenizer`` for assisted decoding.
 
     Raises:
@@ -157,6 +219,7 @@ def run_loop(
         generation_config=generation_config,
         **extra,
         **model_kwargs,
+        **with_cache(cache),
     )
 
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from ..errors import UnsupportedError
 from ..families.base import Captured
 from ..method import Method, Probes, Step, masked, plausible
+from . import hf
 from .prepare import left_pad
 
 EXECUTIONS = ("stacked", "sequential", "skip")
@@ -178,7 +179,7 @@ class Lane:
 
     def _run(self, kwargs: dict[str, Any]) -> Any:
         self.forwards += 1
-        kwargs.update(past_key_values=self.cache, use_cache=True, return_dict=True)
+        kwargs.update(hf.with_cache(self.cache), use_cache=True, return_dict=True)
         token = _running.set(self)
         try:
             with self._patch(self.module):

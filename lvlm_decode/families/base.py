@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..engine import hf
 from ..errors import InputError
 
 
@@ -173,10 +174,10 @@ class Family:
             return_dict_in_generate=False,
         )
         module, kwargs = box["module"], box["kwargs"]
-        kwargs.pop("past_key_values", None)
+        hf.take_cache(kwargs)
         mask = text["attention_mask"].to(module.device)
         kwargs = module.prepare_inputs_for_generation(
-            box["input_ids"], is_first_iteration=True, past_key_values=None, **kwargs
+            box["input_ids"], is_first_iteration=True, **hf.with_cache(None), **kwargs
         )
         kwargs["attention_mask"] = mask
         return Captured(module, box["input_ids"].to(module.device), kwargs)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine import hf
 from ..errors import DependencyError, UnsupportedError
 from ..method import Method, Probes, Step, View
 
@@ -128,6 +129,7 @@ def adapters(module: torch.nn.Module, name: str, choose: Callable[[list[str]], l
         raise DependencyError("an amateur adapter needs peft; run: pip install peft") from error
     layers = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
     if not any(name in _names(layer) for layer in layers):
+        hf.require_adapters()
         known = sorted({known for layer in layers for known in _names(layer)})
         raise UnsupportedError(
             f"the model has no adapter {name!r} ({', '.join(known) or 'none is loaded'}); load it first with "

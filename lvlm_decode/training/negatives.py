@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..engine import hf
 from ..errors import UnsupportedError
 from ..families import family_of
 
@@ -165,7 +166,11 @@ def train_amateur(
 
     Save it with ``model.save_pretrained(folder)``, which then writes the adapter alone; bring it back with
     ``model.load_adapter(folder, adapter_name=name)``. Returns the losses.
+
+    Raises:
+        DependencyError: no peft that the installed transformers loads adapters with.
     """
+    hf.require_adapters()
     from peft import LoraConfig
 
     decoder = model.get_decoder()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ...engine import hf
 from ...errors import ParameterError, UnsupportedError
 from ..cost import tau_of
 from ..tree import Tree
@@ -137,7 +138,7 @@ class _ExitSession(Session):
                 hidden,
                 attention_mask=mask,
                 position_ids=position,
-                past_key_values=cache,
+                **hf.with_cache(cache),
                 use_cache=True,
                 position_embeddings=turned,
             )
