@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .errors import EvalError, UnknownNameError
+from lvlm_decode.errors import EvalError, UnknownNameError
 
 # name -> "module:Class"; loaded when asked for. A new benchmark is one file and one line here.
 EVALUATORS: dict[str, str] = {

@@ -22,10 +22,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, UnknownNameError
+
 from . import chair, parsers
 from .answers import read_json, read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError, UnknownNameError
 from .words import singular, tokenize
 
 PROMPT = "Describe this image."
@@ -65,7 +66,7 @@ def pattern_nouns(text: str, vocabulary: frozenset[str]) -> list[str]:
 def nltk_nouns(text: str, vocabulary: frozenset[str]) -> list[str]:
     """The official way: tokens tagged NN*, lemmatised as nouns, in the vocabulary. Case is kept, so "Dog" is none.
 
-    Raises MissingDependencyError without NLTK and its data.
+    Raises DependencyError without NLTK and its data.
     """
     nltk = chair.load_nltk()
     tagged = nltk.pos_tag(nltk.word_tokenize(text))
@@ -84,12 +85,12 @@ def _spacy_similar() -> Callable[[str, str], bool]:
 
         model = spacy.load("en_core_web_lg")
     except (ImportError, OSError) as error:
-        raise MissingDependencyError(
+        raise DependencyError(
             "AMBER's similarity needs spaCy and its English vectors; run `pip install lvlm-decode[amber]` and "
             "`python -m spacy download en_core_web_lg`, or leave similarity at 'none' (exact match)."
         ) from error
     if not model.vocab.vectors_length:
-        raise MissingDependencyError("The installed en_core_web_lg has no word vectors; download it again.")
+        raise DependencyError("The installed en_core_web_lg has no word vectors; download it again.")
     token = functools.cache(model)
     return functools.cache(lambda word, other: bool(token(word).similarity(token(other)) > SIMILAR))
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lvlm_decode.errors import FileFormatError, MissingFileError
+
 from .base import Answer, Question, Row, need
-from .errors import FileFormatError, MissingFileError
 
 # Fields of an answer line that are not its own evidence; anything else goes into `meta`.
 _FIELDS = ("question_id", "answer", "text", "image", "label", "cluster", "tokens", "error", "meta")

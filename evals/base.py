@@ -2,7 +2,7 @@
 
 Generating and scoring are two verbs. A *question* is asked by the runner; its *answer* is one JSON line; a *row* is one
 scored answer with its evidence; a *table* is numbers over rows. An evaluator is a frozen dataclass whose fields are its
-options (a parsing rule, a vocabulary), in one file, with one line in `evals.EVALUATORS`. It imports no torch.
+options (a parsing rule, a vocabulary), in one file, with one line in `lvlm_decode_evals.EVALUATORS`. It imports no torch.
 
 A whole evaluator:
 
@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .errors import EvalError, FileFormatError
+from lvlm_decode.errors import EvalError, FileFormatError
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, UnknownNameError
+
 from .answers import read_json, read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError, MissingDependencyError, UnknownNameError
 from .words import singular, tokenize
 
 PROMPT = "Please describe this image in detail."
@@ -80,19 +81,19 @@ _NLTK_DATA = {
 def load_nltk() -> Any:
     """NLTK with the data that tagging and lemmatising need.
 
-    Raises MissingDependencyError when NLTK or its data is not installed; the message names what is missing and where to
+    Raises DependencyError when NLTK or its data is not installed; the message names what is missing and where to
     put it.
     """
     try:
         import nltk
     except ImportError as error:
-        raise MissingDependencyError(
+        raise DependencyError(
             "This parser needs NLTK, which is not installed; run `pip install lvlm-decode[chair]`, or use the parser "
             "'pattern', which needs nothing."
         ) from error
     missing = [name for name, places in _NLTK_DATA.items() if not any(_nltk_has(nltk, place) for place in places)]
     if missing:
-        raise MissingDependencyError(
+        raise DependencyError(
             f"NLTK is installed but its data is not: {', '.join(missing)} missing. Run `python -m nltk.downloader "
             f"{' '.join(missing)}`; without a network, unzip them from github.com/nltk/nltk_data into "
             f"{nltk.data.path[0] if nltk.data.path else '~/nltk_data'} (tokenizers/, taggers/, corpora/). The parser "

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, UnknownNameError
+
 from . import EVALUATORS, evaluator, evaluator_class
 from .answers import audit
 from .base import Evaluator
-from .errors import EvalError, SettingsError, UnknownNameError
 from .metrics import REPLICATES
 
 # Exit status of a run or table that finished although some questions could not be asked or answered.
@@ -31,16 +32,11 @@ def one_sentence(command: Callable) -> Callable:
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except EvalError as error:
+        except LvlmDecodeError as error:
             message = str(error)
         except KeyboardInterrupt:
             typer.echo("Stopped; the same command continues where this one was.", err=True)
             raise typer.Exit(130) from None
-        except ValueError as error:
-            # Looked for by name: scoring must not import the package that needs torch.
-            if not any(cls.__name__ == "LvlmDecodeError" for cls in type(error).__mro__):
-                raise
-            message = str(error)
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(1)
 
@@ -64,7 +60,9 @@ def evaluator_from(name: str, given: Sequence[str] | None, **shortcuts: Any) -> 
     return evaluator(name, **{key: str(v) if isinstance(v, Path) else v for key, v in options.items()})
 
 
-Rule = Annotated[str | None, typer.Option(help="Rule that reads yes or no out of an answer; see evals.parsers.")]
+Rule = Annotated[
+    str | None, typer.Option(help="Rule that reads yes or no out of an answer; see lvlm_decode_evals.parsers.")
+]
 OptionList = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Any other option of the evaluator, name=value; may repeat.")
 ]
@@ -318,7 +316,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def main() -> None:
-    """The commands on their own, for `python -m evals.commands` and tests."""
+    """The commands on their own, for `python -m lvlm_decode_evals.commands` and tests."""
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
     add_to(app)
     app(prog_name="lvlm-decode")

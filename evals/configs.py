@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+
 from . import evaluator
 from .base import Column, Evaluator
-from .errors import EvalError, FileFormatError, MissingFileError
 from .metrics import REPLICATES, Interval, compare, intervals
 from .plan import Decoding, Result, found_cells, read_cell, slug
 from .pope import STRATEGIES

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from lvlm_decode.errors import EvalError, SettingsError
+
 from .commands import OptionList, evaluator_from, one_sentence
-from .errors import EvalError, SettingsError
 from .upstream import DATASETS, NOTES
 
 data_app = typer.Typer(no_args_is_help=True, help="Benchmarks' own files: fetch, verify, prepare.")

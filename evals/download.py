@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import EvalError, FileFormatError, MissingFileError, UnknownNameError
+from lvlm_decode.errors import EvalError, FileFormatError, LvlmDecodeError, MissingFileError, UnknownNameError
+
 from .upstream import DATASETS, SOURCES, Source, sources
 
 FOLDER_VARIABLE = "LVLM_DECODE_DATA"
@@ -193,7 +194,7 @@ def get(
                 # Without a network every further file of a host would only wait for the timeout.
                 if host:
                     unreachable.add(host)
-            except EvalError as error:
+            except LvlmDecodeError as error:
                 trouble.append(str(error))
                 continue
         result.append(found)

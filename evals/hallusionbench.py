@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import EvalError, FileFormatError
+
 from . import parsers
 from .answers import read_records
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}

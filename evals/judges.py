@@ -24,9 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+
 from .answers import line_of, read_bytes, read_records, read_text, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError, MissingFileError
 
 RETRIES = 3
 # Where the key of an endpoint is looked for; it is sent to the endpoint and nowhere else.

@@ -14,9 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError
+
 from .answers import read_bytes, read_records
 from .base import Evaluator, Question
-from .errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError
 from .pope import questions_of
 
 # sha256 of the uncompressed file -> split name. The first four are AoiDragon/POPE (the 2,910 one at commit e3e3926),
@@ -208,7 +209,7 @@ def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
     try:
         import datasets
     except ImportError as error:
-        raise MissingDependencyError(
+        raise DependencyError(
             "Reading hub data sets needs the datasets library; install it with: pip install 'lvlm-decode[eval]'."
         ) from error
     loaded = datasets.load_dataset(name, split=split)

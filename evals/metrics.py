@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lvlm_decode.errors import EvalError
+
 from .base import Evaluator, Row, tallies
-from .errors import EvalError
 
 REPLICATES = 5000
 LEVEL = 0.95

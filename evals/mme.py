@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+
 from . import parsers
 from .answers import read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError, MissingFileError
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

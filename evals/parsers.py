@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from .errors import UnknownNameError
+from lvlm_decode.errors import UnknownNameError
 
 Verdict = tuple[str, bool]
 _WORD = re.compile(r"[a-z]+")

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lvlm_decode.errors import MissingFileError, SettingsError
+
 from .answers import (
     Audit,
     audit,
@@ -29,7 +31,6 @@ from .answers import (
     write_whole,
 )
 from .base import Answer, Evaluator, Question, Row
-from .errors import MissingFileError, SettingsError
 
 # A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import MissingDependencyError
+from lvlm_decode.errors import DependencyError
+
 from .metrics import REPLICATES, intervals
 from .plan import Result, is_control, slug
 from .tables import Method, gather, rate_values
@@ -15,9 +16,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise MissingDependencyError(
-            "Pictures need matplotlib; install it with: pip install 'lvlm-decode[plot]'."
-        ) from error
+        raise DependencyError("Pictures need matplotlib; install it with: pip install 'lvlm-decode[plot]'.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
+
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .errors import EvalError, FileFormatError, UnknownNameError
 
 STRATEGIES = ("random", "popular", "adversarial")
 TEMPLATE = "Is there a {} in the image?"

@@ -1,4 +1,4 @@
-"""`accelerate launch -m evals.run pope --model ... --method vcd --out DIR`: one evaluation over several processes.
+"""`accelerate launch -m lvlm_decode_evals.run pope --model ... --method vcd --out DIR`: one evaluation over several processes.
 
 Takes the options of `lvlm-decode eval`. Each process asks its share of the batches and appends to its own file; the
 main process merges them by id. The files are the same as those of one process, also after a kill and another start,

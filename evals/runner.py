@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 import lvlm_decode
+from lvlm_decode.errors import EvalError, LvlmDecodeError, MissingFileError, SettingsError
 
 from .answers import append_answers, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
-from .errors import EvalError, MissingFileError, SettingsError
 from .loaders import Source, fingerprint
 from .plan import (
     Cell,
@@ -407,7 +407,7 @@ class Run:
                 if question.image is not None:
                     images.append(self.source.images.open(question.image))
                 asked.append(question)
-            except EvalError as error:
+            except LvlmDecodeError as error:
                 failed[i] = Answer.to(question, "", error=str(error))
         answered = iter(self._generate(cell, asked, images)) if asked else iter(())
         return [failed[i] if i in failed else next(answered) for i in range(len(batch))]

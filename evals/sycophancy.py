@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lvlm_decode.errors import EvalError, UnknownNameError
+
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .errors import EvalError, UnknownNameError
 
 # How a hint says yes or no, by how the question begins; the last entry fits any question.
 _CLAIMS: tuple[tuple[str, tuple[str, str]], ...] = (

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lvlm_decode.errors import LvlmDecodeError, UnknownNameError
+
 from .base import Column, Evaluator
-from .errors import EvalError, UnknownNameError
 from .metrics import LEVEL, REPLICATES, Comparison, Interval, compare, intervals
 from .plan import Decoding, Result, controls, is_control
 
@@ -170,7 +171,7 @@ def differences_block(
         for control in matched(method, methods):
             try:
                 found = compare(evaluator, method.runs, control.runs, replicates=replicates)
-            except EvalError as error:
+            except LvlmDecodeError as error:
                 missing.append(f"{method.label} against {control.label}: {error}")
                 continue
             lines.append((method.label, control.label, *_difference_values(found, columns)))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from evals.commands import add_to, one_sentence, pairs
+from lvlm_decode_evals.commands import add_to, one_sentence, pairs
 
 app = typer.Typer(
     help="Decoding that keeps vision-language models from inventing what is not in the image.",
@@ -80,9 +80,9 @@ def generate(
     import torch
 
     import lvlm_decode
-    from evals.base import Question
-    from evals.loaders import folder_images
-    from evals.runner import Options, load, prompt_of
+    from lvlm_decode_evals.base import Question
+    from lvlm_decode_evals.loaders import folder_images
+    from lvlm_decode_evals.runner import Options, load, prompt_of
 
     from .methods import parse
 

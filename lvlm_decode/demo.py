@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from evals import evaluator
-from evals.base import Answer
-from evals.loaders import scene_source
-from evals.metrics import compare
-from evals.plan import CONTROLS, Decoding, Result
-from evals.runner import Options, Run, load, prompt_of
-from evals.tables import Value, gather, matched, rate_values
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.loaders import scene_source
+from lvlm_decode_evals.metrics import compare
+from lvlm_decode_evals.plan import CONTROLS, Decoding, Result
+from lvlm_decode_evals.runner import Options, Run, load, prompt_of
+from lvlm_decode_evals.tables import Value, gather, matched, rate_values
 
 from .engine.attach import attach, detach
 from .errors import InputError

@@ -1,4 +1,11 @@
-"""What goes wrong, in one sentence each: what was given, what was expected, what to do."""
+"""What goes wrong, in one sentence each: what was given, what was expected, what to do.
+
+One module for models and evaluators; it imports no torch, because scorers must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class LvlmDecodeError(ValueError):
@@ -6,7 +13,11 @@ class LvlmDecodeError(ValueError):
 
 
 class UnknownNameError(LvlmDecodeError):
-    """A method, family, drafter, parameter or rule that no registry knows."""
+    """A method, family, drafter, parameter, evaluator, rule or format that no registry knows."""
+
+    @classmethod
+    def of(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
+        return cls(f"{kind} {name!r} is unknown; known: {', '.join(sorted(map(str, known)))}.")
 
 
 class ParameterError(LvlmDecodeError):
@@ -22,4 +33,20 @@ class InputError(LvlmDecodeError):
 
 
 class DependencyError(LvlmDecodeError):
-    """A library that is missing or too old for this one."""
+    """A library that is missing, too old or too new; the message says how to get a right one."""
+
+
+class EvalError(LvlmDecodeError):
+    """Questions, answers or scores that contradict each other."""
+
+
+class FileFormatError(EvalError):
+    """A file that cannot be read as what it was given as; the message names file, line and field."""
+
+
+class MissingFileError(EvalError):
+    """A file or folder that is not there; the message says which one to put where."""
+
+
+class SettingsError(EvalError):
+    """Settings that contradict each other, or the settings an earlier run left in the same folder."""

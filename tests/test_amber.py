@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lvlm_decode_data
-from evals import amber, chair
-from evals.amber import TYPES, Amber, Knowledge, nltk_nouns, pattern_nouns, score_nouns
-from evals.base import Answer
-from evals.errors import EvalError, MissingDependencyError, MissingFileError, UnknownNameError
+from lvlm_decode.errors import DependencyError, EvalError, MissingFileError, UnknownNameError
+from lvlm_decode_evals import amber, chair
+from lvlm_decode_evals.amber import TYPES, Amber, Knowledge, nltk_nouns, pattern_nouns, score_nouns
+from lvlm_decode_evals.base import Answer
 
 TABLES = Knowledge(
     {"person": ("man", "woman"), "dog": (), "tree": ("forest",), "sea": ("water",), "cup": ()}, frozenset({"line"}), {}
@@ -168,7 +168,7 @@ def test_missing_files_and_names_are_named(tmp_path):
 def test_similarity_without_its_vectors_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "spacy", None)
     amber._spacy_similar.cache_clear()
-    with pytest.raises(MissingDependencyError, match=r"en_core_web_lg.*'none'"):
+    with pytest.raises(DependencyError, match=r"en_core_web_lg.*'none'"):
         amber.SIMILARITY["spacy"]()
     amber._spacy_similar.cache_clear()
 
@@ -243,7 +243,7 @@ def test_recorded_nouns_are_scored_exactly(recorded, monkeypatch):
 def test_recorded_descriptions_with_nltk(recorded):
     try:
         chair.load_nltk()
-    except MissingDependencyError as error:
+    except DependencyError as error:
         pytest.skip(str(error))
     scorer, answers, expected, totals = recorded
     official = Amber(data=scorer.data, parser="nltk-pos")

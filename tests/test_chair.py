@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import lvlm_decode_data
-from evals import chair, evaluator
-from evals.base import Answer
-from evals.chair import DOUBLE_WORDS, PARSERS, Chair, Vocabulary, build_objects, image_key, vocabulary_file
-from evals.commands import add_to
-from evals.errors import EvalError, FileFormatError, MissingDependencyError, UnknownNameError
-from evals.words import singular, tokenize
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, UnknownNameError
+from lvlm_decode_evals import chair, evaluator
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.chair import DOUBLE_WORDS, PARSERS, Chair, Vocabulary, build_objects, image_key, vocabulary_file
+from lvlm_decode_evals.commands import add_to
+from lvlm_decode_evals.words import singular, tokenize
 
 RECORDED = {
     "opera__llava-1.5__greedy": "opera/llava-1.5/greedy",
@@ -457,7 +457,7 @@ def test_recorded_surface_forms():
 def test_wordnet_equals_the_recorded_captions(name, truth):
     try:
         chair.load_nltk()
-    except MissingDependencyError as error:
+    except DependencyError as error:
         pytest.skip(str(error))
     expected = json.loads(shared_path("data/expected_shared.json").read_text())["chair"][RECORDED[name]]["results"]
     captions = shared_path(f"data/chair/{name}.captions.jsonl.gz")
@@ -491,7 +491,7 @@ def test_missing_nltk_data_is_named(monkeypatch):
     nltk = pytest.importorskip("nltk", reason="NLTK is an extra and not installed")
     monkeypatch.setattr(nltk.data, "path", ["/nowhere"])
     chair.load_nltk.cache_clear()
-    with pytest.raises(MissingDependencyError, match=r"punkt_tab.*wordnet missing.*nltk\.downloader.*/nowhere"):
+    with pytest.raises(DependencyError, match=r"punkt_tab.*wordnet missing.*nltk\.downloader.*/nowhere"):
         PARSERS["wordnet-pos"].reduce("a dog")
     chair.load_nltk.cache_clear()
 
@@ -516,7 +516,7 @@ def test_nltk_data_is_found_as_its_downloader_leaves_it(monkeypatch, tmp_path, p
 def test_missing_nltk_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nltk", None)
     chair.load_nltk.cache_clear()
-    with pytest.raises(MissingDependencyError, match=r"pip install lvlm-decode\[chair\]"):
+    with pytest.raises(DependencyError, match=r"pip install lvlm-decode\[chair\]"):
         chair.load_nltk()
     chair.load_nltk.cache_clear()
 

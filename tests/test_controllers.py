@@ -11,11 +11,6 @@ from typer.testing import CliRunner
 from zoo import tiny
 
 import lvlm_decode
-from evals import evaluator
-from evals.answers import resume_answers
-from evals.loaders import scene_source
-from evals.plan import GREEDY
-from evals.runner import Options, Run, load
 from lvlm_decode.cli import app
 from lvlm_decode.controllers.base import Controller
 from lvlm_decode.controllers.opera import OPERA
@@ -23,6 +18,11 @@ from lvlm_decode.engine import hf
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import METHODS
 from lvlm_decode.methods import load as method_class
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import resume_answers
+from lvlm_decode_evals.loaders import scene_source
+from lvlm_decode_evals.plan import GREEDY
+from lvlm_decode_evals.runner import Options, Run, load
 
 NAMES = [name for name in METHODS if issubclass(method_class(name), Controller)]
 #: Short captions and descriptions, so that random models finish.

@@ -14,11 +14,11 @@ import typer
 from conftest import shared_path
 from typer.testing import CliRunner
 
-from evals import download, upstream
-from evals.commands import add_to
-from evals.download import check, data_folder, digest_of, fetch, get, identify, unpack, wanted
-from evals.errors import EvalError, FileFormatError, MissingFileError, UnknownNameError
-from evals.upstream import DATASETS, SOURCES, Source
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError, UnknownNameError
+from lvlm_decode_evals import download, upstream
+from lvlm_decode_evals.commands import add_to
+from lvlm_decode_evals.download import check, data_folder, digest_of, fetch, get, identify, unpack, wanted
+from lvlm_decode_evals.upstream import DATASETS, SOURCES, Source
 
 CONTENT = b"dog, puppy\n"
 SHA = hashlib.sha256(CONTENT).hexdigest()

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lvlm_decode_data
-from evals.base import Answer
-from evals.errors import EvalError, FileFormatError
-from evals.hallusionbench import HallusionBench
+from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.hallusionbench import HallusionBench
 
 
 def answer(text, gold="1", category="VD", visual_input="1", figure="1", question="0", number="0"):

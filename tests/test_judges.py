@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from evals.base import Answer
-from evals.commands import add_to
-from evals.errors import EvalError, FileFormatError, MissingFileError
-from evals.judges import (
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.commands import add_to
+from lvlm_decode_evals.judges import (
     ASPECTS,
     MMHAL_TYPES,
     Endpoint,

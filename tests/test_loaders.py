@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 import lvlm_decode_data
-from evals import evaluator
-from evals.base import Question
-from evals.errors import EvalError, FileFormatError, MissingDependencyError, MissingFileError
-from evals.loaders import (
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.base import Question
+from lvlm_decode_evals.loaders import (
     POPE_FILES,
     check_ids,
     file_source,
@@ -190,5 +190,5 @@ def test_the_hub_s_mme(monkeypatch):
 
 def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'lvlm-decode\[eval\]'"):
+    with pytest.raises(DependencyError, match=r"pip install 'lvlm-decode\[eval\]'"):
         hub_source(evaluator("pope"), "lmms-lab/POPE")

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.base import Answer, Column, Evaluator, Row, ratio, tallies
-from evals.errors import EvalError
-from evals.metrics import compare, intervals, mcnemar_exact, resample, sign_flip_exact
-from evals.pope import Pope
+from lvlm_decode.errors import EvalError
+from lvlm_decode_evals.base import Answer, Column, Evaluator, Row, ratio, tallies
+from lvlm_decode_evals.metrics import compare, intervals, mcnemar_exact, resample, sign_flip_exact
+from lvlm_decode_evals.pope import Pope
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def test_bootstrap_interval_equals_the_replicates_done_by_hand():
 def test_resampling_draws_as_many_clusters_as_there_are_and_blocks_do_not_matter(monkeypatch):
     whole = np.concatenate(list(resample(7, 50, seed=1)))
     assert whole.shape == (50, 7) and (whole.sum(axis=1) == 7).all()
-    monkeypatch.setattr("evals.metrics._BLOCK", 21)
+    monkeypatch.setattr("lvlm_decode_evals.metrics._BLOCK", 21)
     assert (np.concatenate(list(resample(7, 50, seed=1))) == whole).all()
 
 

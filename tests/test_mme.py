@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import lvlm_decode_data
-from evals.base import Answer
-from evals.commands import add_to
-from evals.errors import EvalError, FileFormatError, MissingFileError
-from evals.mme import COGNITION, HALLUCINATION, MME, PERCEPTION, TASKS
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.commands import add_to
+from lvlm_decode_evals.mme import COGNITION, HALLUCINATION, MME, PERCEPTION, TASKS
 
 
 def answer(task, image, label, text, number=0):

@@ -11,12 +11,19 @@ from conftest import shared_path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals import evaluator
-from evals.answers import audit, read_answers, read_records
-from evals.base import Answer, Question
-from evals.errors import EvalError, FileFormatError, UnknownNameError
-from evals.parsers import RULES
-from evals.pope import STRATEGIES, Pope, build_questions, object_cooccurrence, object_frequency, question_text
+from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import audit, read_answers, read_records
+from lvlm_decode_evals.base import Answer, Question
+from lvlm_decode_evals.parsers import RULES
+from lvlm_decode_evals.pope import (
+    STRATEGIES,
+    Pope,
+    build_questions,
+    object_cooccurrence,
+    object_frequency,
+    question_text,
+)
 
 # Names of the rules in the recorded cases.
 RECORDED = {
@@ -368,7 +375,7 @@ def cli(*arguments):
     import typer
     from typer.testing import CliRunner
 
-    from evals.commands import add_to
+    from lvlm_decode_evals.commands import add_to
 
     app = typer.Typer()
     add_to(app)
@@ -429,10 +436,10 @@ def test_a_broken_line_is_one_sentence_on_the_command_line(tmp_path):
 
 def test_scoring_imports_no_torch():
     code = (
-        "import sys, evals, evals.pope, evals.metrics, evals.tables, evals.loaders, evals.answers, evals.plots\n"
-        "from evals import EVALUATORS, evaluator_class\n"
+        "import sys; from lvlm_decode_evals import pope, metrics, tables, loaders, answers, plots\n"
+        "from lvlm_decode_evals import EVALUATORS, evaluator_class\n"
         "for name in EVALUATORS: evaluator_class(name)\n"
-        "print(sorted(m for m in ('torch', 'transformers', 'lvlm_decode') if m in sys.modules))"
+        "print(sorted(m for m in ('torch', 'transformers') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

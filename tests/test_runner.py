@@ -18,14 +18,24 @@ from typer.testing import CliRunner
 
 import lvlm_decode
 import lvlm_decode_data
-from evals import EVALUATORS, evaluator
-from evals.answers import append_answers, line_of, resume_answers
-from evals.base import Question
-from evals.errors import EvalError, MissingFileError, SettingsError
-from evals.loaders import Source, file_source, folder_images, scene_source
-from evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
-from evals.runner import Options, Run, Share, batches_of, check_parameters, decoding_for, load, new_tokens, token_counts
-from evals.tables import blocks, render
+from lvlm_decode.errors import EvalError, MissingFileError, SettingsError
+from lvlm_decode_evals import EVALUATORS, evaluator
+from lvlm_decode_evals.answers import append_answers, line_of, resume_answers
+from lvlm_decode_evals.base import Question
+from lvlm_decode_evals.loaders import Source, file_source, folder_images, scene_source
+from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
+from lvlm_decode_evals.runner import (
+    Options,
+    Run,
+    Share,
+    batches_of,
+    check_parameters,
+    decoding_for,
+    load,
+    new_tokens,
+    token_counts,
+)
+from lvlm_decode_evals.tables import blocks, render
 
 SAMPLE = Decoding(do_sample=True)
 METHODS = [("vcd", SAMPLE)]
@@ -218,7 +228,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_files(
             raise KeyboardInterrupt
         append_answers(path, answers)
 
-    monkeypatch.setattr("evals.runner.append_answers", dying)
+    monkeypatch.setattr("lvlm_decode_evals.runner.append_answers", dying)
     with pytest.raises(KeyboardInterrupt):
         run_of(loaded, source, tmp_path).execute()
     assert lvlm_decode.engine.attach.attached(loaded.model) is None
@@ -309,7 +319,7 @@ def bad_images(tmp_path):
 
 
 def cli(*arguments):
-    from evals.commands import add_to, typer
+    from lvlm_decode_evals.commands import add_to, typer
 
     app = typer.Typer()
     add_to(app)
@@ -425,7 +435,7 @@ def test_missing_pieces_get_one_sentence(bad_images, tmp_path, model_folder):
 def test_wrong_command_lines_get_one_sentence(arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     if "--limit" in arguments:
-        monkeypatch.setattr("evals.runner.load", lambda *a, **k: None)
+        monkeypatch.setattr("lvlm_decode_evals.runner.load", lambda *a, **k: None)
         monkeypatch.setattr(Run, "settings", lambda *a: None)
     done = cli(*arguments)
     assert done.exit_code == 1
@@ -448,7 +458,7 @@ def test_scoring_and_tables_of_a_run_from_the_command_line(finished, tmp_path):
 
 
 def test_template_and_suffix_reach_the_prompt(loaded):
-    from evals.runner import prompt_of
+    from lvlm_decode_evals.runner import prompt_of
 
     question = Question(1, "Is it?", "a.jpg")
     assert (
@@ -536,7 +546,7 @@ def whole(loaded, tmp_path_factory):
 
 
 def test_killed_with_sigkill_and_started_again_it_ends_with_the_same_files(loaded, model_folder, whole, tmp_path):
-    process = start(command_line(model_folder, tmp_path, ("-m", "evals.run")))
+    process = start(command_line(model_folder, tmp_path, ("-m", "lvlm_decode_evals.run")))
     wait_for_answers(process, tmp_path, more=6)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -548,7 +558,7 @@ def test_killed_with_sigkill_and_started_again_it_ends_with_the_same_files(loade
 
 def test_two_processes_end_with_the_files_of_one_also_after_either_is_killed(model_folder, whole, tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "evals.run")  # fmt: skip
+                "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "lvlm_decode_evals.run")  # fmt: skip
     process = start(command_line(model_folder, tmp_path, launcher))
     wait_for_answers(process, tmp_path, more=3)
     ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(recursive=True)}

@@ -93,8 +93,8 @@ def test_ratios_are_paired():
 
 
 def test_a_drafter_is_never_measured_on_an_answer_it_has_seen(tiny_llava):
-    from evals.runner import load
     from lvlm_decode.speculative.bench import caption_inputs
+    from lvlm_decode_evals.runner import load
 
     loaded = load(tiny_llava)
     inputs = caption_inputs(loaded.processor, 2)
@@ -385,9 +385,9 @@ class Counted:
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
 def test_shipped_heads_draft_for_their_model(name):
     """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
-    from evals.runner import load
     from lvlm_decode.engine.attach import attach, detach, last_run
     from lvlm_decode.speculative.bench import caption_inputs
+    from lvlm_decode_evals.runner import load
 
     try:
         loaded = load(str(lvlm_decode_data.tiny_path(name)))

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lvlm_decode_data
-from evals.base import Answer, Question
-from evals.errors import EvalError, UnknownNameError
-from evals.sycophancy import Sycophancy, hint, leading, with_leading
+from lvlm_decode.errors import EvalError, UnknownNameError
+from lvlm_decode_evals.base import Answer, Question
+from lvlm_decode_evals.sycophancy import Sycophancy, hint, leading, with_leading
 
 
 def question(text="Is there a dog in the image?", label="yes", identity=1):

@@ -12,12 +12,12 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 import lvlm_decode
-from evals import evaluator
-from evals.answers import append_answers
-from evals.base import Answer, Question
-from evals.configs import MEAN, on_scenes, paper_blocks, read_config, scene_split
-from evals.errors import FileFormatError, MissingFileError, UnknownNameError
-from evals.plan import (
+from lvlm_decode.errors import FileFormatError, MissingFileError, UnknownNameError
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import append_answers
+from lvlm_decode_evals.base import Answer, Question
+from lvlm_decode_evals.configs import MEAN, on_scenes, paper_blocks, read_config, scene_split
+from lvlm_decode_evals.plan import (
     GREEDY,
     Cell,
     Decoding,
@@ -29,9 +29,9 @@ from evals.plan import (
     score_cell,
     write_questions,
 )
-from evals.plots import dots, write_pictures
-from evals.pope import Pope
-from evals.tables import Value, blocks, gather, markdown, render
+from lvlm_decode_evals.plots import dots, write_pictures
+from lvlm_decode_evals.pope import Pope
+from lvlm_decode_evals.tables import Value, blocks, gather, markdown, render
 
 SAMPLE = Decoding(do_sample=True)
 # Printed F1 that does not follow from the printed precision and recall; the files say so in their notes.
@@ -75,7 +75,7 @@ def results_of(out):
 def cli(*arguments):
     import typer
 
-    from evals.commands import add_to
+    from lvlm_decode_evals.commands import add_to
 
     app = typer.Typer()
     add_to(app)

@@ -53,9 +53,9 @@ def _copy(source, target) -> None:
 def test_demo_from_the_wheel(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     code = (
-        "import lvlm_decode, evals, lvlm_decode_data, pathlib, sys\n"
+        "import lvlm_decode, lvlm_decode_evals, lvlm_decode_data, pathlib, sys\n"
         f"here = pathlib.Path({str(installed)!r})\n"
-        "for module in (lvlm_decode, evals, lvlm_decode_data):\n"
+        "for module in (lvlm_decode, lvlm_decode_evals, lvlm_decode_data):\n"
         "    assert pathlib.Path(module.__file__).is_relative_to(here), module.__file__\n"
         "from lvlm_decode.cli import app\n"
         "app(['demo', '--images', '3', '--page', 'demo.html'])\n"
@@ -72,3 +72,9 @@ def test_wheel_holds_data_and_licences(installed):
     assert "lvlm_decode_data/tiny-llava/model.safetensors" in names
     assert any(name.startswith("lvlm_decode_data/heldout/") and name.endswith(".jpg") for name in names)
     assert any("licenses/LICENSE" in name for name in names)
+
+
+def test_wheel_takes_no_name_that_others_use(installed):
+    """`evals` and `data` are other people's import names."""
+    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"lvlm_decode", "lvlm_decode_data", "lvlm_decode_evals"}

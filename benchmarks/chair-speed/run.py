@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 
 import lvlm_decode_data
-from evals import chair
-from evals.answers import read_records
-from evals.base import Answer
-from evals.errors import MissingDependencyError
-from evals.words import singular
+from lvlm_decode.errors import DependencyError
 from lvlm_decode_data.texts import caption
+from lvlm_decode_evals import chair
+from lvlm_decode_evals.answers import read_records
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.words import singular
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ def main() -> None:
     try:
         chair.load_nltk()
         parsers.append("wordnet-pos")
-    except MissingDependencyError as error:
+    except DependencyError as error:
         note = f"wordnet-pos was not measured. {str(error).split('. Run')[0]}."
     samples: dict[str, list[float]] = {parser: [] for parser in parsers}
     for _ in range(given.passes):

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from evals import evaluator
-from evals.answers import read_json
-from evals.loaders import scene_source
-from evals.plan import GREEDY, Decoding
-from evals.runner import Options, Run, load
-from evals.tables import blocks, render
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import read_json
+from lvlm_decode_evals.loaders import scene_source
+from lvlm_decode_evals.plan import GREEDY, Decoding
+from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.tables import blocks, render
 
 #: How the authors of CNTP sample; the runner adds plain sampling and the mask alone in the same way as controls.
 SAMPLED = Decoding(do_sample=True, temperature=0.8, top_p=0.9)

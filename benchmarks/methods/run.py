@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evals import evaluator
-from evals.loaders import scene_source
-from evals.plan import GREEDY, Decoding, Result, read_json
-from evals.runner import Options, Run, Share, load
-from evals.tables import blocks, render
 from lvlm_decode.engine.attach import check_needs
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse
 from lvlm_decode.methods import load as method_class
 from lvlm_decode.speculative.bench import circumstances
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.loaders import scene_source
+from lvlm_decode_evals.plan import GREEDY, Decoding, Result, read_json
+from lvlm_decode_evals.runner import Options, Run, Share, load
+from lvlm_decode_evals.tables import blocks, render
 
 HERE = Path(__file__).resolve().parent
 PARAMETERS = {

@@ -21,13 +21,13 @@ from PIL import Image
 
 import lvlm_decode
 import lvlm_decode_data
-from evals import evaluator
-from evals.loaders import scene_source
-from evals.runner import Options, load, prompt_of
 from lvlm_decode.engine.attach import check_execution
 from lvlm_decode.errors import LvlmDecodeError
 from lvlm_decode.methods import METHODS
 from lvlm_decode.speculative.bench import circumstances
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.loaders import scene_source
+from lvlm_decode_evals.runner import Options, load, prompt_of
 
 TASKS = {"pope": ("adversarial", 10), "chair": ("captions", 64)}
 

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from evals.runner import load
 from lvlm_decode.errors import InputError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import parse
@@ -43,6 +42,7 @@ from lvlm_decode.speculative.bench import (
     raw,
     summary,
 )
+from lvlm_decode_evals.runner import load
 
 METHODS = ("plain", "vcd", "vcd+ritual")
 DRAFTERS = (

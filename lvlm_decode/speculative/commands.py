@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from evals.commands import one_sentence
+from lvlm_decode_evals.commands import one_sentence
 
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def bench_speculative(
     as_json: Annotated[bool, typer.Option("--json", help="The whole record, raw samples included.")] = False,
 ) -> None:
     """A method with a drafter: the same tokens as without one, and what they cost against plain generate()."""
-    from evals.runner import load
+    from lvlm_decode_evals.runner import load
 
     from ..errors import ParameterError
     from ..methods import parse

@@ -139,7 +139,7 @@ def negatives(
     """DCD's two projectors and LOL's amateur adapter, from preferred and rejected answers."""
     from safetensors.torch import save_file
 
-    from evals.runner import load
+    from lvlm_decode_evals.runner import load
 
     from . import negatives as train
 

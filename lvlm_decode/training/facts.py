@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from evals.base import Answer, Question
-from evals.chair import Chair
-from evals.mme import MME
-from evals.pope import STRATEGIES, Pope, build_questions
 from lvlm_decode_data import CATEGORIES, load_scenes, render, texts
 from lvlm_decode_data.scenes import cell_owners
+from lvlm_decode_evals.base import Answer, Question
+from lvlm_decode_evals.chair import Chair
+from lvlm_decode_evals.mme import MME
+from lvlm_decode_evals.pope import STRATEGIES, Pope, build_questions
 
 QUESTION_IMAGES = 167  # six questions each make the 1,000 of a POPE split
 CAPTIONS = 200
