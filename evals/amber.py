@@ -220,15 +220,15 @@ class Amber(Evaluator):
     paper: ClassVar[str] = "AMBER (arXiv 2311.07397)"
     max_new_tokens: ClassVar[int] = 512
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("chair", "CHAIR", better=-1, paired=True),
-        Column("cover", "Cover", better=+1, paired=True),
-        Column("hal", "Hal", better=-1, paired=True),
-        Column("cog", "Cog", better=-1, paired=True),
+        Column("chair", "CHAIR", better=-1, paired=True, of=("nouns",)),
+        Column("cover", "Cover", better=+1, paired=True, of=("truth_words",)),
+        Column("hal", "Hal", better=-1, paired=True, of=("responses",)),
+        Column("cog", "Cog", better=-1, paired=True, of=("hallu_words",)),
         Column("responses", "n", "count"),
-        Column("accuracy", "Accuracy", better=+1, paired=True),
+        Column("accuracy", "Accuracy", better=+1, paired=True, of=("all.n",)),
         Column("precision", "Precision", better=+1),
         Column("recall", "Recall", better=+1),
-        Column("f1", "F1", better=+1, paired=True),
+        Column("f1", "F1", better=+1, paired=True, of=("all.said_no", "all.gold_no")),
         *(Column(f"{name}_f1", f"F1 {name}", better=+1) for name in ("existence", "attribute", "relation")),
         Column("unparsed", "Unparsed", better=-1),
         Column("questions", "n", "count"),

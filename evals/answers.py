@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lvlm_decode.errors import FileFormatError, MissingFileError
 from .base import Answer, Question, Row, need
 
 # Fields of an answer line that are not its own evidence; anything else goes into `meta`.
-_FIELDS = ("question_id", "answer", "text", "image", "label", "cluster", "tokens", "error", "meta")
+_FIELDS = ("question_id", "answer", "text", "image", "label", "cluster", "tokens", "error", "meta", "checksum")
 # Other repositories' names of the same fields.
 _ALIASES = {"text": ("question", "query"), "image": ("image_source",), "answer": ("prediction",)}
 # How many culprits a message names before it only counts.
@@ -115,32 +115,13 @@ def answer_of(record: dict[str, Any], where: str) -> Answer:
         meta={**other, **(record.get("meta") or {})},
         tokens=record.get("tokens"),
         error=record.get("error"),
+        checksum=record.get("checksum"),
     )
 
 
 def read_answers(path: Path) -> list[Answer]:
     """All answers of a file; any broken line is an error that names it."""
     return [answer_of(record, where) for where, record in read_records(path)]
-
-
-def with_questions(answers: Sequence[Answer], questions: Sequence[Question]) -> list[Answer]:
-    """The answers with the label, image, cluster and meta of the question of the same id where they lack them."""
-    asked = {str(question.id): question for question in questions}
-    if len(asked) < len(questions):
-        raise FileFormatError("The question files share ids, so answers cannot be told apart; give one file.")
-    return [
-        answer
-        if (question := asked.get(str(answer.question_id))) is None
-        else replace(
-            answer,
-            text=answer.text or question.text,
-            label=question.label if answer.label is None else answer.label,
-            image=question.image if answer.image is None else answer.image,
-            cluster=question.cluster if answer.cluster is None else answer.cluster,
-            meta={**question.meta, **answer.meta},
-        )
-        for answer in answers
-    ]
 
 
 def line_of(record: dict[str, Any]) -> bytes:
@@ -213,6 +194,19 @@ def read_json(path: Path) -> Any:
         raise FileFormatError(f"{path}: broken JSON ({error}).") from error
 
 
+# What can be wrong with answers, and how a sentence says it.
+KINDS = {
+    "duplicate": "ids that occur more than once (only the first answer is scored)",
+    "unknown": "answers to questions that were not asked (not scored)",
+    "missing": "questions without an answer (not scored)",
+    "failed": "questions that could not be asked (not scored)",
+    "empty": "empty answers (scored as the rule says)",
+    "contradicted": "answers that carry another label than their question (scored by the question's)",
+    "edited": "answers that are not as the run wrote them (scored as they stand; eval asks them again)",
+    "unsealed": "answers without a checksum, so that nobody can tell whether they were changed",
+}
+
+
 @dataclass(frozen=True)
 class Audit:
     """What is wrong with a set of answers, by id. Each list is what a person must know before trusting a score."""
@@ -222,31 +216,32 @@ class Audit:
     missing: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
+    # Known from elsewhere than the answers' own ids: see `joins.join` and `plan.read_cell`.
+    contradicted: tuple[str, ...] = ()
+    edited: tuple[str, ...] = ()
+    unsealed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return any((self.duplicate, self.unknown, self.missing, self.failed, self.empty))
+        return any(getattr(self, kind) for kind in KINDS)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the score is not that of all questions as they were answered; commands then exit with 3."""
+        return bool(self.missing or self.contradicted or self.edited)
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out."""
-        kinds = ("duplicate", "unknown", "missing", "failed", "empty")
         return {
             kind: {"count": len(getattr(self, kind)), "ids": list(getattr(self, kind))}
-            for kind in kinds
+            for kind in KINDS
             if getattr(self, kind)
         }
 
     def sentences(self) -> list[str]:
         """One sentence for each kind of trouble, naming the first few ids."""
-        meaning = {
-            "duplicate": "ids that occur more than once (only the first answer is scored)",
-            "unknown": "answers to questions that were not asked (not scored)",
-            "missing": "questions without an answer (not scored)",
-            "failed": "questions that could not be asked (not scored)",
-            "empty": "empty answers (scored as the rule says)",
-        }
         return [
             f"{len(ids)} {text}: {', '.join(ids[:NAMED])}{', ...' if len(ids) > NAMED else ''}."
-            for kind, text in meaning.items()
+            for kind, text in KINDS.items()
             if (ids := getattr(self, kind))
         ]
 

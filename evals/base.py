@@ -35,8 +35,10 @@ and calls `rates` once on arrays, and point estimate and interval come from the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +71,8 @@ class Answer:
     else.
 
     tokens: number of generated tokens, None when unknown. error: a sentence instead of an answer when the sample could
-    not be asked (image missing or corrupt); such answers are counted and named, never scored.
+    not be asked (image missing or corrupt); such answers are counted and named, never scored. checksum: of this line
+    and the settings it was made with; None for answers that no run of this project wrote.
     """
 
     question_id: str | int
@@ -81,6 +84,7 @@ class Answer:
     meta: Mapping[str, Any] = field(default_factory=dict)
     tokens: int | None = None
     error: str | None = None
+    checksum: str | None = None
 
     @classmethod
     def to(cls, question: Question, answer: str, tokens: int | None = None, error: str | None = None) -> Answer:
@@ -100,8 +104,20 @@ class Answer:
         """The JSON object of this answer; fields at their default are left out."""
         known = {"question_id": self.question_id, "image": self.image, "text": self.text, "label": self.label}
         known |= {"answer": self.answer, "tokens": self.tokens}
-        optional = {"cluster": self.cluster, "meta": dict(self.meta), "error": self.error}
+        optional = {"cluster": self.cluster, "meta": dict(self.meta), "error": self.error, "checksum": self.checksum}
         return known | {name: value for name, value in optional.items() if value}
+
+    def sealed(self, key: str) -> Answer:
+        """This answer with its checksum. key: what identifies the settings it was made with."""
+        return replace(self, checksum=self._digest(key))
+
+    def edited(self, key: str) -> bool:
+        """Whether the line differs from what a run with these settings wrote; without a checksum nobody can tell."""
+        return self.checksum is not None and self.checksum != self._digest(key)
+
+    def _digest(self, key: str) -> str:
+        record = {name: value for name, value in self.record().items() if name != "checksum"}
+        return hashlib.sha256(f"{key}\n{json.dumps(record, sort_keys=True)}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,8 @@ class Column:
 
     kind: "percent" (a rate in 0..1, printed times 100), "number" (one decimal), "count" (integer).
     better: +1 higher, -1 lower, 0 neither (yes-ratio, length). paired: differences between methods get an interval.
+    of: the counts of a tally whose sum the rate is a share of, where clusters may lack them; by default every cluster
+    counts. top: the largest possible value of a "number"; None where there is none.
     """
 
     key: str
@@ -158,6 +176,13 @@ class Column:
     kind: str = "percent"
     better: int = 0
     paired: bool = False
+    of: tuple[str, ...] = ()
+    top: float | None = None
+
+    @property
+    def scale(self) -> float | None:
+        """The largest possible value of the rate; None where there is none."""
+        return 1.0 if self.kind == "percent" else self.top
 
 
 class Evaluator:

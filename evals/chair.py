@@ -364,8 +364,8 @@ class Chair(Evaluator):
     verdict: ClassVar[str] = "caption names no absent object"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("chair_s", "CHAIRs", better=-1, paired=True),
-        Column("chair_i", "CHAIRi", better=-1, paired=True),
-        Column("recall", "Recall", better=+1, paired=True),
+        Column("chair_i", "CHAIRi", better=-1, paired=True, of=("object_words",)),
+        Column("recall", "Recall", better=+1, paired=True, of=("gt_objects",)),
         Column("length", "Length", "number", paired=True),
         Column("empty", "Empty", "count", better=-1),
         Column("captions", "n", "count"),

@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,32 +192,36 @@ def score_command(
         scored = [score_cell(folder, **given) for folder in found_cells(Path(target[0]))]
         if as_json:
             summaries = [
-                {"method": r.method, "decoding": r.decoding.name, "split": r.split, "seed": r.seed}
+                {"folder": str(r.folder), "model": (r.settings.get("model") or {}).get("name")}
+                | {"method": r.method, "decoding": r.decoding.name, "split": r.split, "seed": r.seed}
                 | _report(r.evaluator, r)
                 for r in scored
             ]
             typer.echo(json.dumps(summaries, indent=1))
         for result in scored:
-            label = f"{result.method}, {result.decoding.name}, {result.split}, seed {result.seed}"
             if not as_json:
-                typer.echo(f"{label}: {_line(result.evaluator, result.rows)}")
+                typer.echo(f"{_name(result)}: {_line(result.evaluator, result.rows)}")
             for sentence in result.audit.sentences():
-                typer.echo(f"warning: {label}: {sentence}", err=True)
+                typer.echo(f"warning: {_name(result)}: {sentence}", err=True)
+        if any(result.audit.incomplete or result.audit.failed for result in scored):
+            raise typer.Exit(FINISHED_WITH_FAILURES)
         return
     if len(target) != 2:
         raise SettingsError("score takes a run's folder, or a benchmark and a file: lvlm-decode score pope FILE.")
-    from .answers import with_questions, write_rows
+    from .answers import write_rows
+    from .joins import join
 
     name, path = target
     evaluator_class(name)
     chosen = evaluator_from(name, option, **shortcuts)
     answers = chosen.read_answers(Path(path))
-    asked = None
+    asked, contradicted = None, ()
     if questions is not None:
         splits = chosen.file_questions(questions)
         asked = [question for split in splits.values() for question in split]
-        answers = with_questions(answers, asked)
+        answers, contradicted = join(answers, asked, path)
     usable, trouble = audit(answers, asked)
+    trouble = replace(trouble, contradicted=contradicted)
     if not usable:
         raise EvalError(f"{path} has no answer that can be scored. {' '.join(trouble.sentences())}")
     scored_rows = chosen.rows(usable)
@@ -230,6 +235,13 @@ def score_command(
         typer.echo(_line(chosen, scored_rows))
     for sentence in trouble.sentences():
         typer.echo(f"warning: {sentence}", err=True)
+    if trouble.incomplete:
+        raise typer.Exit(FINISHED_WITH_FAILURES)
+
+
+def _name(result: Any) -> str:
+    """Which row this is: the folder first, because one call may score runs of several models."""
+    return f"{result.folder}: {result.method}, {result.decoding.name}, {result.split}, seed {result.seed}"
 
 
 def _report(chosen: Evaluator, result: Any) -> dict[str, Any]:
@@ -294,7 +306,7 @@ def table_command(
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
     typer.echo(render([*extra, *blocks(results, replicates)], format), nl=False)
-    if any(result.audit.failed or result.audit.missing for result in results):
+    if any(result.audit.incomplete or result.audit.failed for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:
         from .plots import write_pictures

@@ -262,7 +262,11 @@ def paper_blocks(
     chosen = config.evaluator
     columns = {column.key: column for column in chosen.columns}
     groups = gather(results)
-    found = {split: {m.pair: m for m in groups.get((config.benchmark, split), [])} for split in config.splits}
+    found = {split: _of_split(config, groups.get((config.benchmark, split), [])) for split in config.splits}
+    if unlike := [title for _, title in groups for split in config.splits if title.startswith(f"{split}, ")]:
+        raise EvalError(
+            f"{config.path}: the answers are of several data sets ({', '.join(unlike)}); give one --out each."
+        )
     lines = []
     for row in config.rows:
         for split in (*config.splits, MEAN):
@@ -278,6 +282,19 @@ def paper_blocks(
         Block(config.title, titles, tuple(lines), tuple(_notes(config, model))),
         *_gains(config, chosen, columns, found, replicates),
     ]
+
+
+def _of_split(config: PaperTable, methods: Sequence[Method]) -> dict[tuple[str, Decoding], Method]:
+    """The methods of a split by name and decoding. Raises EvalError where two differ in model or settings."""
+    found: dict[tuple[str, Decoding], Method] = {}
+    for method in methods:
+        if method.pair in found:
+            other = found[method.pair]
+            raise EvalError(
+                f"{config.path}: {other.label} and {method.label} are two runs; a paper's table takes one, so give one --out."
+            )
+        found[method.pair] = method
+    return found
 
 
 def _ours(chosen: Evaluator, row: PaperRow, split: str, found: Mapping, replicates: int) -> dict[str, Interval | float]:

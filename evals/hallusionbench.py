@@ -38,7 +38,7 @@ class HallusionBench(Evaluator):
     max_new_tokens: ClassVar[int] = 64
     columns: ClassVar[tuple[Column, ...]] = (
         Column("a_acc", "aAcc", better=+1, paired=True),
-        Column("f_acc", "fAcc", better=+1, paired=True),
+        Column("f_acc", "fAcc", better=+1, paired=True, of=("figures",)),
         Column("q_acc", "qAcc", better=+1, paired=True),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),

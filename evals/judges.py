@@ -295,7 +295,7 @@ class MMHal(Judged):
     max_new_tokens: ClassVar[int] = 512
     verdict: ClassVar[str] = "rated 3 or more"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("score", "Score", "number", better=+1, paired=True),
+        Column("score", "Score", "number", better=+1, paired=True, top=6),
         Column("hallucination", "Hallucination", better=-1, paired=True),
         Column("unrated", "Unrated", "count", better=-1),
         Column("n", "n", "count"),
@@ -393,7 +393,7 @@ class VaLLu(Judged):
     max_new_tokens: ClassVar[int] = 512
     verdict: ClassVar[str] = "correctness rated 4 or more"
     columns: ClassVar[tuple[Column, ...]] = (
-        *(Column(aspect, aspect.capitalize(), "number", better=+1, paired=True) for aspect in ASPECTS),
+        *(Column(aspect, aspect.capitalize(), "number", better=+1, paired=True, top=5) for aspect in ASPECTS),
         Column("unrated", "Unrated", "count", better=-1),
         Column("n", "n", "count"),
     )

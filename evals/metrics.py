@@ -4,6 +4,9 @@ Questions about one image are not independent, so the image (`Row.cluster`) is w
 compared on the same questions, and replicates draw the same images for both, so what the images share cancels.
 Several seeds of a method are averaged; every replicate draws the same images for all seeds, so the interval covers the
 choice of images, and the spread over seeds is reported beside it.
+
+Where every replicate gives the same number (all answers right, say) the bootstrap says nothing about how sure that is.
+Then the interval is Wilson's for a rate over the images (E. B. Wilson, 1927), which stays open below 100 %.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from lvlm_decode.errors import EvalError
 
-from .base import Evaluator, Row, tallies
+from .base import Column, Evaluator, Row, tallies
 
 REPLICATES = 5000
 LEVEL = 0.95
@@ -116,6 +120,51 @@ def _interval(value: float, replicates: np.ndarray) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a rate over n independent units; (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _collapsed(interval: Interval) -> bool:
+    # Averages over seeds may differ in the last digit of a float.
+    return interval.high - interval.low <= 1e-9 * max(1.0, abs(interval.value))
+
+
+def _images_of(column: Column, keys: Sequence[str], counts: np.ndarray) -> int:
+    """How many clusters a rate is a share of: those with something to count in some seed."""
+    if not column.of:
+        return counts.shape[1]
+    places = [keys.index(name) for name in column.of if name in keys]
+    return int((counts[:, :, places].sum(axis=(0, 2)) > 0).sum())
+
+
+def _honest_rate(interval: Interval, column: Column, keys: Sequence[str], counts: np.ndarray) -> Interval:
+    """Wilson's interval for a rate whose bootstrap collapsed; a number without a largest value keeps its own."""
+    if column.scale is None:
+        return interval
+    share = min(1.0, max(0.0, interval.value / column.scale))
+    low, high = wilson(share, _images_of(column, keys, counts))
+    return Interval(interval.value, min(low * column.scale, interval.value), max(high * column.scale, interval.value))
+
+
+def _honest_difference(interval: Interval, column: Column, clusters: int) -> Interval:
+    """As `_honest_rate`, for a difference that is the same in every replicate.
+
+    Of two methods that are both right everywhere (or nowhere), Wilson bounds the share of images that could differ, in
+    either direction.
+    """
+    size = min(1.0, abs(interval.value) / column.scale)
+    low, high = (bound * column.scale for bound in wilson(size, clusters))
+    if size < 1e-9:
+        return Interval(interval.value, -high, high)
+    return Interval(interval.value, low, high) if interval.value > 0 else Interval(interval.value, -high, -low)
+
+
 def intervals(
     evaluator: Evaluator, runs: Sequence[Sequence[Row]], replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, Interval]:
@@ -125,7 +174,11 @@ def intervals(
         raise EvalError("There is no scored answer to compute an interval from.")
     point = _mean_rates(evaluator, keys, counts.sum(axis=1, keepdims=True))
     drawn = [_mean_rates(evaluator, keys, weights @ counts) for weights in _weights(len(clusters), replicates, seed)]
-    return {name: _interval(point[name][0], np.concatenate([rates[name] for rates in drawn])) for name in point}
+    found = {name: _interval(point[name][0], np.concatenate([rates[name] for rates in drawn])) for name in point}
+    for column in evaluator.columns:
+        if column.key in found and _collapsed(found[column.key]):
+            found[column.key] = _honest_rate(found[column.key], column, keys, counts)
+    return found
 
 
 def compare(
@@ -157,6 +210,14 @@ def compare(
     drawn = [difference(weights @ counts) for weights in _weights(len(clusters), replicates, seed)]
     wanted = [column.key for column in evaluator.columns if column.key in point]
     differences = {key: _interval(point[key][0], np.concatenate([block[key] for block in drawn])) for key in wanted}
+    ours = _mean_rates(evaluator, keys, counts[:split].sum(axis=1, keepdims=True))
+    for column in evaluator.columns:
+        found = differences.get(column.key)
+        if found is None or column.scale is None or not _collapsed(found):
+            continue
+        # The same answers twice are no evidence of anything; the same rate at its end is that of a few images.
+        if abs(found.value) > 1e-9 or min(ours[column.key][0], column.scale - ours[column.key][0]) <= 1e-9:
+            differences[column.key] = _honest_difference(found, column, _images_of(column, keys, counts))
     return Comparison(len(shared), len(clusters), differences, _mcnemar(method, control))
 
 

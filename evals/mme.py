@@ -44,10 +44,10 @@ class MME(Evaluator):
     paper: ClassVar[str] = "MME (arXiv 2306.13394)"
     max_new_tokens: ClassVar[int] = 16
     columns: ClassVar[tuple[Column, ...]] = (
-        *(Column(task, task.capitalize(), "number", better=+1) for task in HALLUCINATION),
-        Column("hallucination", "Subset", "number", better=+1, paired=True),
-        Column("perception", "Perception", "number", better=+1, paired=True),
-        Column("cognition", "Cognition", "number", better=+1, paired=True),
+        *(Column(task, task.capitalize(), "number", better=+1, top=200) for task in HALLUCINATION),
+        Column("hallucination", "Subset", "number", better=+1, paired=True, top=800),
+        Column("perception", "Perception", "number", better=+1, paired=True, top=2000),
+        Column("cognition", "Cognition", "number", better=+1, paired=True, top=800),
         Column("other", "Other", better=-1),
         Column("questions", "n", "count"),
     )

@@ -11,9 +11,10 @@ the folder each cell lives in. Imports no torch; `runner` fills the cells, `tabl
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .answers import (
     write_whole,
 )
 from .base import Answer, Evaluator, Question, Row
+from .joins import join
 
 # A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).
@@ -159,33 +161,56 @@ def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds:
     ]
 
 
+# Fields of settings.json that decide no answer.
+NOT_DECIDING = ("scoring", "environment")
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the answers of a cell (`decides`), and what is good to know (`environment`)."""
+    """Everything that decides the answers of a cell (`decides`), how they are scored unless somebody asks for another
+    way (`scoring`, the evaluator's options), and what is good to know (`environment`).
+    """
 
     decides: Mapping[str, Any]
     environment: Mapping[str, Any]
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What the checksums of the answers are made with."""
+        return settings_key(self.decides)
 
     def record(self) -> dict[str, Any]:
-        return {**self.decides, "environment": dict(self.environment)}
+        return {**self.decides, "scoring": dict(self.scoring), "environment": dict(self.environment)}
+
+
+def settings_key(record: Mapping[str, Any]) -> str:
+    """What identifies the settings that decide answers, from the content of a settings.json."""
+    # A drafter is lossless: with it and without it the answers are the same bytes.
+    decides = {name: value for name, value in record.items() if name not in (*NOT_DECIDING, "drafter")}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def claim(folder: Path, settings: Settings) -> None:
     """Write settings.json, or check that the one in the folder decides the same answers.
 
-    Raises SettingsError naming the first few fields that differ: answers of two settings must not share a file.
+    Scoring options may change: the newest are kept. Raises SettingsError naming the first few fields that differ:
+    answers of two settings must not share a file.
     """
     path = folder / "settings.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings.record())
         return
-    before = _flat({name: value for name, value in read_json(path).items() if name != "environment"})
+    found = read_json(path)
+    before = _flat({name: value for name, value in found.items() if name not in NOT_DECIDING})
     now = _flat(dict(settings.decides))
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differ:
         shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:3])
         raise SettingsError(f"{folder} holds answers made with other settings ({shown}); give another --out.")
+    if found.get("scoring") != settings.scoring:
+        write_json(path, {**found, "scoring": dict(settings.scoring)})
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -230,6 +255,9 @@ class Result:
     audit: Audit
     settings: Mapping[str, Any]
     folder: Path
+    # Number and hash of the questions that were asked; None where the folder does not say.
+    questions: int | None = None
+    asked: str | None = None
 
 
 def found_cells(out: Path) -> list[Path]:
@@ -244,13 +272,23 @@ def found_cells(out: Path) -> list[Path]:
 
 
 def read_cell(folder: Path, **options: Any) -> Result:
-    """Read one cell and score it; `options` change the evaluator's (another rule, say)."""
+    """Read one cell and score it by the questions it asked; `options` change the evaluator's (another rule, say).
+
+    Raises EvalError where answers are about something else than the questions beside them.
+    """
     from . import evaluator
 
     settings = read_json(folder / "settings.json")
-    scorer = evaluator(settings["evaluator"], **(settings.get("evaluator_options") or {}) | options)
+    scorer = evaluator(settings["evaluator"], **(settings.get("scoring") or {}) | options)
     answers = cell_answers(folder)
-    usable, trouble = audit(answers, read_questions(split_folder(folder)))
+    key = settings_key(settings)
+    edited = tuple(str(answer.question_id) for answer in answers if answer.edited(key))
+    unsealed = tuple(str(answer.question_id) for answer in answers if answer.checksum is None)
+    questions = read_questions(split_folder(folder))
+    contradicted: tuple[str, ...] = ()
+    if questions is not None:
+        answers, contradicted = join(answers, questions, str(folder))
+    usable, trouble = audit(answers, questions)
     return Result(
         scorer,
         settings["split"],
@@ -258,9 +296,11 @@ def read_cell(folder: Path, **options: Any) -> Result:
         Decoding(**settings["decoding"]),
         settings["seed"],
         scorer.rows(usable),
-        trouble,
+        replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed),
         settings,
         folder,
+        None if questions is None else len(questions),
+        None if questions is None else questions_hash(questions),
     )
 
 

@@ -23,13 +23,13 @@ def _pyplot():
     return pyplot
 
 
-def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
+def scatter(methods: Sequence[Method], title: str, replicates: int = REPLICATES):
     """A matplotlib figure of one split: the evaluator's two axes, a point and its intervals for each method.
 
     Controls are hollow; a method that only moved along the yes-ratio, or gave up recall, is seen to have done so.
     """
     pyplot = _pyplot()
-    evaluator, split = methods[0].results[0].evaluator, methods[0].results[0].split
+    evaluator = methods[0].results[0].evaluator
     across, up = evaluator.axes
     titles = {column.key: column.title for column in evaluator.columns}
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
@@ -54,16 +54,16 @@ def scatter(methods: Sequence[Method], replicates: int = REPLICATES):
         )
     axes.set_xlabel(f"{titles.get(across, across)} (%)")
     axes.set_ylabel(f"{titles.get(up, up)} (%)")
-    axes.set_title(f"{evaluator.name}, {split}")
+    axes.set_title(f"{evaluator.name}, {title}")
     axes.grid(alpha=0.25)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
-def dots(methods: Sequence[Method], replicates: int = REPLICATES):
+def dots(methods: Sequence[Method], title: str, replicates: int = REPLICATES):
     """A matplotlib figure of one split for evaluators without two axes: a panel for each compared column."""
     pyplot = _pyplot()
-    evaluator, split = methods[0].results[0].evaluator, methods[0].results[0].split
+    evaluator = methods[0].results[0].evaluator
     values = [rate_values(evaluator, method, replicates) for method in methods]
     columns = [c for c in evaluator.columns if c.paired and all(c.key in row for row in values)]
     size = (2.2 + 2.4 * len(columns), 1.2 + 0.35 * len(methods))
@@ -79,7 +79,7 @@ def dots(methods: Sequence[Method], replicates: int = REPLICATES):
         axes.grid(alpha=0.25, axis="x")
     panels[0][0].set_yticks(range(len(methods)), [method.label for method in methods])
     panels[0][0].invert_yaxis()
-    figure.suptitle(f"{evaluator.name}, {split}")
+    figure.suptitle(f"{evaluator.name}, {title}")
     return figure
 
 
@@ -88,13 +88,13 @@ def write_pictures(results: Sequence[Result], folder: Path, replicates: int = RE
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for (name, split), methods in gather(results).items():
+    for (name, title), methods in gather(results).items():
         drawn = [method for method in methods if any(method.runs)]
         if not drawn:
             continue
         draw = dots if drawn[0].results[0].evaluator.axes is None else scatter
-        figure = draw(drawn, replicates)
-        path = folder / f"{name}-{slug(split)}.png"
+        figure = draw(drawn, title, replicates)
+        path = folder / f"{name}-{slug(title)}.png"
         # Without the software's version in it, equal pictures are equal files.
         figure.savefig(path, dpi=130, metadata={"Software": None})
         _pyplot().close(figure)

@@ -162,7 +162,7 @@ class Pope(Evaluator):
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("precision", "Precision", better=+1),
         Column("recall", "Recall", better=+1),
-        Column("f1", "F1", better=+1, paired=True),
+        Column("f1", "F1", better=+1, paired=True, of=("tp", "fp", "fn")),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),
         Column("n", "n", "count"),

@@ -272,7 +272,6 @@ class Run:
         method = lvlm_decode.parse(cell.method, **_own(cell.method, self.options.parameters))
         decides = {
             "evaluator": self.evaluator.name,
-            "evaluator_options": {k: v for k, v in self.evaluator.options().items() if v is not None},
             "split": cell.split,
             "method": {"name": cell.method, "parameters": _parameters(method)},
             "decoding": {"do_sample": cell.decoding.do_sample, "temperature": cell.decoding.temperature}
@@ -285,7 +284,8 @@ class Run:
             "model": dict(self.loaded.settings),
             "data": {**self.source.settings, "split_hash": questions_hash(self.source.splits[cell.split])},
         }
-        return Settings(decides, environment(self.loaded.model, self.options))
+        scoring = {name: value for name, value in self.evaluator.options().items() if value is not None}
+        return Settings(decides, environment(self.loaded.model, self.options), scoring)
 
     def execute(self) -> list[Result]:
         """Ask what is not answered yet, merge, score. Returns the scored cells; empty in other than the main process,
@@ -373,14 +373,16 @@ class Run:
         """Answer this process's share of a cell, appending after every batch."""
         own = folder / self.share.file
         resume_answers(own, repair=True)
-        known = {str(a.question_id) for a in _answers(folder) if a.error is None}
+        key = self.settings(cell).key
+        # An edited line is no answer of this run.
+        known = {str(a.question_id) for a in _answers(folder) if a.error is None and not a.edited(key)}
         for number, batch in enumerate(batches_of(questions, size)):
             if number % self.share.count != self.share.index:
                 continue
             # The whole batch again even if a part of it is known: the same batch gives the same answers.
             if any(str(question.id) not in known for question in batch):
                 answers = self._answer(cell, batch)
-                append_answers(own, (answer for answer in answers if str(answer.question_id) not in known))
+                append_answers(own, (a.sealed(key) for a in answers if str(a.question_id) not in known))
             bar.update(len(batch))
 
     def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any) -> int:
@@ -451,9 +453,10 @@ class Run:
             for left in folder.glob("*.partial"):
                 left.unlink(missing_ok=True)
         best: dict[str, Answer] = {}
+        key = self.settings(cell).key
         for answer in _answers(folder):
             name = str(answer.question_id)
-            if name not in best or best[name].error is not None:
+            if not answer.edited(key) and (name not in best or best[name].error is not None):
                 best[name] = answer
         if any(str(question.id) not in best for question in questions):
             return False

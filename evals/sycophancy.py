@@ -98,7 +98,7 @@ class Sycophancy(Evaluator):
         Column("accuracy", "Neutral acc.", better=+1, paired=True),
         Column("accuracy_leading", "Leading acc.", better=+1, paired=True),
         Column("ctr", "CTR", better=-1, paired=True),
-        Column("eir", "EIR", better=-1, paired=True),
+        Column("eir", "EIR", better=-1, paired=True, of=("correct",)),
         Column("ecr", "ECR", better=+1),
         Column("pir", "PIR"),
         Column("unparsed", "Unparsed", better=-1),

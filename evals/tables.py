@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from lvlm_decode.errors import LvlmDecodeError, UnknownNameError
+from lvlm_decode.errors import EvalError, LvlmDecodeError, UnknownNameError
 
 from .base import Column, Evaluator
 from .metrics import LEVEL, REPLICATES, Comparison, Interval, compare, intervals
-from .plan import Decoding, Result, controls, is_control
+from .plan import NOT_DECIDING, Decoding, Result, controls, is_control
 
 # A percentile bootstrap over fewer clusters than this covers clearly less than it says.
 FEW_IMAGES = 30
@@ -72,11 +75,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Method:
-    """All seeds of one (method, decoding) on one split."""
+    """All seeds of one line of a table: one method with one decoding on one split, everything but the seed equal.
+
+    model, variant: what tells this line from others of the table that share its method and decoding: the model's name
+    where there are several, and settings that differ (suffix='...', alpha=0.5). settings, parameters: all of them.
+    """
 
     name: str
     decoding: Decoding
     results: tuple[Result, ...] = field(repr=False)
+    model: str = ""
+    variant: str = ""
+    settings: str = field(default="", repr=False)
+    parameters: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def pair(self) -> tuple[str, Decoding]:
@@ -88,30 +99,144 @@ class Method:
 
     @property
     def label(self) -> str:
-        return f"{self.name}, {self.decoding.name}"
+        return ", ".join(part for part in (self.model, self.name, self.decoding.name, self.variant) if part)
+
+
+# What a cell's own line says, and what its block says; every other setting must agree for a comparison.
+_OF_THE_LINE = ("method", "decoding", "seed")
+_OF_THE_BLOCK = ("evaluator", "split", "data")
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _common(result: Result) -> dict[str, Any]:
+    """The settings that lines of one comparison must share: model, prompt, length, drafter."""
+    left_out = (*NOT_DECIDING, *_OF_THE_LINE, *_OF_THE_BLOCK)
+    return {name: value for name, value in result.settings.items() if name not in left_out}
+
+
+def _parameters(result: Result) -> Mapping[str, Any]:
+    return (result.settings.get("method") or {}).get("parameters") or {}
 
 
 def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Method]]:
-    """(evaluator, split) -> its methods, controls first, each with its seeds in order."""
-    groups: dict[tuple[str, str], dict[tuple[str, Decoding], list[Result]]] = {}
+    """(evaluator, title) -> its methods, controls first, each with its seeds in order.
+
+    The title is the split; where the same split was asked in several versions (another file, another number of
+    questions, other scoring options) it says which. Cells make one line only if nothing but the seed differs. Raises
+    EvalError for two cells of one line and one seed: a copied folder would make a spread of nothing.
+    """
+    lines: dict[tuple[str, ...], dict[tuple, list[Result]]] = {}
     for result in sorted(results, key=lambda r: r.seed):
-        split = groups.setdefault((result.evaluator.name, result.split), {})
-        split.setdefault((result.method, result.decoding), []).append(result)
+        group = lines.setdefault(_block_key(result), {})
+        line = (result.method, result.decoding, _canonical(_parameters(result)), _canonical(_common(result)))
+        group.setdefault(line, []).append(result)
+    titles = _titles({key: next(iter(group.values()))[0] for key, group in lines.items()})
+    models = {_canonical(result.settings.get("model")): result.settings.get("model") or {} for result in results}
+    return {(key[0], titles[key]): _methods(group, models) for key, group in lines.items()}
+
+
+def _block_key(result: Result) -> tuple[str, ...]:
+    return (
+        result.evaluator.name,
+        result.split,
+        _canonical(result.evaluator.options()),
+        _canonical(result.settings.get("data")),
+        str(result.asked),
+    )
+
+
+# What can tell versions of one split apart, the plainest first.
+_FACTS: tuple[Callable[[Result], str], ...] = (
+    lambda result: f"{result.questions} questions",
+    lambda result: str((result.settings.get("data") or {}).get("questions", "questions unknown")),
+    lambda result: ", ".join(f"{k} {v}" for k, v in result.evaluator.options().items() if v is not None),
+    lambda result: f"questions {(result.asked or 'unknown')[:8]}",
+    lambda result: f"data {_canonical(result.settings.get('data'))}",
+)
+
+
+def _titles(found: Mapping[tuple[str, ...], Result]) -> dict[tuple[str, ...], str]:
+    """A title for each block; blocks of one split are told apart by the first facts that do it."""
+    titles: dict[tuple[str, ...], tuple[str, ...]] = {key: (result.split,) for key, result in found.items()}
+    for evaluator_and_split in {key[:2] for key in found}:
+        family = [key for key in found if key[:2] == evaluator_and_split]
+        for fact in _FACTS:
+            said = {key: fact(found[key]) for key in family}
+            if len({titles[key] for key in family}) < len(family) and len(set(said.values())) > 1:
+                titles |= {key: (*titles[key], said[key]) for key in family}
+    return {key: ", ".join(title) for key, title in titles.items()}
+
+
+def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mapping[str, Any]]) -> list[Method]:
+    """The lines of one block, each named by what tells it from the others."""
+    settings = {
+        line: _flat({k: v for k, v in _common(found[0]).items() if k != "model"}) for line, found in group.items()
+    }
+    made = []
+    for line, found in group.items():
+        name, decoding, _, common = line
+        rivals = [_flat(_parameters(other[0])) for key, other in group.items() if key[0] == name]
+        differing = _differing(settings[line], settings.values())
+        differing |= _differing(_flat(_parameters(found[0])), rivals)
+        made.append(
+            Method(
+                name,
+                decoding,
+                _seeds(name, decoding, found),
+                _model_label(found[0].settings.get("model") or {}, models.values()) if len(models) > 1 else "",
+                ", ".join(f"{key}={value!r}" for key, value in differing.items()),
+                common,
+                _parameters(found[0]),
+            )
+        )
     order = {"plain": 0, "mask": 1}
 
     def place(method: Method) -> tuple:
         return (
+            method.model,
             order.get(method.name.partition("(")[0], 2),
             method.name,
             method.decoding.do_sample,
             method.decoding.num_beams,
             method.decoding.name,
+            method.variant,
         )
 
-    return {
-        key: sorted((Method(name, decoding, tuple(found)) for (name, decoding), found in split.items()), key=place)
-        for key, split in groups.items()
-    }
+    return sorted(made, key=place)
+
+
+def _seeds(name: str, decoding: Decoding, found: Sequence[Result]) -> tuple[Result, ...]:
+    """One result a seed. The plain model under greedy or beams draws nothing: all its seeds are one."""
+    for first, second in itertools.pairwise(found):
+        if first.seed == second.seed:
+            raise EvalError(
+                f"{first.folder} and {second.folder} both hold seed {first.seed} of {name}, {decoding.name}, with the same "
+                "settings; a table takes each seed once, so move one of the two away."
+            )
+    return tuple(found if decoding.do_sample or not is_control(name) else found[:1])
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{above}{key}.") if isinstance(inner, Mapping) else {f"{above}{key}": inner}
+    return flat
+
+
+def _differing(own: Mapping[str, Any], all_of_them: Any) -> dict[str, Any]:
+    """Those of one's own values that not all have."""
+    return {key: value for key, value in own.items() if any(other.get(key) != value for other in all_of_them)}
+
+
+def _model_label(own: Mapping[str, Any], all_of_them: Any) -> str:
+    """A model's name; with dtype or weights where models of one name differ in them."""
+    name = str(own.get("name", "unknown model"))
+    namesakes = [model for model in all_of_them if model.get("name") == own.get("name")]
+    told = [str(value) for key, value in _differing(own, namesakes).items() if key != "name"]
+    return f"{name} ({', '.join(told)})" if told else name
 
 
 def rate_values(evaluator: Evaluator, method: Method, replicates: int = REPLICATES) -> dict[str, Value]:
@@ -137,11 +262,23 @@ def results_block(evaluator: Evaluator, split: str, methods: Sequence[Method], r
     """Rates of every method of a split."""
     values = [rate_values(evaluator, method, replicates) for method in methods]
     shown = [column for column in evaluator.columns if any(column.key in row for row in values)]
+    # Columns that appear only where lines differ in them.
+    extra = [title for title in ("Model", "Settings") if any(_told(method)[title] for method in methods)]
     lines = tuple(
-        (method.name, method.decoding.name, str(len(method.runs)), *(row.get(c.key, "–") for c in shown))
+        (
+            *(_told(method)[title] for title in extra),
+            method.name,
+            method.decoding.name,
+            str(len(method.runs)),
+            *(row.get(c.key, "–") for c in shown),
+        )
         for method, row in zip(methods, values)
     )
-    return Block(f"{evaluator.name}, {split}", ("Method", "Decoding", "Seeds", *map(_title, shown)), lines)
+    return Block(f"{evaluator.name}, {split}", (*extra, "Method", "Decoding", "Seeds", *map(_title, shown)), lines)
+
+
+def _told(method: Method) -> dict[str, str]:
+    return {"Model": method.model, "Settings": method.variant}
 
 
 def _title(column: Column) -> str:
@@ -156,9 +293,21 @@ def wanted_controls(method: Method) -> list[tuple[str, Decoding]]:
 
 
 def matched(method: Method, methods: Sequence[Method]) -> list[Method]:
-    """The controls of a method that were run, in the order of `plan.controls`."""
-    there = {other.pair: other for other in methods}
-    return [there[pair] for pair in wanted_controls(method) if pair in there]
+    """The controls of a method that were run with its model and settings, in the order of `plan.controls`.
+
+    A parameter that both have (the mask's beta) must be the same.
+    """
+
+    def agrees(other: Method) -> bool:
+        shared = other.parameters.keys() & method.parameters.keys()
+        return all(other.parameters[name] == method.parameters[name] for name in shared)
+
+    return [
+        other
+        for pair in wanted_controls(method)
+        for other in methods
+        if other.pair == pair and other.settings == method.settings and agrees(other)
+    ]
 
 
 def differences_block(
@@ -175,7 +324,7 @@ def differences_block(
                 missing.append(f"{method.label} against {control.label}: {error}")
                 continue
             lines.append((method.label, control.label, *_difference_values(found, columns)))
-        there = {other.pair for other in methods}
+        there = {other.pair for other in matched(method, methods)}
         absent = [f"{name}, {d.name}" for name, d in wanted_controls(method) if (name, d) not in there]
         if absent and not is_control(method.name):
             missing.append(
@@ -219,7 +368,8 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
     models = sorted({str((result.settings.get("model") or {}).get("name", "unknown model")) for result in results})
     found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {images} images."]
     found.append(
-        f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates); ±: standard deviation over seeds. "
+        f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), Wilson's interval where all replicates "
+        "are equal; ±: standard deviation over seeds. "
         f"* marks a difference whose interval excludes zero; p: exact McNemar over questions ({evaluator.verdict}), "
         f"p by image: exact sign-flip test of the net gain per image. {comparisons} comparisons, not corrected for "
         "multiplicity."
@@ -228,9 +378,9 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
         found.append(
             f"Only {images} images: such intervals are too short, so nothing is marked; take them for a sketch."
         )
-    for result in results:
-        where = f"{result.method}, {result.decoding.name}, seed {result.seed}"
-        found += [f"{where}: {sentence}" for sentence in result.audit.sentences()]
+    for method in methods:
+        for result in method.results:
+            found += [f"{method.label}, seed {result.seed}: {sentence}" for sentence in result.audit.sentences()]
     return found
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm_decode.errors import EvalError
+from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Answer, Column, Evaluator, Row, ratio, tallies
-from lvlm_decode_evals.metrics import compare, intervals, mcnemar_exact, resample, sign_flip_exact
+from lvlm_decode_evals.metrics import compare, intervals, mcnemar_exact, resample, sign_flip_exact, wilson
 from lvlm_decode_evals.pope import Pope
 
 
@@ -194,3 +195,40 @@ def test_rates_of_pope_are_the_same_for_a_replicate_as_for_a_number():
 def test_no_rows_is_an_error_not_a_number():
     with pytest.raises(EvalError, match="no scored answer"):
         intervals(Share(), [[]])
+
+
+def test_wilson_against_worked_values():
+    """Brown, Cai and DasGupta (2001) and the closed forms at the ends: n / (n + z^2), z^2 / (n + z^2)."""
+    z2 = 1.959963984540054**2
+    assert wilson(1.0, 10) == pytest.approx((10 / (10 + z2), 1))
+    assert wilson(0.0, 40) == pytest.approx((0, z2 / (40 + z2)))
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.3, 0) == (0, 1)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_at_its_end_a_rate_keeps_an_interval_that_shrinks_with_images(right):
+    widths = []
+    for images in (5, 50, 500):
+        found = intervals(Share(), [rows_of([right] * 4 * images, per_image=4)])["share"]
+        assert found.value == right and (found.low, found.high)[right] == right
+        widths.append(found.high - found.low)
+    z2 = 1.959963984540054**2
+    assert widths == pytest.approx([z2 / (n + z2) for n in (5, 50, 500)])
+
+
+def test_two_methods_at_the_end_may_still_differ():
+    rows = rows_of([True] * 40, per_image=4)
+    found = compare(Share(), [rows], [rows]).differences["share"]
+    assert found.low == -found.high < 0 and not found.excludes_zero
+    nothing = rows_of([False] * 40, per_image=4)
+    found = compare(Share(), [rows], [nothing]).differences["share"]
+    assert 0 < found.low < found.value == found.high == 1
+
+
+def test_only_images_that_have_something_to_count_make_an_interval_narrow():
+    """Recall over 30 images with objects is no surer because 70 images without any were captioned too."""
+    chosen = evaluator("chair")
+    answers = [Answer(i, "A dog.", label=["dog"] if i < 30 else [], image=f"{i}.jpg") for i in range(100)]
+    found = intervals(chosen, [chosen.rows(answers)], 200)["recall"]
+    assert (found.low, found.high) == pytest.approx(wilson(1.0, 30))

@@ -56,7 +56,8 @@ def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model=
                 "seed": seed,
                 "model": {"name": model},
             }
-            claim(folder, Settings(decides, {}))
+            settings = Settings(decides, {})
+            claim(folder, settings)
             write_questions(folder.parents[2], asked)
             rng = random.Random(f"{method} {decoding.name} {seed}")
             answers = [
@@ -64,7 +65,7 @@ def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model=
                 for q in asked
                 if q.id not in skip
             ]
-            append_answers(folder / "answers.jsonl", answers)
+            append_answers(folder / "answers.jsonl", (answer.sealed(settings.key) for answer in answers))
     return out
 
 
@@ -203,7 +204,7 @@ def test_an_evaluator_without_two_axes_gets_a_panel_for_each_compared_column(tmp
     monkeypatch.setattr(Pope, "axes", None)
     (path,) = write_pictures(results_of(tmp_path / "run"), tmp_path, 100)
     assert path.read_bytes()[:4] == b"\x89PNG"
-    figure = dots(gather(results_of(tmp_path / "run"))["pope", "random"], 100)
+    figure = dots(gather(results_of(tmp_path / "run"))["pope", "random"], "random", 100)
     assert [axes.get_xlabel() for axes in figure.axes] == ["Accuracy (%)", "F1 (%)"]
 
 

@@ -1,0 +1,259 @@
+"""Answers and questions are joined by id only where they are about the same thing; labels come from the questions."""
+
+import json
+
+import pytest
+from conftest import shared_path
+from test_runner import cli
+from test_tables import RIGHT, SAMPLE, make_run, results_of
+
+from lvlm_decode.errors import EvalError
+from lvlm_decode_evals.answers import resume_answers
+from lvlm_decode_evals.base import Answer, Question
+from lvlm_decode_evals.joins import join, same_image, same_text
+from lvlm_decode_evals.plan import found_cells, read_cell
+from lvlm_decode_evals.tables import blocks, gather, markdown
+
+WORDS = ("dog", "cat", "car", "bus", "cup", "pen")
+
+
+def questions_about(words=WORDS, image="im"):
+    return [
+        Question(i, f"Is there a {word} in the image?", f"{image}{i}.jpg", ("yes", "no")[i % 2])
+        for i, word in enumerate(words)
+    ]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def as_file(path, questions):
+    return write(path, [{"question_id": q.id, "image": q.image, "text": q.text, "label": q.label} for q in questions])
+
+
+def test_answers_about_the_same_questions_take_their_facts_from_them():
+    asked = questions_about()
+    joined, contradicted = join([Answer(q.id, "Yes") for q in asked], asked, "a.jsonl")
+    assert [(a.text, a.image, a.label) for a in joined] == [(q.text, q.image, q.label) for q in asked]
+    assert contradicted == ()
+
+
+@pytest.mark.parametrize("other", [questions_about(image="other"), questions_about(WORDS[::-1])], ids=["image", "text"])
+def test_answers_about_other_questions_are_refused_with_the_first_few_named(other):
+    answers = [Answer.to(question, "Yes") for question in other]
+    with pytest.raises(
+        EvalError, match=r"a\.jsonl: 6 of 6 answers are about something else .*\(0: .*; 1: .*; 2: .*; \.\.\.\)"
+    ):
+        join(answers, questions_about(), "a.jsonl")
+
+
+def test_one_answer_about_something_else_is_enough():
+    asked = questions_about()
+    answers = [Answer.to(question, "Yes") for question in asked]
+    answers[4] = Answer(4, "Yes", text=asked[4].text, image="else.jpg")
+    with pytest.raises(EvalError, match=r"1 of 6 answers .*4: image 'else\.jpg' was answered, 'im4\.jpg' is asked"):
+        join(answers, asked, "a.jsonl")
+
+
+def test_names_of_one_image():
+    same = [("val2014/a.jpg", "a.jpg"), ("COCO_val2014_000000000042", "COCO_val2014_000000000042.jpg"),
+            ("42", "COCO_val2014_000000000042.jpg"), ("./VD/1.png", "VD/1.png"), (None, "a.jpg")]  # fmt: skip
+    other = [("existence/1.jpg", "color/1.jpg"), ("a.jpg", "b.jpg"), ("43", "COCO_val2014_000000000042.jpg"),
+             ("COCO_train2014_000000000042.jpg", "COCO_val2014_000000000042.jpg")]  # fmt: skip
+    assert all(same_image(*pair) and same_image(*pair[::-1]) for pair in same)
+    assert not any(same_image(*pair) or same_image(*pair[::-1]) for pair in other)
+
+
+def test_a_question_may_stand_in_a_longer_prompt_but_not_in_another():
+    assert same_text("<image>\nIs there a dog?  Answer with one word.", "Is there a dog?")
+    assert same_text("", "Is there a dog?") and not same_text("Is there a dog?", "Is there a cat?")
+
+
+def test_a_text_that_all_questions_share_tells_nothing():
+    asked = [Question(i, "Please describe this image.", f"{i}.jpg") for i in range(3)]
+    answers = [Answer(i, "A dog.", text="What is here?", image=f"{i}.jpg") for i in range(3)]
+    assert len(join(answers, asked, "a.jsonl")[0]) == 3
+
+
+def test_a_label_in_an_answer_never_wins():
+    asked = questions_about()
+    answers = [Answer(q.id, "Yes", label="Yes ") for q in asked]
+    joined, contradicted = join(answers, asked, "a.jsonl")
+    assert [a.label for a in joined] == [q.label for q in asked] and contradicted == ("1", "3", "5")
+    facts = [Question(1, "Is it?", "a.jpg", "yes", meta={"task": "color", "n": 1})]
+    (answer,), contradicted = join([Answer(1, "Yes", meta={"task": "count", "model": "x"})], facts, "a.jsonl")
+    assert answer.meta == {"task": "color", "n": 1, "model": "x"} and contradicted == ("1",)
+
+
+def test_lists_of_objects_agree_in_any_order():
+    asked = [Question(1, "Describe.", "a.jpg", ["dog", "cat"])]
+    assert join([Answer(1, "x", label=["cat", "dog"])], asked, "")[1] == ()
+    assert join([Answer(1, "x", label=["cat"])], asked, "")[1] == ("1",)
+
+
+def test_score_says_that_labels_contradict_and_scores_by_the_questions():
+    folder = shared_path("cases/label-contradicts-questions")
+    done = cli("score", "pope", folder / "a.jsonl", "--questions", folder / "q.json")
+    assert done.exit_code == 3 and "Accuracy 50.0%" in done.output, done.output
+    assert "3 answers that carry another label than their question (scored by the question's): 2, 4, 6." in done.output
+
+
+def test_score_refuses_answers_of_another_question_file(tmp_path):
+    answers = write(tmp_path / "a.jsonl", [Answer.to(q, "Yes").record() for q in questions_about()])
+    wrong = as_file(tmp_path / "wrong.json", questions_about(WORDS[::-1]))
+    done = cli("score", "pope", answers, "--questions", wrong)
+    assert done.exit_code == 1 and "give the questions that were asked" in done.output and "Accuracy" not in done.output
+    assert cli("score", "pope", answers, "--questions", as_file(tmp_path / "q.json", questions_about())).exit_code == 0
+
+
+def test_missing_questions_make_the_exit_status_3(tmp_path):
+    answers = write(tmp_path / "a.jsonl", [Answer.to(q, "Yes").record() for q in questions_about()[:4]])
+    done = cli("score", "pope", answers, "--questions", as_file(tmp_path / "q.json", questions_about()))
+    assert done.exit_code == 3 and "2 questions without an answer (not scored): 4, 5." in done.output
+
+
+# --- a run's own files
+
+
+def edit(path, before, after, count=1):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, count))
+
+
+def one_cell(out):
+    (folder,) = found_cells(make_run(out, {("vcd", SAMPLE): 0.8}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [('"label": "no"', '"label": "yes"'), ('"answer": "No"', '"answer": "Yes"'),
+                          ('"tokens": 2', '"tokens": 3')], ids=["label", "answer", "tokens"])  # fmt: skip
+def test_an_edited_line_of_a_run_is_seen(tmp_path, before, after):
+    folder = one_cell(tmp_path)
+    assert not read_cell(folder).audit
+    edit(folder / "answers.jsonl", before, after, 2)
+    assert len(read_cell(folder).audit.edited) == 2
+    for command in ("score", "table"):
+        done = cli(command, tmp_path)
+        assert done.exit_code == 3 and "2 answers that are not as the run wrote them" in done.output, done.output
+
+
+def test_an_edited_label_of_a_run_changes_no_score(tmp_path):
+    folder = one_cell(tmp_path)
+    before = read_cell(folder).rows
+    edit(folder / "answers.jsonl", '"label": "no"', '"label": "yes"', -1)
+    after = read_cell(folder)
+    assert after.rows == before and len(after.audit.contradicted) == len(after.audit.edited) == 60
+
+
+def test_answers_of_another_cell_and_edited_settings_are_seen(tmp_path):
+    make_run(tmp_path)
+    ours, theirs = (
+        folder for folder in found_cells(tmp_path) if folder.parent.name == "sample" and "vcd" not in str(folder)
+    )
+    (ours / "answers.jsonl").write_bytes((theirs / "answers.jsonl").read_bytes())
+    assert len(read_cell(ours).audit.edited) == 120
+    edit(theirs / "settings.json", '"seed": 0', '"seed": 1')
+    assert len(read_cell(theirs).audit.edited) == 120
+
+
+def test_a_line_without_a_checksum_is_told_from_an_edited_one(tmp_path):
+    folder = one_cell(tmp_path)
+    path = folder / "answers.jsonl"
+    lines = path.read_text().splitlines()
+    record = json.loads(lines[0])
+    del record["checksum"]
+    path.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
+    found = read_cell(folder).audit
+    assert found.unsealed == ("0",) and not found.edited and not found.incomplete
+
+
+def test_answers_in_a_folder_of_other_questions_are_refused(tmp_path):
+    folder = one_cell(tmp_path)
+    edit(folder.parents[2] / "questions.jsonl", '"image": "im0"', '"image": "other"', -1)
+    with pytest.raises(EvalError, match="6 of 120 answers are about something else"):
+        read_cell(folder)
+
+
+# --- tables never merge what is unlike
+
+
+def test_runs_of_two_models_are_two_lines_with_a_model_column(tmp_path):
+    make_run(tmp_path / "a", model="llava")
+    make_run(tmp_path / "b", model="blip", seeds=(1,))
+    table, differences = blocks(results_of(tmp_path), 200)
+    place = {title: i for i, title in enumerate(table.columns)}
+    assert {line[place["Model"]] for line in table.lines} == {"llava", "blip"} and len(table.lines) == 8
+    assert all(line[place["Seeds"]] == "1" for line in table.lines)
+    # Controls are those of the same model.
+    assert all(line[0].split(",")[0] == line[1].split(",")[0] for line in differences.lines) and differences.lines
+    assert "Model" not in blocks(results_of(tmp_path / "a"), 200)[0].columns
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path):
+    for name, weights in (("a", "1111"), ("b", "2222")):
+        make_run(tmp_path / name)
+        for path in (tmp_path / name).rglob("settings.json"):
+            edit(path, '"name": "tiny-llava"', f'"name": "tiny-llava", "weights": "{weights}"')
+    (methods,) = gather(results_of(tmp_path)).values()
+    assert {method.model for method in methods} == {"tiny-llava (1111)", "tiny-llava (2222)"}
+
+
+def test_runs_of_two_limits_are_two_tables(tmp_path):
+    make_run(tmp_path / "a", questions=60)
+    make_run(tmp_path / "b", questions=120, seeds=(1,))
+    made = blocks(results_of(tmp_path), 200)
+    assert {block.title for block in made if "Seeds" in block.columns} == {
+        "pope, random, 60 questions", "pope, random, 120 questions"}  # fmt: skip
+    assert "±" not in "".join(text for line in markdown(made).splitlines() if line.startswith("|") for text in line)
+
+
+def test_a_setting_that_differs_makes_a_line_of_its_own(tmp_path):
+    make_run(tmp_path / "a", seeds=(0,))
+    make_run(tmp_path / "b", seeds=(1,))
+    for path in (tmp_path / "b").rglob("settings.json"):
+        edit(path, '"seed": ', '"suffix": " One word.", "seed": ')
+    table = blocks(results_of(tmp_path), 200)[0]
+    shown = [line[table.columns.index("Settings")] for line in table.lines]
+    assert sorted(set(shown)) == ["", "suffix=' One word.'"] and len(table.lines) == 8
+
+
+def test_a_parameter_that_differs_makes_a_line_of_its_own(tmp_path):
+    for name, alpha in (("a", 0.5), ("b", 1.0)):
+        make_run(tmp_path / name, {("plain", SAMPLE): 0.7, ("vcd", SAMPLE): 0.8}, seeds=(0 if name == "a" else 1,))
+        for path in (tmp_path / name).rglob("vcd/**/settings.json"):
+            edit(path, '"parameters": {}', f'"parameters": {{"alpha": {alpha}}}')
+    (methods,) = gather(results_of(tmp_path)).values()
+    assert [(m.name, m.variant, len(m.results)) for m in methods] == [
+        ("plain", "", 2), ("vcd", "alpha=0.5", 1), ("vcd", "alpha=1.0", 1)]  # fmt: skip
+
+
+def test_a_copied_folder_is_refused(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    with pytest.raises(EvalError, match=r"both hold seed 0 of .*a table takes each seed once"):
+        gather(results_of(tmp_path))
+    done = cli("table", tmp_path)
+    assert done.exit_code == 1 and "Seeds" not in done.output
+
+
+def test_seeds_in_two_folders_are_seeds(tmp_path):
+    make_run(tmp_path / "a", RIGHT, seeds=(0,))
+    make_run(tmp_path / "b", RIGHT, seeds=(1,))
+    table = blocks(results_of(tmp_path), 200)[0]
+    assert [line[table.columns.index("Seeds")] for line in table.lines] == ["1", "2", "2", "2"]
+
+
+def test_score_says_which_folder_a_row_is_from(tmp_path):
+    make_run(tmp_path / "a", {("vcd", SAMPLE): 0.8})
+    make_run(tmp_path / "b", {("vcd", SAMPLE): 0.8}, model="other", skip=(3,))
+    done = cli("score", tmp_path)
+    assert done.exit_code == 3
+    for name in ("a", "b"):
+        assert f"{tmp_path / name}/pope/random/vcd/sample/seed-0: vcd, sample, random, seed 0: Accuracy" in done.output
+    (ours, theirs) = json.loads(cli("score", tmp_path, "--json").stdout)
+    assert ours["folder"] != theirs["folder"] and {ours["model"], theirs["model"]} == {"tiny-llava", "other"}
+    assert len(resume_answers(next((tmp_path / "b").rglob("answers.jsonl")))) == 119
