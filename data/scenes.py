@@ -16,6 +16,7 @@ import colorsys
 import functools
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -355,8 +356,8 @@ def _choose(rng: np.random.Generator) -> tuple[str, list[tuple[str, str | None, 
     return theme, chosen
 
 
-def render(seed: int) -> tuple[Image.Image, Scene, np.ndarray]:
-    """Render the scene of a seed.
+def render(seed: int, without: Collection[str] = ()) -> tuple[Image.Image, Scene, np.ndarray]:
+    """Render the scene of a seed; the objects of the categories in ``without`` are left out, all else stays in place.
 
     Returns the RGB image (SIZE x SIZE), its ground truth, and the owner map: uint8 (SIZE, SIZE), the index into
     ``scene.objects`` of the object seen at each pixel, 255 where there is none.
@@ -392,10 +393,11 @@ def render(seed: int) -> tuple[Image.Image, Scene, np.ndarray]:
             if overlap < 0.1:
                 break
         _, x, y = best
-        image.paste(glyph, (x, y), glyph)
         solid = np.asarray(glyph)[..., 3] > 110
-        left, top, right, bottom = max(0, x), max(0, y), min(SIZE, x + width), min(SIZE, y + height)
-        owner[top:bottom, left:right][solid[top - y : bottom - y, left - x : right - x]] = j
+        if category not in without:
+            image.paste(glyph, (x, y), glyph)
+            left, top, right, bottom = max(0, x), max(0, y), min(SIZE, x + width), min(SIZE, y + height)
+            owner[top:bottom, left:right][solid[top - y : bottom - y, left - x : right - x]] = j
         placed.append((x, y, width, height))
         areas.append(int(solid.sum()))
 

@@ -10,11 +10,17 @@ from lvlm_decode.errors import EvalError, UnknownNameError
 # name -> "module:Class"; loaded when asked for. A new benchmark is one file and one line here.
 EVALUATORS: dict[str, str] = {
     "amber": ".amber:Amber",
+    "beaf": ".beaf:BEAF",
     "chair": ".chair:Chair",
+    "dash-b": ".dash_b:DashB",
     "hallusionbench": ".hallusionbench:HallusionBench",
     "mme": ".mme:MME",
     "mmhal": ".judges:MMHal",
+    "mmstar": ".mmstar:MMStar",
+    "mmvp": ".mmvp:MMVP",
+    "naturalbench": ".naturalbench:NaturalBench",
     "pope": ".pope:Pope",
+    "r-bench": ".r_bench:RBench",
     "sycophancy": ".sycophancy:Sycophancy",
     "vallu": ".judges:VaLLu",
 }

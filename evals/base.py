@@ -197,12 +197,20 @@ class Evaluator:
     columns: ClassVar[tuple[Column, ...]] = ()
     # Keys of the horizontal and vertical axis of the picture; None draws the compared columns side by side.
     axes: ClassVar[tuple[str, str] | None] = None
+    # Key of the column that says what a model can do, where this is a benchmark of ability rather than hallucination.
+    ability: ClassVar[str | None] = None
     # What McNemar's test compares, as a table's footnote says it.
     verdict: ClassVar[str] = "answer correct"
 
     def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
         """Split name -> questions about emoji scenes, by the code that builds the real benchmark."""
         raise EvalError(f"{self.name} has no questions about emoji scenes; give --questions FILE and --images FOLDER.")
+
+    def scene_images(self, scenes: Sequence) -> Any:
+        """The images that `scene_questions` name: those of the scenes, unless a benchmark makes others of them."""
+        from .loaders import scene_images
+
+        return scene_images(scenes)
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """Split name -> questions of the benchmark's own files."""
@@ -263,6 +271,16 @@ def ratio(part: Any, whole: Any) -> Any:
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     quotient = np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole != 0)
     return quotient if quotient.ndim else float(quotient)
+
+
+def confusion(rows: Iterable[Row]) -> dict[str, int]:
+    """tp, fp, tn and fn of yes/no rows, positive = yes; a verdict that is neither counts in none of them."""
+    kinds = {("yes", "yes"): "tp", ("yes", "no"): "fp", ("no", "no"): "tn", ("no", "yes"): "fn"}
+    counts = dict.fromkeys(kinds.values(), 0)
+    for row in rows:
+        if kind := kinds.get((row.parsed, row.label)):
+            counts[kind] += 1
+    return counts
 
 
 def need(record: Mapping[str, Any], name: str, where: str) -> Any:

@@ -183,7 +183,9 @@ def scene_source(evaluator: Evaluator, scenes: Sequence | None = None, seed: int
         scenes = lvlm_decode_data.load_scenes("heldout")
     splits = evaluator.scene_questions(scenes, seed=seed)
     return Source(
-        splits, scene_images(scenes), {"questions": "emoji scenes", "scenes": len(scenes), "question_seed": seed}
+        splits,
+        evaluator.scene_images(scenes),
+        {"questions": "emoji scenes", "scenes": len(scenes), "question_seed": seed},
     )
 
 

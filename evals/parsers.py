@@ -78,6 +78,12 @@ def icd(text: str, label: str) -> Verdict:
     return ("yes", True) if not {"Yes", "yes"}.isdisjoint(tokens) else ("other", False)
 
 
+def contains(text: str, label: str) -> Verdict:
+    """RePOPE, DASH-B, BEAF: yes if the lower-cased answer contains "yes", else no if it contains "no" ("know" does)."""
+    text = text.lower()
+    return ("yes", True) if "yes" in text else ("no", True) if "no" in text else ("other", False)
+
+
 def strict(text: str, label: str) -> Verdict:
     """The first word, any case and punctuation, must be yes or no; otherwise the answer is unparsed."""
     first = re.match(r"\W*(yes|no)\b", text.lower())
@@ -118,6 +124,7 @@ RULES: dict[str, Callable[[str, str], Verdict]] = {
     "vlmevalkit": vlmevalkit,
     "icd": icd,
     "code": code,
+    "repope": contains,
     "strict": strict,
     "mme": mme,
     "lmms-eval-mme": lmms_eval_mme,

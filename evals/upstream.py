@@ -29,6 +29,9 @@ def _github(repository: str, commit: str, licence: str, files: list[tuple]) -> l
     ]
 
 
+# No licence in the tree means that nothing is allowed beyond reading: fetched by whoever needs it, never shipped.
+NONE_STATED = "none stated by its authors"
+
 SOURCES: tuple[Source, ...] = (
     *_github(
         "AoiDragon/POPE",
@@ -239,6 +242,75 @@ SOURCES: tuple[Source, ...] = (
             ),
         ],
     ),
+    *_github(
+        "YanNeu/RePOPE",
+        "bcf22e5690d587cce34e1728af3efdcfaf747d29",
+        NONE_STATED,
+        [
+            (
+                "repope",
+                "coco_repope_random.json",
+                "annotations/coco_repope_random.json",
+                340368,
+                "f464fcaf60b24ce2f280cf33f122e000dbdd35c8e88f77c4141c9c2cba864611",
+                "RePOPE, 2,774 corrected labels of POPE's random questions",
+            ),
+            (
+                "repope",
+                "coco_repope_popular.json",
+                "annotations/coco_repope_popular.json",
+                333773,
+                "57832b055bae5fd6176278a4f104c98ddd84811f7d26dfcb93d481f6c9da09a5",
+                "RePOPE, 2,727 corrected labels of POPE's popular questions",
+            ),
+            (
+                "repope",
+                "coco_repope_adversarial.json",
+                "annotations/coco_repope_adversarial.json",
+                328764,
+                "8c346dbb060bf422ff92e769fa68e5ab3e8a777cb28a26e973387441e05c9ccf",
+                "RePOPE, 2,684 corrected labels of POPE's adversarial questions",
+            ),
+        ],
+    ),
+    *_github(
+        "YanNeu/DASH-B",
+        "1538d01da15ef152dca8a8405da3f9444e26661d",
+        NONE_STATED,
+        [
+            (
+                "dash-b",
+                "dash_benchmark_neg.json",
+                "images/dash_benchmark_neg.json",
+                42487,
+                "29d9afa611083f3becdc64e4c30a1783a6c8be9bf6d335a12b124c50ad2876ed",
+                "DASH-B, 1,341 images without their object",
+            ),
+            (
+                "dash-b",
+                "dash_benchmark_pos.json",
+                "images/dash_benchmark_pos.json",
+                32227,
+                "fe261c2b9463e27034aea34368330ae4645cfd3bc0feca907240eb5160517829",
+                "DASH-B, 1,341 images with their object",
+            ),
+        ],
+    ),
+    *_github(
+        "postech-ami/BEAF",
+        "1975f333c5388caf2704b71a6a3ed9da284536d9",
+        NONE_STATED,
+        [
+            (
+                "beaf",
+                "beaf_qna.json",
+                "beaf_qna.json",
+                4100352,
+                "150969ea7ee182ea87ff1122b6f4dd1722fc77e868f16fdc4e2fe9fd2539360d",
+                "BEAF, version 0, 26,118 questions",
+            ),
+        ],
+    ),
     Source(
         "coco",
         "annotations_trainval2014.zip",
@@ -264,10 +336,21 @@ NOTES = {
     "pope": "POPE on COCO asks about val2014 images (data get coco --images); A-OKVQA shares them, GQA has its own.",
     "hallusionbench": "HallusionBench's figures are linked from github.com/tianyi-lab/HallusionBench; put VD/ and VS/ "
     "under hallusionbench/.",
+    "repope": "RePOPE's labels are used beside POPE's by every POPE table once they are here; the images are POPE's.",
+    "dash-b": "DASH-B's images are linked from github.com/YanNeu/DASH-B; put neg/ and pos/ into one folder and name it "
+    "with --images.",
+    "beaf": "BEAF's images are linked from github.com/postech-ami/BEAF. Its version 1 (26,064 questions) is read as well.",
+    "naturalbench": "NaturalBench is on the hub as BaiqiL/NaturalBench: save its groups as JSON lines and its images as "
+    "GROUP_0.jpg and GROUP_1.jpg.",
+    "mmvp": "MMVP is on the hub as MMVP/MMVP (Questions.csv and the folder MMVP Images).",
+    "mmstar": "MMStar is on the hub as Lin-Chen/MMStar: save its split val as a sheet and its images as INDEX.jpg.",
+    "r-bench": "R-Bench's files are linked from github.com/mrwu-mac/R-Bench; put image-level_filterd.json and the lists "
+    "image-level_ids_1.json to _5 into one folder. The images are Open Images v4, validation.",
     "chair": "CHAIR also needs what each image contains: data get coco, then data objects.",
 }
 
-DATASETS = tuple(dict.fromkeys(source.dataset for source in SOURCES))
+# Those with notes alone have nothing to fetch: their notes say where to ask.
+DATASETS = tuple(dict.fromkeys([*(source.dataset for source in SOURCES), *NOTES]))
 
 
 def sources(dataset: str) -> list[Source]:

@@ -446,7 +446,7 @@ def test_scoring_imports_no_torch():
 
 
 def test_registry_lists_known_names():
-    with pytest.raises(UnknownNameError, match="evaluator 'poppe' is unknown; known: amber, chair"):
+    with pytest.raises(UnknownNameError, match="evaluator 'poppe' is unknown; known: amber, beaf, chair"):
         evaluator("poppe")
     with pytest.raises(UnknownNameError, match="option of pope 'parser' is unknown; known: rule"):
         evaluator("pope", parser="x")

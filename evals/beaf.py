@@ -1,0 +1,206 @@
+"""BEAF: the same questions about an image and about the image with an object taken out. (Ye-Bin et al., ECCV 2024; arXiv
+2407.13442)
+
+Over the pairs whose object was taken out (gold answer of the edited image: no), by the answers before and after:
+
+    TU   true understanding: both right              IG   ignorance: both wrong
+    SB+  stubborn: yes both times                    SB-  stubborn: no both times
+    ID   indecision: pairs about other objects whose answer turned from right to wrong or back, of all such pairs
+    F1   harmonic mean of TU and 100 - ID
+
+and accuracy, precision, recall and F1 over all questions, yes being positive. An answer with neither yes nor no is
+unparsed: wrong, and in none of the four groups. (The authors' script would score the answer before it a second time.)
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lvlm_decode.errors import EvalError, FileFormatError
+
+from . import parsers
+from .answers import read_records
+from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+
+# Correctness and verdict before and after -> group.
+_GROUPS = {("tp", "tn"): "tu", ("fn", "fp"): "ig", ("tp", "fp"): "sb_plus", ("fn", "tn"): "sb_minus"}
+_PAIRS = ("removals", "others", "turned", *(f"{name}_pairs" for name in _GROUPS.values()))
+# The quality of the shipped scenes: an edited one must not be told by its compression.
+_QUALITY = 70
+_WITHOUT = "-without-"
+# Edits a scene gets, of objects that are there.
+_EDITS = 2
+
+
+@dataclass(frozen=True)
+class BEAF(Evaluator):
+    """BEAF scores. rule: how yes or no is read, a name of `parsers.RULES`; "repope" is the authors'."""
+
+    rule: str = "repope"
+
+    name: ClassVar[str] = "beaf"
+    paper: ClassVar[str] = "BEAF (arXiv 2407.13442)"
+    max_new_tokens: ClassVar[int] = 16
+    axes: ClassVar[tuple[str, str]] = ("id", "tu")
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("tu", "TU", better=+1, paired=True),
+        Column("ig", "IG", better=-1, paired=True),
+        Column("sb_plus", "SB+", better=-1, paired=True),
+        Column("sb_minus", "SB-", better=-1, paired=True),
+        Column("id", "ID", better=-1, paired=True),
+        Column("f1_tu_id", "F1 of TU, ID", better=+1, paired=True),
+        Column("accuracy", "Accuracy", better=+1, paired=True),
+        Column("precision", "Precision", better=+1),
+        Column("recall", "Recall", better=+1),
+        Column("f1", "F1", better=+1, paired=True),
+        Column("unparsed", "Unparsed", better=-1),
+        Column("removals", "Removals", "count"),
+        Column("n", "n", "count"),
+    )
+
+    def __post_init__(self) -> None:
+        parsers.rule(self.rule)
+
+    def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
+        """Each scene, and again without one of its categories: what is there, and an expected object that is not."""
+        from lvlm_decode_data import render
+        from lvlm_decode_data.texts import CoOccurrence, with_article
+
+        prior = CoOccurrence(scenes)
+        questions: list[Question] = []
+        for scene in scenes:
+            asked = [*sorted(scene.categories), prior.expected(scene)[0]]
+            removed = sorted(scene.categories)[:_EDITS]
+            versions = [(str(scene.image_id), True, scene.categories, removed)]
+            for name in removed:
+                edited = render(scene.image_id, without=(name,))[1]
+                versions.append((f"{scene.image_id}{_WITHOUT}{name}", False, edited.categories, removed))
+            for image, original, present, gone in versions:
+                for name in asked:
+                    identity = f"{image}/{name}"
+                    meta = {"orig_img": original, "removed_q": name in gone}
+                    label = "yes" if name in present else "no"
+                    text = f"Is there {with_article(name)} in the image?"
+                    questions.append(Question(identity, text, image, label, str(scene.image_id), meta))
+        return {"all": questions}
+
+    def scene_images(self, scenes: Sequence) -> Any:
+        return EditedScenes(super().scene_images(scenes))
+
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """The authors' beaf_qna.json: an array of id, image, question, orig_img, removed_q, gt; either version."""
+        return {"all": [_question_of(record, where) for where, record in read_records(path)]}
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """JSON lines of answers, or the authors' array of `id` and `answer` (give --questions FILE)."""
+        records = read_records(path)
+        if "id" not in records[0][1]:
+            return super().read_answers(path)
+        return [Answer(need(record, "id", where), str(need(record, "answer", where))) for where, record in records]
+
+    def row(self, answer: Answer) -> Row:
+        label = str(answer.label).lower()
+        where = f"question {answer.question_id}"
+        if label not in ("yes", "no"):
+            raise EvalError(
+                f"{where}: the gold answer must be yes or no, found {answer.label!r}; give --questions FILE."
+            )
+        original, removed = (bool(need(answer.meta, name, where)) for name in ("orig_img", "removed_q"))
+        said, clear = parsers.rule(self.rule)(answer.answer, label)
+        return Row.of(
+            replace(answer, label=label),
+            parsed=said,
+            correct=said == label,
+            rule=self.rule,
+            clear=clear,
+            original=original,
+            removed=removed,
+            text=answer.text,
+        )
+
+    def tally(self, rows: Sequence[Row]) -> dict[str, int]:
+        before = {row.evidence["text"]: row for row in rows if row.evidence["original"]}
+        total: Counter[str] = Counter(dict.fromkeys(_PAIRS, 0))
+        for row in rows:
+            first = before.get(row.evidence["text"])
+            if row.evidence["original"] or first is None:
+                continue
+            if not row.evidence["removed"]:
+                total["others"] += 1
+                total["turned"] += first.correct != row.correct
+            # The object of the question may be gone in another edit of this image only; such pairs are in no group.
+            elif row.label == "no" and first.label == "yes":
+                total["removals"] += 1
+                if group := _GROUPS.get((_kind(first), _kind(row))):
+                    total[f"{group}_pairs"] += 1
+        return {
+            "n": len(rows),
+            "correct": sum(bool(row.correct) for row in rows),
+            "unclear": sum(not row.clear for row in rows),
+            **confusion(rows),
+            **total,
+        }
+
+    def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        tp, fp, fn = totals["tp"], totals["fp"], totals["fn"]
+        groups = {name: ratio(totals[f"{name}_pairs"], totals["removals"]) for name in _GROUPS.values()}
+        turned = ratio(totals["turned"], totals["others"])
+        steady = 1 - turned
+        return {
+            **groups,
+            "id": turned,
+            "f1_tu_id": ratio(2 * groups["tu"] * steady, groups["tu"] + steady),
+            "accuracy": ratio(totals["correct"], totals["n"]),
+            "precision": ratio(tp, tp + fp),
+            "recall": ratio(tp, tp + fn),
+            "f1": ratio(2 * tp, 2 * tp + fp + fn),
+            "unparsed": ratio(totals["unclear"], totals["n"]),
+        }
+
+
+def _kind(row: Row) -> str:
+    """tp, fp, tn, fn, or nothing for an unparsed answer."""
+    return next((name for name, count in confusion([row]).items() if count), "")
+
+
+def _question_of(record: Mapping[str, Any], where: str) -> Question:
+    image, label = str(need(record, "image", where)), str(need(record, "gt", where)).lower()
+    if label not in ("yes", "no"):
+        raise FileFormatError(f"{where}: field 'gt' must be yes or no, found {record['gt']!r}.")
+    flags = {name: need(record, name, where) for name in ("orig_img", "removed_q")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise FileFormatError(f"{where}: field {name!r} must be true or false, found {value!r}.")
+    # COCO_val2014_000000000042_01.png is an edit of COCO_val2014_000000000042.jpg.
+    original = image if flags["orig_img"] else f"{image[:-7]}.jpg"
+    return Question(need(record, "id", where), need(record, "question", where), image, label, original, flags)
+
+
+@dataclass(frozen=True)
+class EditedScenes:
+    """The scenes' own images, and scenes rendered again without a category."""
+
+    scenes: Any
+    describe: str = "emoji scenes, also without an object"
+
+    def open(self, name: str) -> Any:
+        seed, edited, category = name.partition(_WITHOUT)
+        return _render(int(seed), category) if edited else self.scenes.open(name)
+
+
+@functools.lru_cache(maxsize=64)
+def _render(seed: int, category: str) -> Any:
+    from PIL import Image
+
+    from lvlm_decode_data import render
+
+    file = io.BytesIO()
+    render(seed, without=(category,))[0].save(file, "JPEG", quality=_QUALITY, optimize=True)
+    file.seek(0)
+    return Image.open(file).convert("RGB")

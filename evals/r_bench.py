@@ -1,0 +1,171 @@
+"""R-Bench: yes/no questions about relations between objects. (Wu et al., ICML 2024; arXiv 2406.16449)
+
+Image-level questions ("Is there a person riding a horse?"), scored like POPE on five balanced subsets; the printed
+figure is the mean of the five. The subsets come as lists of ids beside the question file; without them all questions
+are one set, which the authors call Image(All) and do not compare with the mean. Precision, recall and F1 have 0.00001
+in their denominators, as in the authors' script. Instance-level questions need boxes drawn on the image and are not
+asked here; their answers are scored the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+
+from . import parsers
+from .answers import read_json, read_records
+from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+
+_TINY = 1e-5
+SUBSETS = (1, 2, 3, 4, 5)
+_COUNTS = ("tp", "fp", "tn", "fn", "n", "yes")
+_OPPOSITE = {"to the left of": "to the right of", "above": "below"}
+_OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
+
+
+@dataclass(frozen=True)
+class RBench(Evaluator):
+    """R-Bench scores. rule: how yes or no is read, a name of `parsers.RULES`; the authors' is POPE's."""
+
+    rule: str = "pope-official"
+
+    name: ClassVar[str] = "r-bench"
+    paper: ClassVar[str] = "R-Bench (arXiv 2406.16449)"
+    max_new_tokens: ClassVar[int] = 16
+    axes: ClassVar[tuple[str, str]] = ("yes_ratio", "accuracy")
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("accuracy", "Accuracy", better=+1, paired=True),
+        Column("precision", "Precision", better=+1),
+        Column("recall", "Recall", better=+1),
+        Column("f1", "F1", better=+1, paired=True),
+        Column("yes_ratio", "Yes-ratio"),
+        Column("unparsed", "Unparsed", better=-1),
+        Column("subsets", "Subsets", "count"),
+        Column("n", "n", "count"),
+    )
+
+    def __post_init__(self) -> None:
+        parsers.rule(self.rule)
+
+    def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
+        """A relation between two objects that are each the only one of their kind, and its opposite."""
+        from lvlm_decode_data.texts import relations
+
+        questions = []
+        for scene in scenes:
+            for first, word, second in relations(scene, sorted(scene.categories))[:1]:
+                for asked, label in ((word, "yes"), (_OPPOSITE[word], "no")):
+                    text = f"Is the {first} {asked} the {second} in the image?"
+                    questions.append(Question(f"{scene.image_id}/{label}", text, str(scene.image_id), label))
+        return {"all": questions}
+
+    def file_questions(self, path: Path) -> dict[str, list[Question]]:
+        """A question file (question_id, image, text, label, perhaps type); `*_ids_1.json` to `_5` lie beside it.
+
+        With a `type` (the web data's counterfactual and illusion) every type is a split.
+        """
+        path = Path(path)
+        if path.is_dir():
+            found = [file for file in sorted(path.glob("*.json*")) if not re.search(r"_ids_\d", file.name)]
+            if len(found) != 1:
+                raise MissingFileError(f"{path} holds {len(found)} question files; give one of them.")
+            path = found[0]
+        member = _members(path)
+        splits: dict[str, list[Question]] = {}
+        for where, record in read_records(path):
+            identity = need(record, "question_id", where)
+            meta = {"subsets": member[str(identity)]} if str(identity) in member else {}
+            image, text = str(need(record, "image", where)), str(need(record, "text", where))
+            label = "no" if "no" in str(need(record, "label", where)).lower() else "yes"
+            splits.setdefault(str(record.get("type", "all")), []).append(
+                Question(identity, text, image, label, meta=meta)
+            )
+        if member and not any(question.meta for questions in splits.values() for question in questions):
+            raise FileFormatError(f"{path}: none of its ids is in the lists of ids beside it; they belong together.")
+        return splits
+
+    def row(self, answer: Answer) -> Row:
+        if answer.label is None:
+            raise EvalError(f"question {answer.question_id} has no label; give --questions FILE.")
+        label = "no" if "no" in str(answer.label).lower() else "yes"
+        said, clear = parsers.rule(self.rule)(answer.answer, label)
+        return Row.of(
+            replace(answer, label=label),
+            parsed=said,
+            correct=said == label,
+            rule=self.rule,
+            clear=clear,
+            subsets=list(answer.meta.get("subsets") or ()),
+            text=answer.text,
+        )
+
+    def rows(self, answers: Any) -> list[Row]:
+        """With lists of ids, answers that are in none of them are left out, as by the authors."""
+        rows = super().rows(answers)
+        return [row for row in rows if row.evidence["subsets"]] or rows
+
+    def tally(self, rows: Sequence[Row]) -> dict[str, int]:
+        total: Counter[str] = Counter(answers=len(rows), unclear=sum(not row.clear for row in rows))
+        for row in rows:
+            # An id may stand twice in a list, and counts twice there.
+            for subset in row.evidence["subsets"] or ["all"]:
+                counts = confusion([row])
+                total.update({f"{subset}.{name}": count for name, count in counts.items()})
+                total[f"{subset}.n"] += 1
+                total[f"{subset}.yes"] += row.parsed == "yes"
+        return dict(total)
+
+    def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        found: list[dict[str, Any]] = []
+        for subset in (*SUBSETS, "all"):
+            if f"{subset}.n" not in totals:
+                continue
+            tp, fp, tn, fn, n, yes = (totals[f"{subset}.{name}"] for name in _COUNTS)
+            precision, recall = tp / (tp + fp + _TINY), tp / (tp + fn + _TINY)
+            found.append(
+                {
+                    "accuracy": ratio(tp + tn, n),
+                    "precision": precision,
+                    "recall": recall,
+                    "f1": 2 * precision * recall / (precision + recall + _TINY),
+                    "yes_ratio": ratio(yes, n),
+                }
+            )
+        means = {name: sum(rates[name] for rates in found) / len(found) for name in found[0]} if found else {}
+        return means | {"unparsed": ratio(totals["unclear"], totals["answers"])}
+
+    def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The five subsets' mean, on how many answers, and of how many subsets (0: all questions are one set)."""
+        named = {subset for row in rows for subset in row.evidence["subsets"]}
+        return super().summary(rows) | {"subsets": len(named), "n": len(rows)}
+
+
+def _members(path: Path) -> dict[str, list[int]]:
+    """id -> the subsets it is in, from the lists beside a question file; empty where there is none.
+
+    A list belongs to the question file by the first word of its name ("image-level_ids_1.json").
+    """
+    kind = re.split(r"[_.]", path.name)[0]
+    member: dict[str, list[int]] = {}
+    for number in SUBSETS:
+        files = sorted(path.parent.glob(f"{kind}_ids_{number}.json*"))
+        if not files:
+            continue
+        listed = read_json(files[0])
+        if not isinstance(listed, list):
+            raise FileFormatError(f"{files[0]}: expected one array of question ids.")
+        for identity in listed:
+            member.setdefault(str(identity), []).append(number)
+    numbers = {number for found in member.values() for number in found}
+    if member and numbers != set(SUBSETS):
+        raise MissingFileError(
+            f"{path.parent} lacks {', '.join(f'{kind}_ids_{n}.json' for n in SUBSETS if n not in numbers)}; the mean is "
+            "over five subsets."
+        )
+    return member

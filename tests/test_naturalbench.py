@@ -1,0 +1,142 @@
+"""NaturalBench: groups of two questions about two images, by truth table and by degenerate answers."""
+
+import itertools
+import json
+
+import pytest
+
+import lvlm_decode_data
+from lvlm_decode.errors import FileFormatError
+from lvlm_decode_evals.answers import with_questions
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.naturalbench import NaturalBench, verdict
+
+BENCH = NaturalBench()
+
+
+def group_file(tmp_path, kind="yes_no", groups=3):
+    path = tmp_path / "groups.jsonl"
+    records = [{"Index": g, "Question_0": f"Is {g} a?", "Question_1": f"Is {g} b?", "Question_Type": kind}
+               for g in range(groups)]  # fmt: skip
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def scores(said, kind="yes_no"):
+    """Summary of one group from its four answers."""
+    answers = [Answer(index, text, meta={"type": kind}) for index, text in enumerate(said)]
+    return BENCH.summary(BENCH.rows(answers))
+
+
+@pytest.mark.parametrize("kind", ["yes_no", "multiple_choice"])
+def test_truth_table(kind):
+    """All 81 patterns of yes, no and nothing, against the authors' definitions written out."""
+    words = {1: ("Yes.", "(A)"), 0: ("No, it is not.", "B."), -1: ("I cannot tell.", "the first")}
+    for calls in itertools.product((1, 0, -1), repeat=4):
+        result = scores([words[call][kind == "multiple_choice"] for call in calls], kind)
+        a, b, c, d = calls
+        question = (a == 1 and b == 0) + (d == 1 and c == 0)
+        image = (a == 1 and c == 0) + (d == 1 and b == 0)
+        assert result["q_acc"] == question / 2 and result["i_acc"] == image / 2, calls
+        assert result["g_acc"] == (question == image == 2)
+        assert result["accuracy"] == ((a == 1) + (b == 0) + (c == 0) + (d == 1)) / 4
+        assert result["unparsed"] == calls.count(-1) / 4 and result["yes_ratio"] == calls.count(1) / 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        ("yes", "yes_no", 1),
+        ("No yes", "yes_no", 0),
+        ("I know", "yes_no", -1),
+        ("Noyes", "yes_no", -1),
+        ("", "yes_no", -1),
+        ("b", "multiple_choice", 0),
+        ("This is a dog, B", "multiple_choice", 1),
+        ("Option B, not A", "multiple_choice", 0),
+        ("Bat", "multiple_choice", -1),
+    ],
+)
+def test_words_are_whole_and_the_earlier_one_counts(text, kind, expected):
+    assert verdict(text, kind) == expected
+
+
+def test_files_in_either_form_ask_the_same(tmp_path):
+    (grouped,) = BENCH.file_questions(group_file(tmp_path, "multiple_choice")).values()
+    lines = [
+        {"Index": 4 * g + k, "Question": f"Is {g} {'ab'[k // 2]}?", "Question_Type": "multiple_choice"}
+        for g in range(3) for k in range(4)
+    ]  # fmt: skip
+    for name, text in {
+        "calls.json": json.dumps(lines),
+        "calls.tsv": "Index\tQuestion\tQuestion_Type\n"
+        + "".join(f"{r['Index']}\t{r['Question']}\tmultiple_choice\n" for r in lines),
+    }.items():
+        (tmp_path / name).write_text(text)
+        (single,) = BENCH.file_questions(tmp_path / name).values()
+        assert single == grouped
+    assert [q.label for q in grouped[:4]] == ["A", "B", "B", "A"]
+    assert [q.image for q in grouped[:4]] == ["0_0.jpg", "0_1.jpg", "0_0.jpg", "0_1.jpg"]
+    assert {q.cluster for q in grouped[:4]} == {"0"} and grouped[4].text.startswith("Is 1 a? Please output the letter")
+
+
+def test_always_the_same_answer_and_a_blind_model(tmp_path):
+    (questions,) = BENCH.file_questions(group_file(tmp_path, groups=8)).values()
+    for text in ("Yes", "No"):
+        result = BENCH.summary(BENCH.rows([Answer.to(question, text) for question in questions]))
+        assert (result["accuracy"], result["q_acc"], result["i_acc"], result["g_acc"]) == (0.5, 0, 0, 0)
+    blind = [Answer.to(q, "Yes" if q.meta["place"] < 2 else "No") for q in questions]
+    assert BENCH.summary(BENCH.rows(blind))["q_acc"] == 0
+    right = [Answer.to(q, q.label) for q in questions]
+    assert BENCH.summary(BENCH.rows(right))["g_acc"] == 1
+
+
+def test_an_unfinished_group_counts_among_questions_only(tmp_path):
+    (questions,) = BENCH.file_questions(group_file(tmp_path)).values()
+    result = BENCH.summary(BENCH.rows([Answer.to(q, q.label) for q in questions[:6]]))
+    assert (result["n"], result["groups"], result["g_acc"], result["accuracy"]) == (6, 1, 1.0, 1.0)
+
+
+def test_the_authors_plain_list_of_answers(tmp_path):
+    (questions,) = BENCH.file_questions(group_file(tmp_path)).values()
+    (tmp_path / "said.json").write_text(json.dumps(["Yes", "No", "No", "Yes"] * 3))
+    answers = with_questions(BENCH.read_answers(tmp_path / "said.json"), questions)
+    assert BENCH.summary(BENCH.rows(answers))["g_acc"] == 1
+
+
+def test_scene_groups_are_true_of_one_image_and_false_of_the_other():
+    scenes = {str(scene.image_id): scene for scene in lvlm_decode_data.load_scenes("heldout")}
+    (questions,) = BENCH.scene_questions(list(scenes.values())).values()
+    assert {q.meta["task"] for q in questions} == {"color", "count", "position"}
+    assert len({q.id for q in questions}) == len(questions) > 400
+    for question in questions:
+        scene, asked = scenes[question.image], question.text
+        if question.meta["task"] == "count":
+            (name, number) = next(
+                (n, k) for n in scene.counts for k in (1, 2, 3) if asked.startswith(_count_question(n, k))
+            )
+            truth = scene.counts[name] == number
+        elif question.meta["task"] == "color":
+            truth = any(scene.colour(n) and f" a {scene.colour(n)} {n} " in asked for n in scene.categories)
+        else:
+            name = next(n for n in scene.categories if asked.startswith(f"Is the {n} on"))
+            truth = f"on the {scene.of(name)[0].horizontal()} side" in asked
+        assert truth == (question.label == "yes"), question
+
+
+def _count_question(name, number):
+    from lvlm_decode_data.texts import count_question
+
+    return count_question(name, number)
+
+
+def test_broken_files_say_what_is_wrong(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"Index": 0, "Question": "?", "Question_Type": "yes_no"}\n')
+    with pytest.raises(FileFormatError, match="1 lines; a group has four"):
+        BENCH.file_questions(path)
+    path.write_text('{"Index": 0, "Question_0": "?", "Question_1": "?", "Question_Type": "open"}\n')
+    with pytest.raises(FileFormatError, match=r"line 1: Question_Type must be yes_no or multiple_choice, found 'open'"):
+        BENCH.file_questions(path)
+    with pytest.raises(FileFormatError, match="give --questions FILE"):
+        BENCH.row(Answer(0, "Yes"))

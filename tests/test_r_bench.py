@@ -1,0 +1,99 @@
+"""R-Bench: the mean of five subsets as the authors' script computes it, restated."""
+
+import json
+import random
+
+import pytest
+
+import lvlm_decode_data
+from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.r_bench import RBench
+
+BENCH = RBench()
+TEXTS = ("Yes.", "No.", "There is not.", "Yes, no doubt", "Sure")
+
+
+def files(tmp_path, number=40, missing=()):
+    rng = random.Random(1)
+    questions = [
+        {"question_id": i, "image": f"{i % 7}.jpg", "text": f"Is {i}?", "label": rng.choice(["yes", "No"])}
+        for i in range(number)
+    ]
+    (tmp_path / "image-level_filterd.json").write_text(json.dumps(questions))
+    ids = {}
+    for subset in range(1, 6):
+        ids[subset] = rng.choices(range(number - 5), k=12)
+        if subset not in missing:
+            (tmp_path / f"image-level_ids_{subset}.json").write_text(json.dumps(ids[subset]))
+    return questions, ids
+
+
+def restated(questions, said, ids):
+    """The authors' five figures for one subset."""
+    golds = {q["question_id"]: 0 if "no" in q["label"].lower() else 1 for q in questions}
+    pairs = []
+    for name in ids:
+        words = said[name].split(".")[0].replace(",", "").split(" ")
+        pairs.append((0 if {"No", "not", "no"} & set(words) else 1, golds[name]))
+    tp, fp, fn = pairs.count((1, 1)), pairs.count((1, 0)), pairs.count((0, 1))
+    precision, recall = tp / (tp + fp + 0.00001), tp / (tp + fn + 0.00001)
+    f1 = 2 * precision * recall / (precision + recall + 0.00001)
+    return [sum(p == g for p, g in pairs) / len(pairs), precision, recall, f1, sum(p for p, _ in pairs) / len(pairs)]
+
+
+def test_mean_of_five_subsets(tmp_path):
+    records, ids = files(tmp_path)
+    rng = random.Random(2)
+    said = {record["question_id"]: rng.choice(TEXTS) for record in records}
+    for place in (tmp_path, tmp_path / "image-level_filterd.json"):
+        (questions,) = BENCH.file_questions(place).values()
+        result = BENCH.summary(BENCH.rows([Answer.to(q, said[q.id]) for q in questions]))
+        expected = [restated(records, said, ids[subset]) for subset in range(1, 6)]
+        for i, name in enumerate(("accuracy", "precision", "recall", "f1", "yes_ratio")):
+            assert result[name] == pytest.approx(sum(figures[i] for figures in expected) / 5)
+        # Questions that no subset names are left out.
+        assert result["subsets"] == 5 and result["n"] == len(set().union(*ids.values()))
+
+
+def test_without_lists_all_questions_are_one_set(tmp_path):
+    records, _ = files(tmp_path, missing=range(1, 6))
+    (questions,) = BENCH.file_questions(tmp_path / "image-level_filterd.json").values()
+    said = {q.id: "Yes" for q in questions}
+    result = BENCH.summary(BENCH.rows([Answer.to(q, "Yes") for q in questions]))
+    assert result["accuracy"] == restated(records, said, range(40))[0] and (result["subsets"], result["n"]) == (0, 40)
+
+
+def test_an_incomplete_set_of_lists_is_an_error(tmp_path):
+    files(tmp_path, missing=(3,))
+    with pytest.raises(MissingFileError, match=r"lacks image-level_ids_3\.json; the mean is over five subsets"):
+        BENCH.file_questions(tmp_path / "image-level_filterd.json")
+    files(tmp_path)
+    for subset in range(1, 6):
+        (tmp_path / f"image-level_ids_{subset}.json").write_text('["x"]')
+    with pytest.raises(FileFormatError, match="none of its ids is in the lists"):
+        BENCH.file_questions(tmp_path / "image-level_filterd.json")
+
+
+def test_types_are_splits_and_answers_need_labels(tmp_path):
+    path = tmp_path / "web_data.json"
+    records = [{"question_id": i, "image": "x", "text": "?", "label": "yes", "type": t} for i, t in enumerate("ab")]
+    path.write_text(json.dumps(records))
+    assert set(BENCH.file_questions(path)) == {"a", "b"}
+    with pytest.raises(EvalError, match="has no label"):
+        BENCH.row(Answer(1, "Yes"))
+
+
+def test_scene_relations_are_true_and_their_opposites_false():
+    scenes = {str(scene.image_id): scene for scene in lvlm_decode_data.load_scenes("heldout")}
+    (questions,) = BENCH.scene_questions(list(scenes.values())).values()
+    assert [q.label for q in questions[:4]] == ["yes", "no", "yes", "no"] and len(questions) > 200
+    for question in questions:
+        words = question.text.removeprefix("Is the ").removesuffix(" in the image?")
+        word = next(
+            w for w in (" to the left of the ", " to the right of the ", " above the ", " below the ") if w in words
+        )
+        first, second = (scenes[question.image].of(name)[0].centre for name in words.split(word))
+        truth = {" to the left of the ": first[0] < second[0], " to the right of the ": first[0] > second[0],
+                 " above the ": first[1] < second[1], " below the ": first[1] > second[1]}[word]  # fmt: skip
+        assert truth == (question.label == "yes")
