@@ -49,11 +49,11 @@ class BEAF(Evaluator):
     max_new_tokens: ClassVar[int] = 16
     axes: ClassVar[tuple[str, str]] = ("id", "tu")
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("tu", "TU", better=+1, paired=True),
-        Column("ig", "IG", better=-1, paired=True),
-        Column("sb_plus", "SB+", better=-1, paired=True),
-        Column("sb_minus", "SB-", better=-1, paired=True),
-        Column("id", "ID", better=-1, paired=True),
+        Column("tu", "TU", better=+1, paired=True, of=("removals",)),
+        Column("ig", "IG", better=-1, paired=True, of=("removals",)),
+        Column("sb_plus", "SB+", better=-1, paired=True, of=("removals",)),
+        Column("sb_minus", "SB-", better=-1, paired=True, of=("removals",)),
+        Column("id", "ID", better=-1, paired=True, of=("others",)),
         Column("f1_tu_id", "F1 of TU, ID", better=+1, paired=True),
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("precision", "Precision", better=+1),

@@ -39,8 +39,8 @@ class DashB(Evaluator):
     columns: ClassVar[tuple[Column, ...]] = (
         Column("harmonic", "Harmonic", better=+1, paired=True),
         Column("accuracy", "Accuracy", better=+1, paired=True),
-        Column("tnr", "TNR", better=+1, paired=True),
-        Column("tpr", "TPR", better=+1, paired=True),
+        Column("tnr", "TNR", better=+1, paired=True, of=("negatives",)),
+        Column("tpr", "TPR", better=+1, paired=True, of=("positives",)),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),
         Column("n", "n", "count"),

@@ -56,7 +56,7 @@ class MMVP(Evaluator):
     max_new_tokens: ClassVar[int] = 16
     ability: ClassVar[str | None] = "pair_accuracy"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("pair_accuracy", "Pair accuracy", better=+1, paired=True),
+        Column("pair_accuracy", "Pair accuracy", better=+1, paired=True, of=("pairs",)),
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("first_ratio", "Share of A"),
         Column("unparsed", "Unparsed", better=-1),

@@ -51,9 +51,9 @@ class NaturalBench(Evaluator):
     max_new_tokens: ClassVar[int] = 16
     ability: ClassVar[str | None] = "g_acc"
     columns: ClassVar[tuple[Column, ...]] = (
-        Column("g_acc", "gAcc", better=+1, paired=True),
-        Column("q_acc", "qAcc", better=+1, paired=True),
-        Column("i_acc", "iAcc", better=+1, paired=True),
+        Column("g_acc", "gAcc", better=+1, paired=True, of=("groups",)),
+        Column("q_acc", "qAcc", better=+1, paired=True, of=("groups",)),
+        Column("i_acc", "iAcc", better=+1, paired=True, of=("groups",)),
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),

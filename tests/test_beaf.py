@@ -8,9 +8,9 @@ from conftest import shared_path
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, FileFormatError
-from lvlm_decode_evals.answers import with_questions
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.beaf import BEAF
+from lvlm_decode_evals.joins import join
 
 BENCH = BEAF()
 # A letter pair of the recorded counts: right or wrong, and what was said; so gold and answer follow.
@@ -32,7 +32,7 @@ def scored(tmp_path, records, said):
     (tmp_path / "qna.json").write_text(json.dumps(records))
     (tmp_path / "said.json").write_text(json.dumps([{"id": r["id"], "answer": s} for r, s in zip(records, said)]))
     (questions,) = BENCH.file_questions(tmp_path / "qna.json").values()
-    answers = with_questions(BENCH.read_answers(tmp_path / "said.json"), questions)
+    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions)[0]
     return BENCH.summary(BENCH.rows(answers))
 
 

@@ -7,8 +7,8 @@ import pytest
 
 import lvlm_decode_data
 from lvlm_decode.errors import FileFormatError
-from lvlm_decode_evals.answers import with_questions
 from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.joins import join
 from lvlm_decode_evals.naturalbench import NaturalBench, verdict
 
 BENCH = NaturalBench()
@@ -100,7 +100,7 @@ def test_an_unfinished_group_counts_among_questions_only(tmp_path):
 def test_the_authors_plain_list_of_answers(tmp_path):
     (questions,) = BENCH.file_questions(group_file(tmp_path)).values()
     (tmp_path / "said.json").write_text(json.dumps(["Yes", "No", "No", "Yes"] * 3))
-    answers = with_questions(BENCH.read_answers(tmp_path / "said.json"), questions)
+    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions)[0]
     assert BENCH.summary(BENCH.rows(answers))["g_acc"] == 1
 
 
