@@ -32,7 +32,7 @@ def scored(tmp_path, records, said):
     (tmp_path / "qna.json").write_text(json.dumps(records))
     (tmp_path / "said.json").write_text(json.dumps([{"id": r["id"], "answer": s} for r, s in zip(records, said)]))
     (questions,) = BENCH.file_questions(tmp_path / "qna.json").values()
-    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions)[0]
+    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions, "answers")[0]
     return BENCH.summary(BENCH.rows(answers))
 
 

@@ -75,7 +75,7 @@ def test_in_the_authors_file_answer_is_the_gold_letter(tmp_path):
     assert (result["accuracy"], result["pair_accuracy"], result["pairs"]) == (0.5, 0, 1)
     # Answers without a label take the question file's, and keep their pair.
     (questions,) = OFFICIAL.file_questions(sheet(tmp_path)).values()
-    plain = join([Answer(1, "A"), Answer(2, "B")], questions)[0]
+    plain = join([Answer(1, "A"), Answer(2, "B")], questions, "answers")[0]
     assert OFFICIAL.summary(OFFICIAL.rows(plain))["pair_accuracy"] == 1
 
 

@@ -100,7 +100,7 @@ def test_an_unfinished_group_counts_among_questions_only(tmp_path):
 def test_the_authors_plain_list_of_answers(tmp_path):
     (questions,) = BENCH.file_questions(group_file(tmp_path)).values()
     (tmp_path / "said.json").write_text(json.dumps(["Yes", "No", "No", "Yes"] * 3))
-    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions)[0]
+    answers = join(BENCH.read_answers(tmp_path / "said.json"), questions, "answers")[0]
     assert BENCH.summary(BENCH.rows(answers))["g_acc"] == 1
 
 
