@@ -250,6 +250,10 @@ class Evaluator:
         """What `lvlm-decode score --json` prints: the summary, or more where a benchmark has nested results."""
         return self.summary(rows)
 
+    def remarks(self, rows: Sequence[Row]) -> list[str]:
+        """Sentences that belong below a table of these rows, besides what every table says."""
+        return []
+
     def options(self) -> dict[str, Any]:
         """The options of this evaluator, for settings beside the scores."""
         return {option.name: getattr(self, option.name) for option in fields(self)}

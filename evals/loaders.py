@@ -27,6 +27,10 @@ POPE_FILES = {
     "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753": "coco-popular",
     "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8": "coco-adversarial",
     "c16b65d2df6d70bb0814c8a4375833d39cdb09928fd936d3fc546491efa37f35": "coco-random-2910",
+    # YanNeu/RePOPE, where a run asks only the questions that it keeps.
+    "f464fcaf60b24ce2f280cf33f122e000dbdd35c8e88f77c4141c9c2cba864611": "repope-random",
+    "57832b055bae5fd6176278a4f104c98ddd84811f7d26dfcb93d481f6c9da09a5": "repope-popular",
+    "8c346dbb060bf422ff92e769fa68e5ab3e8a777cb28a26e973387441e05c9ccf": "repope-adversarial",
     "900c244605e8d43626b9579a110e3631e534cddc2aff27fe91e3f080e15d4446": "aokvqa-random",
     "792d586a875c197362256b25e9252cc97df6fa1dca5aca72a53eba560414d6b7": "aokvqa-popular",
     "87f9acb460fcb690f9120c6d69eb05cfedadab5af5eb385b5201fd48bfc6670c": "aokvqa-adversarial",

@@ -8,15 +8,16 @@ the rule that reads yes or no out of an answer (`parsers.RULES`), so the rule is
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .repope import DROPPED, relabel, remark
 
 STRATEGIES = ("random", "popular", "adversarial")
 TEMPLATE = "Is there a {} in the image?"
@@ -148,8 +149,11 @@ class Pope(Evaluator):
 
     accuracy counts an unparsed answer as wrong; precision and recall leave it out, as lmms-eval does (with the rules
     that always give a verdict there is none). Under `icd` unparsed answers leave the accuracy too but stay in the
-    yes-ratio, as in that script. unparsed is the share whose verdict is a default or missing. All rates are 0 where
-    undefined.
+    yes-ratio, as in that script; under `repope` they leave every rate. unparsed is the share whose verdict is a default
+    or missing. All rates are 0 where undefined.
+
+    Where RePOPE's files are in the data folder and belong to the questions, the same answers are also scored by its
+    labels (`repope.py`): columns of that name.
     """
 
     rule: str = "pope-official"
@@ -166,6 +170,14 @@ class Pope(Evaluator):
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),
         Column("n", "n", "count"),
+        Column("repope_accuracy", "RePOPE accuracy", better=+1, paired=True, of=("repope_n",)),
+        Column("repope_precision", "RePOPE precision", better=+1),
+        Column("repope_recall", "RePOPE recall", better=+1),
+        Column("repope_f1", "RePOPE F1", better=+1, paired=True, of=("repope_tp", "repope_fp", "repope_fn")),
+        Column("repope_f1_change", "RePOPE F1 - F1"),
+        Column("repope_yes_ratio", "RePOPE yes-ratio"),
+        Column("repope_labels_yes", "RePOPE labels yes"),
+        Column("repope_n", "RePOPE n", "count"),
     )
 
     def __post_init__(self) -> None:
@@ -187,29 +199,50 @@ class Pope(Evaluator):
             )
         label = _label(answer.label, f"question {answer.question_id}")
         verdict, clear = parsers.rule(self.rule)(answer.answer, label)
-        return Row.of(answer, parsed=verdict, correct=verdict == label, rule=self.rule, clear=clear, text=answer.text)
+        found = replace(answer, label=label)
+        return Row.of(found, parsed=verdict, correct=verdict == label, rule=self.rule, clear=clear, text=answer.text)
+
+    def rows(self, answers: Iterable[Answer]) -> list[Row]:
+        """Scored answers; with RePOPE's label as evidence where its file belongs to the questions."""
+        asked = [answer for answer in answers if answer.error is None]
+        rows = super().rows(asked)
+        found = relabel(asked)
+        if found is None:
+            return rows
+        return [replace(row, evidence={**row.evidence, "repope": label}) for row, label in zip(rows, found[1])]
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
-        def count(verdict: str, label: str) -> int:
-            return sum(row.parsed == verdict and row.label == label for row in rows)
-
-        return {
-            "n": len(rows),
-            "tp": count("yes", "yes"),
-            "fp": count("yes", "no"),
-            "tn": count("no", "no"),
-            "fn": count("no", "yes"),
-            "unclear": sum(not row.clear for row in rows),
-        }
+        total = {"n": len(rows), **confusion(rows), "unclear": sum(not row.clear for row in rows)}
+        if all("repope" in row.evidence for row in rows) and rows:
+            kept = [replace(row, label=row.evidence["repope"]) for row in rows if row.evidence["repope"] != DROPPED]
+            second = {"n": len(kept), **confusion(kept), "labels": sum(row.label == "yes" for row in kept)}
+            total |= {f"repope_{name}": count for name, count in second.items()}
+        return total
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
-        n, tp, fp, tn, fn = (totals[name] for name in ("n", "tp", "fp", "tn", "fn"))
-        asked = tp + fp + tn + fn if self.rule == "icd" else n
+        rates = self._rates(totals, "") | {"unparsed": ratio(totals["unclear"], totals["n"])}
+        if "repope_n" not in totals:
+            return rates
+        second = self._rates(totals, "repope_")
+        return rates | {
+            **{f"repope_{name}": value for name, value in second.items()},
+            "repope_f1_change": second["f1"] - rates["f1"],
+            "repope_labels_yes": ratio(totals["repope_labels"], totals["repope_n"]),
+        }
+
+    def _rates(self, totals: Mapping[str, Any], labels: str) -> dict[str, Any]:
+        n, tp, fp, tn, fn = (totals[f"{labels}{name}"] for name in ("n", "tp", "fp", "tn", "fn"))
+        read = tp + fp + tn + fn
         return {
-            "accuracy": ratio(tp + tn, asked),
+            "accuracy": ratio(tp + tn, read if self.rule in ("icd", "repope") else n),
             "precision": ratio(tp, tp + fp),
             "recall": ratio(tp, tp + fn),
             "f1": ratio(2 * tp, 2 * tp + fp + fn),
-            "yes_ratio": ratio(tp + fp, n),
-            "unparsed": ratio(totals["unclear"], n),
+            "yes_ratio": ratio(tp + fp, read if self.rule == "repope" else n),
         }
+
+    def remarks(self, rows: Sequence[Row]) -> list[str]:
+        kept = [row for row in rows if row.evidence.get("repope", DROPPED) != DROPPED]
+        there = any("repope" in row.evidence for row in rows)
+        changed = sum(row.evidence["repope"] != row.label for row in kept)
+        return remark([row.cluster for row in rows], len(rows), len(kept) if there else None, changed)

@@ -378,6 +378,7 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
         found.append(
             f"Only {images} images: such intervals are too short, so nothing is marked; take them for a sketch."
         )
+    found += list(dict.fromkeys(remark for result in results for remark in evaluator.remarks(result.rows)))
     for method in methods:
         for result in method.results:
             found += [f"{method.label}, seed {result.seed}: {sentence}" for sentence in result.audit.sentences()]
