@@ -91,9 +91,10 @@ def _same_number(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
 
 def same_text(one: str, other: str) -> bool:
     """Whether two prompts ask the same; an empty one says nothing. One may stand inside a longer one, as questions do
-    in the prompts of scripts that add "Answer with one word".
+    in the prompts of scripts that add "Answer with one word". Copies of POPE that write "imange" before a vowel ask what
+    the others ask.
     """
-    first, second = (" ".join(text.split()).casefold() for text in (one, other))
+    first, second = (" ".join(text.split()).casefold().replace("imange", "image") for text in (one, other))
     return first in second or second in first
 
 

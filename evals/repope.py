@@ -69,16 +69,11 @@ def _read(path: str, stamp: int, split: str, pinned: bool) -> Labels:
     return Labels(split, {str(q.id): Kept(str(q.image), q.text, str(q.label)) for q in questions}, pinned)
 
 
-def _asked(text: str) -> str:
-    # Copies of POPE in several repositories write "imange" for image before a vowel.
-    return text.replace("imange", "image")
-
-
 def belongs(labels: Labels, answers: Sequence[Answer]) -> bool:
     """Whether the answers are to the questions of this file: all that share an id agree in image and text."""
     shared = [(answer, labels.kept[name]) for answer in answers if (name := str(answer.question_id)) in labels.kept]
     return bool(shared) and all(
-        answer.text and same_image(answer.image, kept.image) and same_text(_asked(answer.text), kept.text)
+        answer.text and same_image(answer.image, kept.image) and same_text(answer.text, kept.text)
         for answer, kept in shared
     )
 

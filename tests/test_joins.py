@@ -68,6 +68,7 @@ def test_names_of_one_image():
 
 def test_a_question_may_stand_in_a_longer_prompt_but_not_in_another():
     assert same_text("<image>\nIs there a dog?  Answer with one word.", "Is there a dog?")
+    assert same_text("Is there an orange in the imange?", "Is there an orange in the image?")
     assert same_text("", "Is there a dog?") and not same_text("Is there a dog?", "Is there a cat?")
 
 
