@@ -199,6 +199,8 @@ class Evaluator:
     axes: ClassVar[tuple[str, str] | None] = None
     # Key of the column that says what a model can do, where this is a benchmark of ability rather than hallucination.
     ability: ClassVar[str | None] = None
+    # Rates that are compared once more on rows cut to equal length (`equal_length`); empty where length plays no part.
+    equal_columns: ClassVar[tuple[Column, ...]] = ()
     # What McNemar's test compares, as a table's footnote says it.
     verdict: ClassVar[str] = "answer correct"
 
@@ -249,6 +251,10 @@ class Evaluator:
     def report(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What `lvlm-decode score --json` prints: the summary, or more where a benchmark has nested results."""
         return self.summary(rows)
+
+    def equal_length(self, runs: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """The rows of several runs, those of one question cut to the same length; only with `equal_columns`."""
+        raise NotImplementedError
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """Sentences that belong below a table of these rows, besides what every table says."""

@@ -30,6 +30,9 @@ from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .words import singular, tokenize
 
 PROMPT = "Please describe this image in detail."
+# Tokens that captions are cut to, besides being counted whole.
+CUTS = (32, 64, 128)
+_CUT_COUNTS = ("hallucinated_captions", "hallucinated_words", "object_words", "recalled")
 
 # Word pairs that the published scorer reads as one word before it looks for objects, besides the ages of animals.
 # "home plate" and "train track" are no objects: merging them keeps "plate" and "train" from counting. "wine glas" is
@@ -347,7 +350,12 @@ class Chair(Evaluator):
     the emoji scenes are asked. unfinished: "keep" the end of a caption that the token limit cut, or "drop" it, as
     OPERA's 64-token table does.
 
-    recall is micro: distinct true objects mentioned / true objects. length is the mean number of words and punctuation
+    A method that stops early names fewer objects, so CHAIR is also counted at equal length. Captions are cut to their
+    first 32, 64 and 128 tokens (`chair_s_64`; tokens before pairs are merged, so a cut is the same whatever was merged),
+    and two runs are compared with both captions of an image cut to the shorter one (`equal_length`).
+
+    recall is micro: distinct true objects mentioned / true objects. distinct_objects is the mean number of different objects a
+    caption names: CHAIRi is diluted by naming the same true objects again. length is the mean number of words and punctuation
     marks after pairs are merged (OPERA); length_split that of `text.split(" ")` (POPE's table).
     """
 
@@ -367,8 +375,16 @@ class Chair(Evaluator):
         Column("chair_i", "CHAIRi", better=-1, paired=True, of=("object_words",)),
         Column("recall", "Recall", better=+1, paired=True, of=("gt_objects",)),
         Column("length", "Length", "number", paired=True),
+        Column("distinct_objects", "Objects", "number"),
+        Column("chair_s_64", "CHAIRs@64", better=-1, paired=True),
         Column("empty", "Empty", "count", better=-1),
         Column("captions", "n", "count"),
+    )
+
+    equal_columns: ClassVar[tuple[Column, ...]] = (
+        Column("chair_s", "CHAIRs@min", better=-1, paired=True),
+        Column("chair_i", "CHAIRi@min", better=-1, paired=True, of=("object_words",)),
+        Column("recall", "Recall@min", better=+1, paired=True, of=("gt_objects",)),
     )
 
     def __post_init__(self) -> None:
@@ -442,21 +458,56 @@ class Chair(Evaluator):
         if truth is None:
             raise EvalError(f"Image {answer.question_id} has no known objects; give --objects FILE that contains it.")
         caption = answer.answer if self.unfinished == "keep" else finished(answer.answer)
-        words, objects, tokens = self.table().objects(parser_named(self.parser).reduce(caption))
+        reduced = parser_named(self.parser).reduce(caption)
         present = set(truth)
+        found = self._found(reduced, present)
+        cuts = {str(length): self._found(reduced[:length], present) for length in CUTS}
         return Row.of(
             answer,
-            parsed=sorted(set(objects)),
-            correct=present.issuperset(objects),
+            parsed=sorted(set(found["objects"])),
+            correct=not found["hallucinated"],
             rule=self.parser,
             clear=bool(answer.answer.strip()),
-            words=words,
-            objects=objects,
-            hallucinated=[name for name in objects if name not in present],
-            recalled=sorted(present.intersection(objects)),
+            **found,
             truth=sorted(present),
-            tokens=tokens,
             split=len(caption.split(" ")),
+            reduced=reduced,
+            cuts={
+                length: [bool(cut["hallucinated"]), len(cut["hallucinated"]), len(cut["objects"]), len(cut["recalled"])]
+                for length, cut in cuts.items()
+            },
+        )
+
+    def _found(self, reduced: Sequence[str], present: set[str]) -> dict[str, Any]:
+        """What a list of reduced words mentions, and what of it is there."""
+        words, objects, tokens = self.table().objects(reduced)
+        return {
+            "words": words,
+            "objects": objects,
+            "hallucinated": [name for name in objects if name not in present],
+            "recalled": sorted(present.intersection(objects)),
+            "tokens": tokens,
+        }
+
+    def equal_length(self, runs: Sequence[Sequence[Row]]) -> list[list[Row]]:
+        """The rows of several runs with the captions of each image cut to the shortest of them.
+
+        Cut are tokens before pairs are merged, so all runs end with as many tokens in total; pairs, the toilet rule and
+        objects are looked for again in what is left. Images that not all runs have are left out.
+        """
+        by_id = [{row.id: row for row in rows} for rows in runs]
+        shared = [row.id for row in runs[0] if all(row.id in rows for rows in by_id)] if runs else []
+        shortest = {name: min(len(rows[name].evidence["reduced"]) for rows in by_id) for name in shared}
+        return [[self._cut(rows[name], shortest[name]) for name in shared] for rows in by_id]
+
+    def _cut(self, row: Row, length: int) -> Row:
+        reduced = row.evidence["reduced"][:length]
+        found = self._found(reduced, set(row.evidence["truth"]))
+        return replace(
+            row,
+            parsed=sorted(set(found["objects"])),
+            correct=not found["hallucinated"],
+            evidence={**row.evidence, **found, "reduced": reduced},
         )
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
@@ -470,6 +521,12 @@ class Chair(Evaluator):
             total["tokens"] += row.evidence["tokens"]
             total["split"] += row.evidence["split"]
             total["empty"] += not row.clear
+            total["distinct"] += len(set(row.evidence["objects"]))
+            total["reduced"] += len(row.evidence["reduced"])
+            for length in CUTS:
+                counted = zip(_CUT_COUNTS, row.evidence["cuts"][str(length)])
+                total.update({f"{name}_{length}": int(count) for name, count in counted})
+                total[f"shorter_{length}"] += len(row.evidence["reduced"]) < length
         return {"captions": len(rows), **{name: int(total[name]) for name in _COUNTS}}
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
@@ -479,6 +536,16 @@ class Chair(Evaluator):
             "recall": ratio(totals["recalled"], totals["gt_objects"]),
             "length": ratio(totals["tokens"], totals["captions"]),
             "length_split": ratio(totals["split"], totals["captions"]),
+            "distinct_objects": ratio(totals["distinct"], totals["captions"]),
+            **{
+                f"{rate}_{length}": ratio(totals[f"{part}_{length}"], whole)
+                for length in CUTS
+                for rate, part, whole in (
+                    ("chair_s", "hallucinated_captions", totals["captions"]),
+                    ("chair_i", "hallucinated_words", totals[f"object_words_{length}"]),
+                    ("recall", "recalled", totals["gt_objects"]),
+                )
+            },
         }
 
 
@@ -491,4 +558,7 @@ _COUNTS = (
     "tokens",
     "split",
     "empty",
+    "distinct",
+    "reduced",
+    *(f"{name}_{length}" for length in CUTS for name in (*_CUT_COUNTS, "shorter")),
 )

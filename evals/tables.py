@@ -323,7 +323,8 @@ def differences_block(
             except LvlmDecodeError as error:
                 missing.append(f"{method.label} against {control.label}: {error}")
                 continue
-            lines.append((method.label, control.label, *_difference_values(found, columns)))
+            equal = equal_length_values(evaluator, method, control, replicates)
+            lines.append((method.label, control.label, *equal, *_difference_values(found, columns)))
         there = {other.pair for other in matched(method, methods)}
         absent = [f"{name}, {d.name}" for name, d in wanted_controls(method) if (name, d) not in there]
         if absent and not is_control(method.name):
@@ -332,7 +333,8 @@ def differences_block(
             )
     if not lines:
         return None
-    titles = ("Method", "Control", *(f"Δ {c.title}" for c in columns), "Gained/lost", "p", "p by image")
+    shown = [*evaluator.equal_columns, *columns]
+    titles = ("Method", "Control", *(f"Δ {c.title}" for c in shown), "Gained/lost", "p", "p by image")
     keep = [i for i in range(len(titles)) if any(line[i] != "–" for line in lines)]
     return Block(
         f"{evaluator.name}, {split}: method minus control",
@@ -340,6 +342,22 @@ def differences_block(
         tuple(tuple(line[i] for i in keep) for line in lines),
         tuple(missing),
     )
+
+
+def equal_length_values(
+    evaluator: Evaluator, method: Method, control: Method, replicates: int = REPLICATES
+) -> list[str | Value]:
+    """Differences of the rates that length decides, with both answers to a question cut to the shorter one."""
+    if not evaluator.equal_columns:
+        return []
+    cut = evaluator.equal_length([*_scored(method), *_scored(control)])
+    ours, theirs = cut[: len(_scored(method))], cut[len(_scored(method)) :]
+    found = compare(evaluator, ours, theirs, replicates=replicates)
+    return [difference_value(found.differences[c.key], c, found.clusters) for c in evaluator.equal_columns]
+
+
+def _scored(method: Method) -> list[Sequence]:
+    return [rows for rows in method.runs if rows]
 
 
 def _difference_values(found: Comparison, columns: Sequence[Column]) -> list[str | Value]:

@@ -237,7 +237,8 @@ def test_scores_by_hand(files):
         "length": 5.0,
         "length_split": 13 / 3,
     }
-    assert summary == pytest.approx(expected)
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
+    assert (summary["distinct_objects"], summary["chair_s_64"], summary["shorter_64"]) == (4 / 3, 1 / 3, 3)
     assert rows[0].evidence["objects"] == ["person", "dog", "dog", "chair"]
     assert rows[0].evidence["words"] == ["man", "dog", "dog", "chair"]
     assert rows[0].evidence["hallucinated"] == ["chair"]
@@ -442,6 +443,71 @@ def test_pattern_against_the_other_ground_truth(truth):
     without_captions = recorded("pattern", truth, "seg")
     alone = without_captions.summary(without_captions.rows(without_captions.read_answers(captions)))
     assert alone["chair_s"] > summary["chair_s"] + 0.05
+
+
+MATCHED = ("hallucinated_captions", "hallucinated", "mentions", "recalled", "gt", "tokens")
+
+
+def matched_counts(scorer, rows, cut=""):
+    summary = scorer.summary(rows)
+    names = ("hallucinated_captions", "hallucinated_words", "object_words", "recalled")
+    counts = [summary[f"{name}{cut}"] for name in names]
+    length = int(cut[1:]) if cut else None
+    tokens = sum(len(row.evidence["reduced"][:length]) for row in rows)
+    return dict(zip(MATCHED, [*counts, summary["gt_objects"], tokens]))
+
+
+def test_length_matched_counts_of_public_captions(truth):
+    """OPERA's own captions: at equal length its LLaVA-1.5 row is no better than greedy."""
+    known = json.loads(shared_path("data/benchmarks/chair_length_matched.json").read_text())["counts"]["llava-1.5"]
+    scorer = recorded("pattern", truth, "A")
+    names = {"greedy": "greedy", "opera": "ours"}
+    runs = {
+        name: scorer.rows(scorer.read_answers(shared_path(f"data/chair/opera__llava-1.5__{file}.captions.jsonl.gz")))
+        for name, file in names.items()
+    }
+    equal = dict(zip(runs, scorer.equal_length(list(runs.values()))))
+    for name, rows in runs.items():
+        for cut in (32, 64):
+            assert matched_counts(scorer, rows, f"_{cut}") == known[f"{name}@{cut}"]
+        whole = matched_counts(scorer, rows)
+        assert {k: v for k, v in whole.items() if k != "tokens"} == {
+            k: v for k, v in known[name].items() if k != "tokens"
+        }
+        assert matched_counts(scorer, equal[name]) == known[f"{name}@min"]
+    gain = [
+        scorer.summary(found["greedy"])["chair_s"] - scorer.summary(found["opera"])["chair_s"]
+        for found in (runs, equal)
+    ]
+    assert [round(100 * points, 1) for points in gain] == [0.2, -2.2]
+
+
+def test_a_pair_that_the_cut_parts_is_lost_and_the_toilet_rule_is_applied_to_the_rest(files):
+    long = "A dog near a traffic light and a seat of a toilet."
+    for length, expected in (
+        (5, ["dog"]),
+        (6, ["dog", "traffic light"]),
+        (9, [*_LIGHT, "chair"]),
+        (12, [*_LIGHT, "toilet"]),
+    ):
+        (_, cut) = files.equal_length([[files.row(Answer(1, " ".join(["so"] * length)))], [files.row(Answer(1, long))]])
+        assert cut[0].evidence["objects"] == expected, length
+        assert len(cut[0].evidence["reduced"]) == length
+
+
+_LIGHT = ("dog", "traffic light")
+
+
+def test_equal_length_takes_the_shortest_of_all_runs_and_shared_images_only(files):
+    def run(**captions):
+        return [files.row(Answer(int(name[1:]), text)) for name, text in captions.items()]
+
+    runs = [run(i1="a dog and a dog", i2="a dog"), run(i1="a dog", i2="a dog and a train"), run(i1="a dog and", i3="a")]
+    cut = files.equal_length(runs)
+    assert [[row.id for row in rows] for rows in cut] == [["1"]] * 3
+    assert [len(row.evidence["reduced"]) for rows in cut for row in rows] == [2, 2, 2]
+    whole = files.equal_length([runs[0], runs[0]])
+    assert [files.summary(rows) for rows in whole] == [files.summary(runs[0])] * 2
 
 
 def test_recorded_surface_forms():
