@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import typer
-from conftest import shared_path
+from conftest import ROOT, shared_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -480,6 +480,28 @@ def test_length_matched_counts_of_public_captions(truth):
         for found in (runs, equal)
     ]
     assert [round(100 * points, 1) for points in gain] == [0.2, -2.2]
+
+
+def test_the_page_on_equal_length_has_the_recorded_counts():
+    """The published captions of four models, whole and cut, as the page prints them."""
+    known = json.loads(shared_path("data/benchmarks/chair_length_matched.json").read_text())["counts"]
+    page = json.loads((ROOT / "benchmarks" / "length-matched" / "results.json").read_text())["models"]
+    prose = (ROOT / "benchmarks" / "length-matched" / "README.md").read_text()
+    names = {"LLaVA-1.5": "llava-1.5", "Shikra": "shikra", "MiniGPT-4": "minigpt4", "InstructBLIP": "instructblip"}
+    ours = ("hallucinated_captions", "hallucinated_words", "object_words", "recalled", "gt_objects", "tokens")
+    assert page.keys() == names.keys()
+    for model, name in names.items():
+        gains = []
+        for kind, cut in (("whole", ""), ("equal length", "@min")):
+            found = page[model][kind]
+            for run, theirs in (("greedy", "greedy"), ("OPERA", "opera")):
+                assert dict(zip(MATCHED, (found[run][key] for key in ours))) == known[name][f"{theirs}{cut}"]
+                at_64 = known[name][f"{theirs}@64"]["hallucinated_captions"]
+                assert kind != "whole" or found[run]["hallucinated_captions_64"] == at_64
+            points = (found["greedy"]["hallucinated_captions"] - found["OPERA"]["hallucinated_captions"]) / 5
+            assert found["difference"]["chair_s"]["value"] == pytest.approx(-points / 100)
+            gains.append(f"{points:.1f}")
+        assert f"| {model} | {' | '.join(gains)} |" in prose
 
 
 def test_a_pair_that_the_cut_parts_is_lost_and_the_toilet_rule_is_applied_to_the_rest(files):
