@@ -197,12 +197,17 @@ class Evaluator:
     columns: ClassVar[tuple[Column, ...]] = ()
     # Keys of the horizontal and vertical axis of the picture; None draws the compared columns side by side.
     axes: ClassVar[tuple[str, str] | None] = None
-    # Key of the column that says what a model can do, where this is a benchmark of ability rather than hallucination.
-    ability: ClassVar[str | None] = None
+    # Keys of the columns that say what a model can do rather than what it makes up; empty for most.
+    ability: ClassVar[tuple[str, ...]] = ()
     # Rates that are compared once more on rows cut to equal length (`equal_length`); empty where length plays no part.
     equal_columns: ClassVar[tuple[Column, ...]] = ()
     # What McNemar's test compares, as a table's footnote says it.
     verdict: ClassVar[str] = "answer correct"
+
+    @property
+    def hallucination(self) -> tuple[str, ...]:
+        """Key of the column that is this benchmark's figure of hallucination: the first compared one, none for ability."""
+        return () if self.ability else tuple(c.key for c in self.columns if c.paired and c.better)[:1]
 
     def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
         """Split name -> questions about emoji scenes, by the code that builds the real benchmark."""

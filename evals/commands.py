@@ -104,6 +104,7 @@ def eval_command(
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="Parameter of every method that has it, name=value.")
     ] = None,
+    times: Annotated[bool, typer.Option("--times", help="Also record how long every batch took, for tables.")] = False,
     option: OptionList = None,
     rule: Rule = None,
 ) -> None:
@@ -115,12 +116,13 @@ def eval_command(
     """
     from .loaders import HUB_PREFIX, file_source, hub_source, scene_source
     from .plan import Decoding
+    from .price import price_blocks
     from .runner import Options, Run, Share, check_parameters, decoding_for, failures, load, processes
     from .tables import blocks, render
 
     chosen = evaluator_from(benchmark, option, rule=rule)
     size = int(batch_size) if batch_size.isdecimal() else batch_size
-    options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"))
+    options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"), times)
     share, state = processes()
     if shard is not None:
         if state is not None:
@@ -161,7 +163,7 @@ def eval_command(
         if run.main:
             typer.echo(f"Share {shard} is done; the table comes with the last share.")
         return
-    typer.echo(render(blocks(results)))
+    typer.echo(render([*blocks(results), *price_blocks(results)]))
     if bad := failures(results):
         typer.echo(f"{bad} questions have no answer; they are named above and in summary.json.", err=True)
         raise typer.Exit(FINISHED_WITH_FAILURES)
@@ -279,6 +281,7 @@ def table_command(
 ) -> None:
     """Tables of a run, every method beside its matched controls; or a paper's table beside its published values."""
     from .plan import found_cells, read_cell
+    from .price import price_blocks
     from .tables import FORMATS, blocks, render
 
     if format not in FORMATS:
@@ -305,7 +308,8 @@ def table_command(
     results = [result for result in results if result.rows]
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
-    typer.echo(render([*extra, *blocks(results, replicates)], format), nl=False)
+    made = [*extra, *blocks(results, replicates), *price_blocks(results, replicates)]
+    typer.echo(render(made, format), nl=False)
     if any(result.audit.incomplete or result.audit.failed for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:

@@ -43,6 +43,8 @@ class MME(Evaluator):
     name: ClassVar[str] = "mme"
     paper: ClassVar[str] = "MME (arXiv 2306.13394)"
     max_new_tokens: ClassVar[int] = 16
+    # How many, where and which colour: seeing, where existence is what a model makes up.
+    ability: ClassVar[tuple[str, ...]] = ("count", "position", "color")
     columns: ClassVar[tuple[Column, ...]] = (
         *(Column(task, task.capitalize(), "number", better=+1, top=200) for task in HALLUCINATION),
         Column("hallucination", "Subset", "number", better=+1, paired=True, top=800),
@@ -54,6 +56,10 @@ class MME(Evaluator):
 
     def __post_init__(self) -> None:
         parsers.rule(self.rule)
+
+    @property
+    def hallucination(self) -> tuple[str, ...]:
+        return ("existence",)
 
     def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
         """A pair for each of the four hallucination tasks that a scene allows, scene after scene.

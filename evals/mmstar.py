@@ -46,7 +46,7 @@ class MMStar(Evaluator):
     name: ClassVar[str] = "mmstar"
     paper: ClassVar[str] = "MMStar (arXiv 2403.20330)"
     max_new_tokens: ClassVar[int] = 16
-    ability: ClassVar[str | None] = "accuracy"
+    ability: ClassVar[tuple[str, ...]] = ("accuracy",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("by_skill", "Mean of skills", better=+1, paired=True),

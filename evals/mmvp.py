@@ -54,7 +54,7 @@ class MMVP(Evaluator):
     name: ClassVar[str] = "mmvp"
     paper: ClassVar[str] = "MMVP (arXiv 2401.06209)"
     max_new_tokens: ClassVar[int] = 16
-    ability: ClassVar[str | None] = "pair_accuracy"
+    ability: ClassVar[tuple[str, ...]] = ("pair_accuracy",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("pair_accuracy", "Pair accuracy", better=+1, paired=True, of=("pairs",)),
         Column("accuracy", "Accuracy", better=+1, paired=True),

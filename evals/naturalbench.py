@@ -49,7 +49,7 @@ class NaturalBench(Evaluator):
     name: ClassVar[str] = "naturalbench"
     paper: ClassVar[str] = "NaturalBench (arXiv 2410.14669)"
     max_new_tokens: ClassVar[int] = 16
-    ability: ClassVar[str | None] = "g_acc"
+    ability: ClassVar[tuple[str, ...]] = ("g_acc",)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("g_acc", "gAcc", better=+1, paired=True, of=("groups",)),
         Column("q_acc", "qAcc", better=+1, paired=True, of=("groups",)),

@@ -161,6 +161,8 @@ def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds:
     ]
 
 
+# How long the batches of a cell took, where a run was told to write it: answers, tokens, seconds.
+TIMES = "times.jsonl"
 # Fields of settings.json that decide no answer.
 NOT_DECIDING = ("scoring", "environment")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,11 @@ from tqdm import tqdm
 import lvlm_decode
 from lvlm_decode.errors import EvalError, LvlmDecodeError, MissingFileError, SettingsError
 
-from .answers import append_answers, resume_answers, write_answers
+from .answers import append_answers, line_of, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
 from .loaders import Source, fingerprint
 from .plan import (
+    TIMES,
     Cell,
     Decoding,
     Result,
@@ -117,7 +119,7 @@ class Options:
     max_new_tokens: None takes the evaluator's. suffix: appended to every question (" Please answer this question with
     one word."). template: the whole prompt around "{question}", image placeholder included; None takes the model's chat
     template, or the bare question for models without one. drafter: as `attach(drafter=)`. parameters: method
-    parameters for every method that has them.
+    parameters for every method that has them. times: also write how long every batch took.
     """
 
     max_new_tokens: int | None = None
@@ -126,6 +128,7 @@ class Options:
     drafter: str | None = None
     batch_size: int | str = 16
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    times: bool = False
 
     def __post_init__(self) -> None:
         if self.template is not None and "{question}" not in self.template:
@@ -381,9 +384,18 @@ class Run:
                 continue
             # The whole batch again even if a part of it is known: the same batch gives the same answers.
             if any(str(question.id) not in known for question in batch):
+                start = time.perf_counter()
                 answers = self._answer(cell, batch)
+                if self.options.times:
+                    self._note_time(folder, answers, time.perf_counter() - start)
                 append_answers(own, (a.sealed(key) for a in answers if str(a.question_id) not in known))
             bar.update(len(batch))
+
+    def _note_time(self, folder: Path, answers: Sequence[Answer], seconds: float) -> None:
+        """One line about a batch: how many answers, their tokens, and how long it took, images and views included."""
+        tokens = sum(answer.tokens or 0 for answer in answers)
+        with open(folder / TIMES, "ab") as file:
+            file.write(line_of({"answers": len(answers), "tokens": tokens, "seconds": seconds}))
 
     def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any) -> int:
         """As `_ask`, with the batch size that accelerate's utility finds to fit in memory; returns it."""

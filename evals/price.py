@@ -1,0 +1,171 @@
+"""What a method's gain costs: hallucination beside ability, recall, length and time, and a sentence where they part.
+
+A method is compared with the plain model under the same decoding. Benchmarks of one output folder are read together, so
+a gain on POPE stands beside what the same method does to NaturalBench. The figures of a benchmark are those its table
+compares; which of them say what a model can do is `Evaluator.ability`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lvlm_decode.errors import LvlmDecodeError
+
+from .answers import read_records
+from .base import Column, Evaluator
+from .metrics import REPLICATES, compare
+from .plan import TIMES, Result, is_control
+from .tables import Block, Method, Value, difference_value, equal_length_values, gather, matched
+
+# The first batch of a process also pays for warming up.
+_FEWEST_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A rate of one benchmark and split. kind: "hallucination", "ability" or "caption" (recall, length)."""
+
+    kind: str
+    title: str
+    column: Column
+
+
+@dataclass
+class Line:
+    """A method beside its control: the difference of every figure, and the time of a token for both."""
+
+    label: str
+    control: str
+    differences: dict[Figure, Value] = field(default_factory=dict)
+    # Of the benchmark whose answers are the longest: on one word the time is that of the prompt. Milliseconds a token.
+    times: tuple[float, float] | None = None
+    _longest: float = 0.0
+
+    def time(self, method: Method, control: Method) -> None:
+        """Take the times of this benchmark if its answers are longer than those of the benchmarks before."""
+        ours, theirs = pace(method), pace(control)
+        if ours and theirs and theirs[0] > self._longest:
+            self._longest, self.times = theirs[0], (ours[1], theirs[1])
+
+
+def figures(evaluator: Evaluator, split: str) -> list[Figure]:
+    """What a benchmark contributes: its ability figures, or its first compared one and a caption's recall and length."""
+    columns = {column.key: column for column in evaluator.columns}
+    name = evaluator.name if split in ("all", "captions") else f"{evaluator.name} {split}"
+    found = [Figure("ability", f"{name}: {columns[key].title}", columns[key]) for key in evaluator.ability]
+    if evaluator.hallucination:
+        found += [
+            Figure("hallucination", f"{name}: {columns[key].title}", columns[key]) for key in evaluator.hallucination
+        ]
+    captions = ("recall", "length") if evaluator.equal_columns else ()
+    return found + [Figure("caption", columns[key].title, columns[key]) for key in captions if key in columns]
+
+
+def pace(method: Method) -> tuple[float, float] | None:
+    """(tokens an answer, milliseconds a token) of a method, both medians over batches; None without recorded times.
+
+    Over all its seeds, without the first batch of each.
+    """
+    batches: list[dict] = []
+    for result in method.results:
+        path = Path(result.folder) / TIMES
+        if path.is_file():
+            batches += [record for _, record in read_records(path)][1:]
+    batches = [batch for batch in batches if batch["tokens"]]
+    if len(batches) < _FEWEST_BATCHES:
+        return None
+    return (
+        statistics.median(batch["tokens"] / batch["answers"] for batch in batches),
+        statistics.median(1000 * batch["seconds"] / batch["tokens"] for batch in batches),
+    )
+
+
+def reference(method: Method, methods: Sequence[Method]) -> Method | None:
+    """What the price is counted against: the plain model, under the same decoding where it was run that way."""
+    plain = [other for other in matched(method, methods) if other.name == "plain"]
+    same = [other for other in plain if other.decoding == method.decoding]
+    return (same or plain or [None])[0]
+
+
+def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]:
+    """One line for each method of a folder, over all its benchmarks."""
+    found: dict[tuple, Line] = {}
+    for (_, split), methods in gather(results).items():
+        for method in methods:
+            control = None if is_control(method.name) else reference(method, methods)
+            if control is None:
+                continue
+            evaluator = method.results[0].evaluator
+            try:
+                pair = compare(evaluator, method.runs, control.runs, replicates=replicates)
+            except LvlmDecodeError:
+                continue  # the table of this split says why
+            line = found.setdefault((method.label, control.label), Line(method.label, control.label))
+            for figure in figures(evaluator, split):
+                if figure.column.key in pair.differences:
+                    interval = pair.differences[figure.column.key]
+                    line.differences[figure] = difference_value(interval, figure.column, pair.clusters)
+            if evaluator.equal_columns:
+                equal = equal_length_values(evaluator, method, control, replicates)
+                column = evaluator.equal_columns[0]
+                line.differences[Figure("equal", column.title, column)] = equal[0]
+            line.time(method, control)
+    return list(found.values())
+
+
+def trade(line: Line) -> str | None:
+    """One sentence where a method is better in one figure and worse in another, both beyond their intervals."""
+    better, worse = [], []
+    shorter = ""
+    for figure, value in line.differences.items():
+        if not value.starred:
+            continue
+        said = f"{figure.title} {value.text().partition(' [')[0]}"
+        if figure.column.better * value.value > 0:
+            better += [said] if figure.kind != "equal" else []
+        elif figure.column.better:
+            worse += [said] if figure.kind != "equal" else []
+        elif figure.column.key == "length" and value.value < 0:
+            shorter = f"captions are {-value.value:.1f} tokens shorter"
+    gains_chair = any(figure.column.key == "chair_s" and figure.kind == "hallucination" and value.starred
+                      and value.value < 0 for figure, value in line.differences.items())  # fmt: skip
+    if shorter and gains_chair:
+        equal = next(value for figure, value in line.differences.items() if figure.kind == "equal")
+        shorter = f"{shorter}, and at equal length CHAIRs is {equal.text()}"
+    costs = [*([f"worse in {', '.join(worse)}"] if worse else []), *([shorter] if shorter and gains_chair else [])]
+    if not (better and costs):
+        return None
+    return f"{line.label} against {line.control}: better in {', '.join(better)}; {'; '.join(costs)}."
+
+
+def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> list[Block]:
+    """A block with a line for each method: what it gains beside what it costs. Empty without a method."""
+    found = lines([result for result in results if result.rows], replicates)
+    if not found:
+        return []
+    shown = list(dict.fromkeys(figure for line in found for figure in line.differences))
+    order = {"hallucination": 0, "equal": 1, "caption": 2, "ability": 3}
+    shown.sort(key=lambda figure: order[figure.kind])
+    timed = any(line.times for line in found)
+    made = []
+    for line in found:
+        cells: list[str | Value] = [line.differences.get(figure, "–") for figure in shown]
+        if timed:
+            ours, theirs = line.times or (None, None)
+            cells += ["–"] * 3 if ours is None else [Value(ours), Value(theirs), Value(ours / theirs, digits=2)]
+        made.append((line.label, line.control, *cells))
+    titles = ["Method", "Control", *(f"Δ {figure.title}{_arrow(figure.column)}" for figure in shown)]
+    titles += ["ms a token", "ms a token, control", "Ratio"] if timed else []
+    said = [sentence for line in found if (sentence := trade(line))]
+    kinds = {figure.kind for figure in shown}
+    if "ability" not in kinds:
+        said.append("No benchmark of ability was run with these methods: lvlm-decode eval naturalbench, same --out.")
+    said += [] if timed else ["No times are recorded: lvlm-decode eval --times."]
+    return [Block("What it costs: method minus the plain model", tuple(titles), tuple(made), tuple(said))]
+
+
+def _arrow(column: Column) -> str:
+    return {1: " ↑", -1: " ↓", 0: ""}[column.better]

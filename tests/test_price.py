@@ -1,0 +1,145 @@
+"""The price of a method: figures of several benchmarks side by side, and a sentence where one is paid with another."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import Audit
+from lvlm_decode_evals.base import Answer
+from lvlm_decode_evals.plan import GREEDY, TIMES, Decoding, Result
+from lvlm_decode_evals.price import lines, price_blocks, trade
+from lvlm_decode_evals.tables import render
+
+SAMPLE = Decoding(do_sample=True)
+IMAGES = 40
+
+
+def result(name, split, method, answers, decoding=GREEDY, folder="nowhere", **settings):
+    scorer = evaluator(name)
+    settings = {"model": {"name": "m"}, "method": {"name": method, "parameters": {}}, **settings}
+    return Result(scorer, split, method, decoding, 0, scorer.rows(answers), Audit(), settings, folder)
+
+
+def pope(method, right, **how):
+    answers = [Answer(i, "Yes" if i < right else "No", image=str(i), label="yes") for i in range(IMAGES)]
+    return result("pope", "random", method, answers, **how)
+
+
+def naturalbench(method, groups, **how):
+    """Of 40 groups so many whole; in the others everything is Yes."""
+    answers = [
+        Answer(4 * g + k, ("Yes", "No", "No", "Yes")[k] if g < groups else "Yes", meta={"type": "yes_no"}, image=str(g))
+        for g in range(IMAGES) for k in range(4)
+    ]  # fmt: skip
+    return result("naturalbench", "all", method, answers, **how)
+
+
+def captions(method, text, **how):
+    answers = [Answer(i, text, image=str(i), label=["dog", "cat"]) for i in range(IMAGES)]
+    return result("chair", "captions", method, answers, **how)
+
+
+def test_a_gain_paid_for_in_ability_is_said_in_one_line():
+    results = [pope("plain", 10), pope("vcd", 30), naturalbench("plain", 30), naturalbench("vcd", 10)]
+    (line,) = lines(results, 200)
+    assert trade(line) == (
+        "vcd, greedy against plain, greedy: better in pope random: Accuracy +50.0; worse in naturalbench: gAcc -50.0."
+    )
+    (block,) = price_blocks(results, 200)
+    assert [title for title in block.columns if "Δ" in title] == [
+        "Δ pope random: Accuracy ↑", "Δ naturalbench: gAcc ↑"]  # fmt: skip
+    assert trade(line) in block.notes and "ability" not in " ".join(block.notes)
+
+
+@pytest.mark.parametrize(("right", "groups"), [(30, 30), (30, 40), (10, 10), (11, 29)])
+def test_no_line_without_a_gain_and_a_loss_beyond_their_intervals(right, groups):
+    results = [pope("plain", 10), pope("vcd", right), naturalbench("plain", 30), naturalbench("vcd", groups)]
+    assert trade(lines(results, 200)[0]) is None
+
+
+def test_shorter_captions_are_named_with_the_gain_at_equal_length():
+    long = "A dog and a cat in a room with many small things on the floor beside a car."
+    results = [captions("plain", long), captions("pai", "A dog and a cat.")]
+    (line,) = lines(results, 200)
+    said = trade(line)
+    assert (
+        "better in chair: CHAIRs -100.0; captions are 13.0 tokens shorter, and at equal length CHAIRs is +0.0" in said
+    )
+    # Losing what is there is a loss as well.
+    (line,) = lines([captions("plain", long), captions("pai", "A dog and so on, with many words to fill a line.")], 200)
+    assert "Recall -50.0" in trade(line)
+    assert "lvlm-decode eval naturalbench" in render(price_blocks(results, 200))
+
+
+def test_a_method_is_compared_with_the_plain_model_under_its_own_decoding():
+    results = [pope("plain", 10), pope("plain", 30, decoding=SAMPLE), pope("vcd", 20, decoding=SAMPLE)]
+    (line,) = lines(results, 200)
+    assert line.control == "plain, sample"
+    (value,) = line.differences.values()
+    assert value.value == -0.25
+    (line,) = lines([pope("plain", 10), pope("vcd", 20, decoding=SAMPLE)], 200)
+    assert line.control == "plain, greedy"
+    assert price_blocks([pope("plain", 10)], 200) == [] == price_blocks([pope("vcd", 10)], 200)
+
+
+def test_mme_is_both():
+    def answer(task, number, said):
+        return [
+            Answer(f"{task}/{number}/{k}", said, image=str(number), label=("yes", "no")[k], meta={"task": task})
+            for k in (0, 1)
+        ]
+
+    def run(method, existence, colour):
+        return result("mme", "all", method, [a for i in range(IMAGES) for task, said in
+                      (("existence", existence), ("color", colour)) for a in answer(task, i, said)])  # fmt: skip
+
+    mixed = run("plain", "Yes", "Yes")
+    assert trade(lines([mixed, run("vcd", "Yes", "Yes")], 200)[0]) is None
+    (line,) = lines([mixed, run("vcd", "Yes", "other")], 200)
+    assert {figure.kind: figure.title for figure in line.differences} == {
+        "ability": "mme: Color", "hallucination": "mme: Existence"}  # fmt: skip
+
+
+def times(folder, milliseconds, tokens):
+    folder.mkdir()
+    batches = [{"answers": 2, "tokens": 2 * tokens, "seconds": 99.0}]
+    batches += [{"answers": 2, "tokens": 2 * tokens, "seconds": milliseconds * 2 * tokens / 1000} for _ in range(3)]
+    (folder / TIMES).write_text("".join(json.dumps(batch) + "\n" for batch in batches))
+    return folder
+
+
+def test_time_is_that_of_the_longest_answers_without_warming_up(tmp_path):
+    results = [
+        pope("plain", 10, folder=times(tmp_path / "a", 50, 1)),
+        pope("vcd", 30, folder=times(tmp_path / "b", 100, 1)),
+        captions("plain", "A dog.", folder=times(tmp_path / "c", 4, 60)),
+        captions("vcd", "A dog.", folder=times(tmp_path / "d", 6, 60)),
+    ]
+    (block,) = price_blocks(results, 200)
+    assert block.columns[-3:] == ("ms a token", "ms a token, control", "Ratio")
+    assert [value.value for value in block.lines[0][-3:]] == pytest.approx([6, 4, 1.5])
+    (block,) = price_blocks([pope("plain", 10), pope("vcd", 30)], 200)
+    assert "Ratio" not in block.columns and "lvlm-decode eval --times" in block.notes[-1]
+
+
+def test_eval_records_times_only_when_told_to(tmp_path):
+    import typer
+
+    from lvlm_decode_evals.commands import add_to
+
+    app = typer.Typer()
+    add_to(app)
+    arguments = ["eval", "chair", "--limit", "6", "--batch-size", "2", "--max-new-tokens", "4", "--method", "vcd"]
+    arguments += ["--no-do-sample", "--out"]
+    for name, more in (("without", []), ("with", ["--times"])):
+        done = CliRunner().invoke(app, [*arguments, str(tmp_path / name), *more])
+        assert done.exit_code == 0, done.output
+    assert not list((tmp_path / "without").rglob(TIMES)) and "Ratio" in done.output
+    (first, *_) = sorted((tmp_path / "with").rglob(TIMES))
+    batches = [json.loads(line) for line in first.read_text().splitlines()]
+    assert len(batches) == 3 and all(b["answers"] == 2 and b["tokens"] == 8 and b["seconds"] > 0 for b in batches)
+    same = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("answers.jsonl")}
+            for n in ("without", "with")]  # fmt: skip
+    assert same[0] == same[1]
