@@ -417,7 +417,7 @@ def test_missing_pieces_get_one_sentence(bad_images, tmp_path, model_folder):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("eval", "poppe"), "evaluator 'poppe' is unknown; known: amber, chair"),
+        (("eval", "poppe"), "evaluator 'poppe' is unknown; known: amber, beaf, chair"),
         (("eval", "pope", "--method", "vcdd"), "unknown method 'vcdd'; known methods: "),
         (("eval", "pope", "--method", "vcd(alpha=-1)"), "vcd: alpha = -1 is not valid"),
         (("eval", "pope", "--rule", "loose"), "parsing rule 'loose' is unknown; known: code"),
