@@ -104,6 +104,9 @@ def eval_command(
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="Parameter of every method that has it, name=value.")
     ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Ask as a published evaluation did: a name of configs/protocols/, e.g. opera-64.")
+    ] = None,
     times: Annotated[bool, typer.Option("--times", help="Also record how long every batch took, for tables.")] = False,
     option: OptionList = None,
     rule: Rule = None,
@@ -114,12 +117,30 @@ def eval_command(
     --questions it asks about the emoji scenes that ship with the project. Exit status 3: finished, but some questions
     could not be asked (a missing or corrupt image); they are named.
     """
-    from .loaders import HUB_PREFIX, file_source, hub_source, scene_source
+    from .loaders import HUB_PREFIX, file_source, hub_source, protocol_source, scene_source
     from .plan import Decoding
     from .price import price_blocks
     from .runner import Options, Run, Share, check_parameters, decoding_for, failures, load, processes
     from .tables import blocks, render
 
+    shown = None
+    if protocol is not None:
+        from .configs import is_tiny
+        from .protocols import protocol as protocol_named
+        from .protocols import setup
+
+        given = {**pairs(option, "--option"), "rule": rule, "--max-new-tokens": max_new_tokens, "--seed": seed}
+        given |= {"--suffix": suffix or None, "--template": template, "--questions": questions}
+        given |= {"--do-sample": do_sample, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
+        shown = protocol_named(protocol)
+        fixed = setup(shown, benchmark, model, is_tiny(model), given | {"--num-beams": num_beams})
+        option = [*(option or ()), *(f"{name}={value}" for name, value in fixed.options.items())]
+        max_new_tokens, suffix, template, seed = (
+            fixed.max_new_tokens,
+            fixed.suffix,
+            fixed.template,
+            list(fixed.seeds) or seed,
+        )
     chosen = evaluator_from(benchmark, option, rule=rule)
     size = int(batch_size) if batch_size.isdecimal() else batch_size
     options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"), times)
@@ -140,11 +161,15 @@ def eval_command(
     if do_sample is not None or num_beams is not None or any(value is not None for value in sampling):
         drawn = do_sample if do_sample is not None else any(value is not None for value in sampling)
         wanted = Decoding(drawn, 1.0 if temperature is None else temperature, top_p, top_k, num_beams or 1)
+    if shown is not None and shown.decoding is not None:
+        wanted = shown.decoding
     given = dict.fromkeys(method or ["plain"])
     check_parameters(list(given), options.parameters)
     methods = [(name, decoding_for(name, wanted, options.parameters)) for name in given]
 
-    if questions is None:
+    if shown is not None and not is_tiny(model):
+        source = protocol_source(shown, chosen, images)
+    elif questions is None:
         if images is not None:
             raise SettingsError("--images needs --questions: the emoji scenes bring their own images.")
         source = scene_source(chosen)
@@ -157,7 +182,8 @@ def eval_command(
 
     device = None if state is None else state.device
     loaded = load(model, dtype=dtype, device=device, device_map=device_map)
-    run = Run(chosen, source, loaded, out, methods, seed or [0], limit, options, share, state)
+    label = None if shown is None else fixed.label
+    run = Run(chosen, source, loaded, out, methods, seed or [0], limit, options, share, state, protocol=label)
     results = run.execute()
     if not results:
         if run.main:

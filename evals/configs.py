@@ -18,9 +18,11 @@ from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from . import evaluator
 from .base import Column, Evaluator
+from .loaders import Source, file_source, protocol_source, scene_source
 from .metrics import REPLICATES, Interval, compare, intervals
 from .plan import Decoding, Result, found_cells, read_cell, slug
 from .pope import STRATEGIES
+from .protocols import UNKNOWN, Protocol, protocol, read_protocol
 from .tables import Block, Method, Value, difference_value, gather
 
 # Mean of a metric over the splits of a table; some papers print nothing else.
@@ -47,6 +49,8 @@ class PaperRow:
     decoding: Decoding
     published: Published
     why: str | None = None
+    # Where the printed value was measured in another way than the table's other rows.
+    protocol: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class PaperTable:
     baseline: str | None
     rows: tuple[PaperRow, ...]
     notes: tuple[str, ...]
+    # How the printed values were measured; None where nobody knows.
+    protocol: Protocol | None = None
 
     @property
     def evaluator(self) -> Evaluator:
@@ -76,8 +82,8 @@ class PaperTable:
 
 
 _REQUIRED = {"title", "paper", "source", "benchmark", "model", "splits", "images", "rows"}
-_OPTIONAL = {"options", "template", "suffix", "max_new_tokens", "decoding", "seeds", "baseline", "notes"}
-_ROW = {"name", "method", "decoding", "published", "unverified", "why"}
+_OPTIONAL = {"options", "template", "suffix", "max_new_tokens", "decoding", "seeds", "baseline", "notes", "protocol"}
+_ROW = {"protocol", "name", "method", "decoding", "published", "unverified", "why"}
 
 
 def read_config(path: Path) -> PaperTable:
@@ -92,6 +98,7 @@ def read_config(path: Path) -> PaperTable:
     if not isinstance(raw, dict):
         raise FileFormatError(f"{path}: expected a mapping of fields, found {type(raw).__name__}.")
     _check_fields(raw, _REQUIRED, _REQUIRED | _OPTIONAL, str(path))
+    measured = _protocol(raw.get("protocol", UNKNOWN), path)
     options = raw.get("options") or {}
     columns = {column.key for column in evaluator(raw["benchmark"], **options).columns}
     splits = tuple(raw["splits"])
@@ -105,6 +112,8 @@ def read_config(path: Path) -> PaperTable:
     baseline = raw.get("baseline")
     if baseline is not None and baseline not in names:
         raise FileFormatError(f"{path}: baseline {baseline!r} is no row; rows: {', '.join(names)}.")
+    template = measured.templates.get(raw["model"]) if measured else None
+    tokens = measured.max_new_tokens if measured else None
     return PaperTable(
         path=path,
         title=raw["title"],
@@ -113,16 +122,25 @@ def read_config(path: Path) -> PaperTable:
         benchmark=raw["benchmark"],
         options=options,
         model=raw["model"],
-        template=raw.get("template"),
-        suffix=raw.get("suffix", ""),
-        max_new_tokens=raw.get("max_new_tokens"),
-        seeds=tuple(raw.get("seeds", (0,))),
+        template=raw.get("template", template),
+        suffix=raw.get("suffix", measured.suffix if measured else ""),
+        max_new_tokens=raw.get("max_new_tokens", tokens),
+        seeds=tuple(raw.get("seeds") or (measured.seeds if measured else ()) or (0,)),
         splits=splits,
         images=raw["images"],
         baseline=baseline,
         rows=rows,
         notes=tuple(raw.get("notes") or ()),
+        protocol=measured,
     )
+
+
+def _protocol(name: str, path: Path) -> Protocol | None:
+    """The protocol a table names, from the folder beside the table or from this checkout; None for "unknown"."""
+    if name == UNKNOWN:
+        return None
+    beside = path.parent / "protocols" / f"{name}.yaml"
+    return read_protocol(beside) if beside.is_file() else protocol(name)
 
 
 def _row(raw: Any, default: Mapping[str, Any], splits: Sequence[str], columns: set[str], where: str) -> PaperRow:
@@ -140,7 +158,7 @@ def _row(raw: Any, default: Mapping[str, Any], splits: Sequence[str], columns: s
         raise FileFormatError(f"{where}: a row without a method needs `why`.")
     decoding = Decoding(**(raw["decoding"] if "decoding" in raw else default))
     seen = Published(published, bool(raw.get("unverified")))
-    return PaperRow(raw["name"], raw["method"], decoding, seen, raw.get("why"))
+    return PaperRow(raw["name"], raw["method"], decoding, seen, raw.get("why"), raw.get("protocol"))
 
 
 def _check_fields(raw: Mapping[str, Any], required: set[str], known: set[str], where: str) -> None:
@@ -177,7 +195,9 @@ def on_scenes(config: PaperTable) -> PaperTable:
     )
     splits = tuple(dict.fromkeys(rename[split] for split in config.splits))
     # Options that point at files of the real benchmark say nothing about scenes.
-    options = {name: value for name, value in config.options.items() if name in ("rule", "parser", "unfinished")}
+    options = {
+        name: value for name, value in config.options.items() if name in ("rule", "parser", "unfinished", "prompt")
+    }
     if options.get("parser") == "wordnet-pos":
         options["parser"] = "pattern"
     return replace(config, rows=rows, splits=splits, template=None, suffix="", options=options)
@@ -206,6 +226,8 @@ def run_config(
     if tiny:
         config = on_scenes(config)
         limit, seeds = limit or TINY_LIMIT, seeds or TINY_SEEDS
+    elif config.benchmark == "chair":
+        config = with_truth(config)
     out = Path(out) if out is not None else Path("runs") / f"{config.path.stem}-{slug(Path(name).name)}"
     if rerun:
         _run(config, name, tiny, out, limit, images, questions, config.seeds[:seeds])
@@ -223,31 +245,58 @@ def _run(
     questions: Path | None,
     seeds: Sequence[int],
 ) -> None:
-    from .loaders import file_source, scene_source
     from .runner import Options, Run, decoding_for, load
 
-    chosen = config.evaluator
-    if tiny:
-        source = scene_source(chosen)
-    else:
-        from .download import data_folder
-
-        asked = questions or data_folder() / config.benchmark
-        seen = images or data_folder() / "coco" / "val2014"
-        for path, option in ((asked, "--questions"), (seen, "--images")):
-            if not path.exists():
-                raise MissingFileError(
-                    f"{path} is not there; run lvlm-decode data get {config.benchmark} coco, or give {option}. "
-                    f"The table's images: {config.images}"
-                )
-        source = file_source(chosen, asked, seen)
-    source = source.only(config.splits)
+    source = source_of(config, tiny, images, questions)
     methods = dict.fromkeys((row.method, row.decoding) for row in config.rows if row.method is not None)
     for method, decoding in methods:
         decoding_for(method, decoding)
     tokens = None if tiny else config.max_new_tokens
     options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template)
-    Run(chosen, source, load(model), out, list(methods), seeds, limit, options).execute()
+    Run(config.evaluator, source, load(model), out, list(methods), seeds, limit, options).execute()
+
+
+def with_truth(config: PaperTable) -> PaperTable:
+    """A CHAIR table about photographs with the files its scores need: synonyms, and what each image contains.
+
+    Those that the table names, else `synonyms.txt` and `objects.json` of the data folder. Raises MissingFileError.
+    """
+    from .download import data_folder
+
+    options = dict(config.options)
+    remedies = {
+        "vocabulary": ("synonyms.txt", "run lvlm-decode data get chair"),
+        "objects": ("objects.json", "make it with lvlm-decode data objects"),
+    }
+    for name, (file, remedy) in remedies.items():
+        path = Path(options.get(name) or data_folder() / "chair" / file)
+        if not path.is_file():
+            raise MissingFileError(f"{path} is not there; {remedy}, or name another under options: {name}.")
+        options[name] = str(path)
+    return replace(config, options=options)
+
+
+def source_of(config: PaperTable, tiny: bool, images: Path | None, questions: Path | None) -> Source:
+    """What a table asks about: emoji scenes, its protocol's list of images, or question files.
+
+    Raises MissingFileError saying what to fetch.
+    """
+    from .download import data_folder
+
+    if tiny:
+        return scene_source(config.evaluator).only(config.splits)
+    measured = config.protocol
+    if questions is None and config.benchmark == "chair" and measured is not None and measured.list_key:
+        return protocol_source(measured, config.evaluator, images)
+    asked = questions or data_folder() / config.benchmark
+    seen = images or data_folder() / "coco" / "val2014"
+    for path, option in ((asked, "--questions"), (seen, "--images")):
+        if not path.exists():
+            raise MissingFileError(
+                f"{path} is not there; run lvlm-decode data get {config.benchmark} coco, or give {option}. "
+                f"The table's images: {config.images}"
+            )
+    return file_source(config.evaluator, asked, seen).only(config.splits)
 
 
 # --- ours beside the published
@@ -276,7 +325,7 @@ def paper_blocks(
             ours = _ours(chosen, row, split, found, replicates)
             keys = list(published) or [c.key for c in chosen.columns if c.paired]
             for key in keys:
-                lines.append(_line(row, split, columns[key], published.get(key), ours.get(key)))
+                lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
     titles = ("Row", "Method", "Decoding", "Split", "Metric", "Ours", "Published", "Ours - published")
     return [
         Block(config.title, titles, tuple(lines), tuple(_notes(config, model))),
@@ -315,12 +364,17 @@ def _runs(method: Method) -> list:
 
 
 def _line(
-    row: PaperRow, split: str, column: Column, published: float | None, ours: Interval | float | None
+    config: PaperTable,
+    row: PaperRow,
+    split: str,
+    column: Column,
+    published: float | None,
+    ours: Interval | float | None,
 ) -> tuple[str | Value, ...]:
     scale = 100 if column.kind == "percent" else 1
     theirs: str | Value = "–"
     if published is not None:
-        theirs = Value(published / scale, column.kind, digits=2, mark="†" if row.published.unverified else "")
+        theirs = Value(published / scale, column.kind, digits=2, mark=_mark(config, row))
     head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
     if ours is None:
         return (*head, "–", theirs, "–")
@@ -332,6 +386,14 @@ def _line(
     target = published / scale
     low, high = (bound.low - target, bound.high - target) if bound else (None, None)
     return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True, trusted=False))
+
+
+def _mark(config: PaperTable, row: PaperRow) -> str:
+    """What stands beside a published value: whether it was verified, and how it was measured if not as the others."""
+    measured = config.protocol if row.protocol in (None, UNKNOWN) else _protocol(row.protocol, config.path)
+    said = [f"protocol {row.protocol}"] if row.protocol else []
+    said += ["images unknown"] if measured is not None and measured.unknown_images else []
+    return ("†" if row.published.unverified else "") + (f" ({', '.join(said)})" if said else "")
 
 
 def _gains(
@@ -373,6 +435,10 @@ def _notes(config: PaperTable, model: str) -> list[str]:
         )
     elif model != config.model:
         notes.append(f"This run used {model}; the published values are for {config.model or 'another model'}.")
+    measured = config.protocol
+    notes.append(
+        f"Protocol of the published values: {f'{measured.name} ({measured.source})' if measured else 'unknown'}."
+    )
     notes.append(f"Images of the paper: {config.images}")
     if any(row.published.unverified for row in config.rows):
         notes.append("† not verified against the paper itself.")

@@ -205,6 +205,23 @@ def file_source(evaluator: Evaluator, questions: Path, images: Path | None) -> S
     return Source(splits, found, {"questions": bare_name(Path(questions)), "questions_sha256": fingerprint(questions)})
 
 
+def protocol_source(protocol: Any, evaluator: Evaluator, images: Path | None) -> Source:
+    """The questions of a published evaluation: its list of images, or its question files in the data folder.
+
+    images: None takes COCO's val2014 in the data folder. Raises MissingFileError saying what to fetch.
+    """
+    from .download import data_folder
+
+    seen = images or data_folder() / "coco" / "val2014"
+    if protocol.benchmark != "chair":
+        return file_source(evaluator, data_folder() / protocol.benchmark, seen).only(protocol.splits)
+    splits = protocol.questions(evaluator)
+    if not seen.is_dir():
+        raise MissingFileError(f"{seen} is not there; run lvlm-decode data get coco --images, or give --images FOLDER.")
+    settings = {"questions": f"image list {protocol.images}", "questions_sha256": protocol.list_key}
+    return Source(splits, folder_images(seen), settings)
+
+
 def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
     """A benchmark from the hub (`lmms-lab/POPE`, `lmms-lab/MME`, `lmms-lab/HallusionBench`), images included.
 

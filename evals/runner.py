@@ -261,6 +261,8 @@ class Run:
     # accelerate's state when several processes run this together; they wait for one another before parts are merged.
     state: Any = None
     quiet: bool = False
+    # The published way of measuring that this run follows; None for one of its own.
+    protocol: str | None = None
 
     @property
     def main(self) -> bool:
@@ -287,6 +289,8 @@ class Run:
             "model": dict(self.loaded.settings),
             "data": {**self.source.settings, "split_hash": questions_hash(self.source.splits[cell.split])},
         }
+        # Only where there is one, so that runs made before there were protocols can be continued.
+        decides |= {"protocol": self.protocol} if self.protocol else {}
         scoring = {name: value for name, value in self.evaluator.options().items() if value is not None}
         return Settings(decides, environment(self.loaded.model, self.options), scoring)
 

@@ -385,6 +385,10 @@ def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, rep
     options = ", ".join(f"{name} {value}" for name, value in evaluator.options().items() if value is not None)
     models = sorted({str((result.settings.get("model") or {}).get("name", "unknown model")) for result in results})
     found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {images} images."]
+    protocols = sorted({result.settings.get("protocol") or "none" for result in results})
+    if protocols != ["none"]:
+        mixed = "; lines of different protocols are not comparable" if len(protocols) > 1 else ""
+        found.append(f"Protocol: {', '.join(protocols)}{mixed}.")
     found.append(
         f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), Wilson's interval where all replicates "
         "are equal; ±: standard deviation over seeds. "

@@ -31,6 +31,8 @@ def _github(repository: str, commit: str, licence: str, files: list[tuple]) -> l
 
 # No licence in the tree means that nothing is allowed beyond reading: fetched by whoever needs it, never shipped.
 NONE_STATED = "none stated by its authors"
+# Lists of image ids in repositories whose licence nobody here has looked up: treated as if there were none.
+UNCHECKED = "not looked up; fetched, never shipped"
 
 SOURCES: tuple[Source, ...] = (
     *_github(
@@ -310,6 +312,111 @@ SOURCES: tuple[Source, ...] = (
                 207744,
                 "b21311809ac4bde55bc9a3bf73dbc7605b2d8c0ef5b603be304ab347ae01eb5d",
                 "500 captions of shikra, OPERA",
+            ),
+        ],
+    ),
+    *_github(
+        "xlchen0205/MoD",
+        "9afddc27e8161f3cdb5a60d3776991013ce5d0af",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "mod.jsonl",
+                "experiments/CHAIR/data/chair_500.jsonl",
+                60390,
+                "d4002b206d2439d96c5955172551ee1129e179f17898f7248b8743ee98dbe32a",
+                "list of 500 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "Lackel/AGLA",
+        "efa126347c41631152a70d7db0a6ac0708bd9d00",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "agla.jsonl",
+                "data/CHAIR/chair.jsonl",
+                13289,
+                "55a3883f5d779b4d0771d414c1ac52839e7ace12d2675e3eb0b20265bc337685",
+                "list of 100 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "mehrdadfazli/AssessHalVLM",
+        "ccf730c8465af0d24dd22bd14142fe2348d0015f",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "assesshal.jsonl",
+                "data/chair_500.jsonl",
+                66890,
+                "1db53a09ef5d10a15d2fcc01b1222839cf9e396ff13cd0f8437f108582a1bd80",
+                "list of 500 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "ZhangqiJiang07/middle_layers_indicating_hallucinations",
+        "a0622a9dfcd10428f5bcdbf992105fff49c2ec85",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "middle-layers.jsonl",
+                "log/llava-1.5/chair_eval_500images_tokens_512.jsonl",
+                263594,
+                "126bcb2d6fdb359a62c4188dff161f9698e79fbfb95218d01c7edc4327b524a1",
+                "list of 500 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "coder-gx/DAMRO",
+        "03008aca2d9ef5d36ff8583a25c3d33ef1cd8146",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "damro.jsonl",
+                "data/chair/coco_pope_random.jsonl",
+                31421,
+                "f2394faa008642664c9269a45d66f620ba9209f847cd0f3894f87c1af89aaa49",
+                "list of 500 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "Linxi-ZHAO/MARINE",
+        "13b91b958ea2a7af303263d47b2a8144ec335d7f",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "marine.json",
+                "data/org_qa/chair/coco_chair.json",
+                129316,
+                "5e832102f9f6ada6a1148e94d2baca0b7d81764252e051b177591e8517ce5ae6",
+                "list of 500 images, or captions about them",
+            ),
+        ],
+    ),
+    *_github(
+        "BillChan226/HALC",
+        "12ea8b5a3039d19bad3b58e648419d1b480a6714",
+        UNCHECKED,
+        [
+            (
+                "chair-lists",
+                "human.txt",
+                "eval/chair_metrics/data/human_scores/imageIDs.txt",
+                3407,
+                "cf1c4eec60f8bf99f75014aad95315361048852c38482b2a51a063034c3c1fed",
+                "list of 500 images, or captions about them",
             ),
         ],
     ),

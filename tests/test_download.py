@@ -88,16 +88,17 @@ def test_sources_are_the_recorded_ones():
     assert expected.items() <= pinned.items()
     # What else is pinned came later. Where authors state no licence nothing is shipped.
     later = {key: found[2] for key, found in pinned.items() if key not in expected}
-    assert {name for name, _ in later} == {"repope", "dash-b", "beaf", "opera-captions"}
-    assert all(licence == "none stated by its authors" for key, licence in later.items() if key[0] != "opera-captions")
+    assert {name for name, _ in later} == {"repope", "dash-b", "beaf", "opera-captions", "chair-lists"}
+    unclear = ("none stated by its authors", "not looked up; fetched, never shipped")
+    assert all(licence in unclear for key, licence in later.items() if key[0] != "opera-captions")
 
 
 def test_pinned_captions_are_the_recorded_ones():
     recorded = json.loads(shared_path("data/benchmarks/chair_sources.json").read_text()).values()
     known = {(entry["path"], entry["bytes"], entry["sha256"]) for entry in recorded}
-    captions = [source for source in SOURCES if source.dataset == "opera-captions"]
-    assert len(captions) == 8
-    assert {(s.url.partition("1d9/")[2], s.bytes, s.sha256) for s in captions} <= known
+    captions = [source for source in SOURCES if source.dataset in ("opera-captions", "chair-lists")]
+    assert len(captions) == 15
+    assert {(re.split(r"/[0-9a-f]{40}/", s.url)[1], s.bytes, s.sha256) for s in captions} <= known
 
 
 def test_corrected_labels_are_pinned_as_recorded():

@@ -1,0 +1,265 @@
+"""Who measured how: image list, prompt, template, length, decoding, parser, seeds of published evaluations, by name.
+
+A file of `configs/protocols/` is one protocol; its name is the file's. `lvlm-decode eval chair --protocol opera-64` asks
+exactly so. Image lists are known by a hash of their ids in order, because two lists of 500 images move CHAIR by several
+points; the files that hold them belong to others and are fetched (`lvlm-decode data get`), never shipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
+
+from . import evaluator
+from .answers import read_records, read_text
+from .base import Evaluator, Question
+from .chair import image_key
+from .plan import Decoding
+
+# The values a config may name where nobody knows how a row was measured.
+UNKNOWN = "unknown"
+STATUSES = ("shipped", "candidate", UNKNOWN)
+FOLDER = Path("configs") / "protocols"
+_REQUIRED = {"paper", "benchmark", "images", "images_status", "source"}
+_OPTIONAL = {"options", "ground_truth", "prompt", "templates", "suffix", "max_new_tokens", "decoding", "seeds"}
+_OPTIONAL |= {"checkpoints", "dtype", "splits", "notes"}
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """A public list of COCO val2014 images. file: data set and name of a pinned file that holds it. key: see `key_of`."""
+
+    name: str
+    number: int
+    key: str
+    file: tuple[str, str]
+
+    def ids(self) -> list[int]:
+        """The image ids in the list's order, from the fetched file.
+
+        Raises MissingFileError saying how to get it, FileFormatError where the file holds another list.
+        """
+        from .download import data_folder
+
+        dataset, name = self.file
+        path = data_folder() / dataset / name
+        packed = path.with_name(f"{path.name}.gz")
+        there = path if path.is_file() else packed if packed.is_file() else None
+        if there is None:
+            raise MissingFileError(f"image list {self.name} is not here; run lvlm-decode data get {dataset} ({path}).")
+        found = read_ids(there)
+        if key_of(found) != self.key:
+            raise FileFormatError(
+                f"{there} holds the list {key_of(found)} of {len(found)} images; {self.name} is {self.key} of {self.number}."
+            )
+        return found
+
+
+def key_of(ids: Sequence[int]) -> str:
+    """16 hex digits of the ids in order: the first of sha256 of the ids joined by commas."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def read_ids(path: Path) -> list[int]:
+    """Image ids of a list file, in order, each once: a number a line, or JSON with `image_id` or `image`."""
+    text = read_text(path)
+    if re.fullmatch(r"[\d\s]+", text):
+        return list(dict.fromkeys(int(line) for line in text.split()))
+    found = []
+    for where, record in read_records(path):
+        name = image_key(record.get("image_id", record.get("image")))
+        if not name.isdecimal():
+            raise FileFormatError(f"{where}: expected `image_id` or `image` of COCO, found {', '.join(record)}.")
+        found.append(int(name))
+    return list(dict.fromkeys(found))
+
+
+LISTS: dict[str, ImageList] = {
+    entry.name: entry
+    for entry in (
+        ImageList("opera-a", 500, "8e6d37b0baa8afa6", ("opera-captions", "llava-1.5/greedy.jsonl")),
+        ImageList("opera-b", 500, "8f166d1370fec88c", ("opera-captions", "instructblip/greedy.jsonl")),
+        ImageList("icd-mod", 500, "1846a1436949bc68", ("chair-lists", "mod.jsonl")),
+        ImageList("agla", 100, "7979931517b6d441", ("chair-lists", "agla.jsonl")),
+        ImageList("assesshal", 500, "0a5b1fbd1786d7d0", ("chair-lists", "assesshal.jsonl")),
+        ImageList("seed-927", 500, "77f15b7407431f3b", ("chair-lists", "middle-layers.jsonl")),
+        ImageList("pope-500", 500, "432c1d116f1fa419", ("chair-lists", "damro.jsonl")),
+        ImageList("marine", 500, "7c5e558db85b3fe7", ("chair-lists", "marine.json")),
+        ImageList("human", 500, "b8b83f301cde87ec", ("chair-lists", "human.txt")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way of measuring; the fields are the file's.
+
+    images: name of an `ImageList`, the question files', or "unknown". images_status: "shipped" (its authors released the
+    list), "candidate" (rebuilt, unconfirmed) or "unknown". templates: hub id -> whole prompt around {question}; other
+    models take their own. decoding: None where it is a row's own. ground_truth: CHAIR's, A or B.
+    """
+
+    name: str
+    paper: str
+    benchmark: str
+    images: str
+    images_status: str
+    source: str
+    options: Mapping[str, Any]
+    ground_truth: str | None
+    prompt: str | None
+    templates: Mapping[str, str]
+    suffix: str
+    max_new_tokens: int | None
+    decoding: Decoding | None
+    seeds: tuple[int, ...]
+    checkpoints: tuple[str, ...]
+    dtype: str | None
+    splits: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def evaluator_options(self) -> dict[str, Any]:
+        """Options of the evaluator: the parser or rule, and the prompt where a benchmark takes one."""
+        return dict(self.options) | ({"prompt": self.prompt} if self.prompt else {})
+
+    def on_scenes(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The same options for the emoji scenes, whose truth and words need no other parser."""
+        return {**options, "parser": "pattern"} if options.get("parser") == "wordnet-pos" else dict(options)
+
+    def questions(self, chosen: Evaluator) -> dict[str, list[Question]]:
+        """The questions about exactly the images of this protocol. Raises SettingsError where nobody knows them."""
+        if self.images not in LISTS:
+            raise SettingsError(
+                f"protocol {self.name} does not say which images it used ({' '.join(self.notes) or 'no list is released'}); "
+                "give --questions FILE and leave out --protocol."
+            )
+        prompt = chosen.options()["prompt"]
+        return {
+            "captions": [
+                Question(str(number), prompt, f"COCO_val2014_{number:0>12}.jpg") for number in LISTS[self.images].ids()
+            ]
+        }
+
+    @property
+    def list_key(self) -> str | None:
+        """What tells the list of images from others; None where it is none of `LISTS`."""
+        return LISTS[self.images].key if self.images in LISTS else None
+
+    @property
+    def unknown_images(self) -> bool:
+        return self.images_status == UNKNOWN
+
+
+def folder() -> Path:
+    """Where the protocols lie: `configs/protocols` of the folder one is in, else of this checkout."""
+    return FOLDER if FOLDER.is_dir() else Path(__file__).resolve().parents[1] / FOLDER
+
+
+def names() -> list[str]:
+    """The protocols there are."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def protocol(name: str) -> Protocol:
+    """A protocol by name, or by the path of a file of one's own. Raises UnknownNameError listing those there are."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise MissingFileError(f"{path} is not a file; the protocols are in configs/protocols/.")
+        return read_protocol(path)
+    if name not in names():
+        raise UnknownNameError.of("protocol", name, names())
+    return read_protocol(folder() / f"{name}.yaml")
+
+
+def read_protocol(path: Path) -> Protocol:
+    """A protocol from its file. Raises FileFormatError naming the file and the field that is missing or wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise FileFormatError(f"{path}: broken YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: expected a mapping of fields, found {type(raw).__name__}.")
+    for missing in sorted(_REQUIRED - raw.keys()):
+        raise FileFormatError(f"{path}: field {missing!r} is missing.")
+    for unknown in sorted(raw.keys() - _REQUIRED - _OPTIONAL):
+        known = ", ".join(sorted(_REQUIRED | _OPTIONAL))
+        raise FileFormatError(f"{path}: field {unknown!r} is unknown; known: {known}.")
+    if raw["images_status"] not in STATUSES:
+        raise FileFormatError(f"{path}: images_status is {raw['images_status']!r}; one of {', '.join(STATUSES)}.")
+    evaluator(raw["benchmark"], **(raw.get("options") or {}))
+    decoding = raw.get("decoding")
+    try:
+        decoding = None if decoding is None else Decoding(**decoding)
+    except TypeError as error:
+        raise FileFormatError(f"{path}: field 'decoding' is {decoding!r} ({error}).") from error
+    return Protocol(
+        name=path.stem,
+        paper=raw["paper"],
+        benchmark=raw["benchmark"],
+        images=raw["images"],
+        images_status=raw["images_status"],
+        source=raw["source"],
+        options=raw.get("options") or {},
+        ground_truth=raw.get("ground_truth"),
+        prompt=raw.get("prompt"),
+        templates=raw.get("templates") or {},
+        suffix=raw.get("suffix") or "",
+        max_new_tokens=raw.get("max_new_tokens"),
+        decoding=decoding,
+        seeds=tuple(raw.get("seeds") or ()),
+        checkpoints=tuple(raw.get("checkpoints") or ()),
+        dtype=raw.get("dtype"),
+        splits=tuple(raw.get("splits") or ()),
+        notes=tuple(raw.get("notes") or ()),
+    )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a protocol decides for one run. label: what the run's settings and tables call it."""
+
+    label: str
+    options: Mapping[str, Any]
+    max_new_tokens: int | None
+    suffix: str
+    template: str | None
+    decoding: Decoding | None
+    seeds: tuple[int, ...]
+
+
+def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: Mapping[str, Any]) -> Setup:
+    """What to run for a protocol, on its own images or on emoji scenes.
+
+    given: command-line name -> value, None where it was not given. A run with another prompt or length is not of that
+    protocol, so what the protocol decides cannot be given beside it: SettingsError. On the emoji scenes the small models
+    take their own prompt, and the label says that the images are others.
+    """
+    if found.benchmark != benchmark:
+        raise SettingsError(f"protocol {found.name} is of {found.benchmark}, not of {benchmark}.")
+    decided: dict[str, Any] = {name: True for name in found.evaluator_options}
+    decided |= {"--max-new-tokens": found.max_new_tokens, "--seed": found.seeds or None}
+    decided |= {"--suffix": True, "--template": True, "--questions": True}
+    decided |= dict.fromkeys(("--do-sample", "--temperature", "--top-p", "--top-k", "--num-beams"), found.decoding)
+    for name, value in given.items():
+        if value is not None and decided.get(name) is not None:
+            raise SettingsError(f"protocol {found.name} decides {name}; leave it out, or leave out --protocol.")
+    options = found.evaluator_options
+    return Setup(
+        label=f"{found.name} on emoji scenes" if on_scenes else found.name,
+        options=found.on_scenes(options) if on_scenes else options,
+        max_new_tokens=found.max_new_tokens,
+        suffix="" if on_scenes else found.suffix,
+        template=None if on_scenes else found.templates.get(model),
+        decoding=found.decoding,
+        seeds=found.seeds,
+    )
