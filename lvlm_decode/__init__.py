@@ -14,10 +14,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "attach": ".engine.attach",
-    "detach": ".engine.attach",
-    "attached": ".engine.attach",
-    "last_run": ".engine.attach",
+    "attach": ".attachment",
+    "detach": ".attachment",
+    "attached": ".attachment",
+    "last_run": ".attachment",
     "Method": ".method",
     "Contrast": ".method",
     "View": ".method",
@@ -25,6 +25,7 @@ _NAMES = {
     "METHODS": ".methods",
     "parse": ".methods",
     "FAMILIES": ".families",
+    "Family": ".families.base",
     "LvlmDecodeError": ".errors",
 }
 

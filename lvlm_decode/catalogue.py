@@ -11,7 +11,7 @@ import textwrap
 import tokenize
 from typing import Any
 
-from .engine.attach import MODES
+from .engine.modes import MODES
 from .method import Method
 from .methods import METHODS, load
 

@@ -22,7 +22,7 @@ from lvlm_decode_evals.plan import CONTROLS, Decoding, Result
 from lvlm_decode_evals.runner import Options, Run, load, prompt_of
 from lvlm_decode_evals.tables import Value, gather, matched, rate_values
 
-from .engine.attach import attach, detach
+from .attachment import attach, detach
 from .errors import InputError
 from .methods import parse
 

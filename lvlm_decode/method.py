@@ -13,6 +13,8 @@ the sample itself. Methods are frozen dataclasses without state; everything that
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,10 +23,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .engine import hf
 from .errors import ParameterError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
-    from .engine.prepare import Sample
+    from .engine.run import Run
+    from .engine.samples import Sample
+    from .families.base import Family
 
 #: How far below the best token, in nats, those come that a mask removes; ``exp(-BELOW)`` is 0, also at high temperatures.
 BELOW = 1e4
@@ -152,14 +157,15 @@ class Method:
         """The hidden layers this method reads from ``model``."""
         return Probes()
 
-    def patch(self, run: Any) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager:
         """A change of the model for the length of one call, for instance of the attention of view 0's rows.
 
-        ``run`` is the :class:`lvlm_decode.engine.attach.Run`. The change must be undone on exit.
+        The change must be undone on exit, and must not touch other calls of the model: edits of attention go through
+        ``run.editing``, hooks through :mod:`lvlm_decode.engine.hooks`.
         """
         return nullcontext()
 
-    def observe(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
+    def observe(self, family: Family) -> AbstractContextManager[Any]:
         """Watches the vision encoder while it encodes the samples; what it yields reaches ``Sample.observed_by(name)``."""
         return nullcontext()
 
@@ -169,10 +175,7 @@ class Method:
 
     @property
     def plausible(self) -> float | None:
-        """beta of the plausibility mask if that is relative to view 0 as it is, or ``None``.
-
-        Where this mask leaves one token, ``execution="skip"`` decides the step by view 0 alone.
-        """
+        """beta of the plausibility mask if that is relative to view 0 as it is, or ``None``."""
         return None
 
     def keep(self, step: Step) -> Tensor | None:
@@ -201,9 +204,7 @@ class Method:
             inputs: what ``generate()`` is called with.
             options: ``seed``, ``sample_ids`` and ``processor``, as in :func:`lvlm_decode.attach`.
         """
-        from .engine.processor import ViewsProcessor
-
-        return ViewsProcessor(self, model, dict(inputs), **options)
+        return _entry().ViewsProcessor(self, model, dict(inputs), **options)
 
     def __call__(
         self,
@@ -213,44 +214,18 @@ class Method:
         stopping_criteria: Any = None,
         generation_config: Any = None,
         *,
-        pixel_values: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        batch_num_images: Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        vision_aspect_ratio: str | None = None,
         seed: int | None = None,
         **model_kwargs: Any,
     ) -> Any:
-        """What ``generate(custom_generate=method)`` calls; not for calling by hand.
+        """What ``generate(custom_generate=method)`` calls; not for calling by hand."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        return _entry().custom_generate(self, model, hf.given(*given, model_kwargs), seed)
 
-        ``generate()`` hands a callable only the inputs its signature names, hence the pixel-side ones here.
-        """
-        from .engine.custom import custom_generate
-
-        vision = {
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "image_grid_thw": image_grid_thw,
-            "pixel_attention_mask": pixel_attention_mask,
-            "batch_num_images": batch_num_images,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "vision_aspect_ratio": vision_aspect_ratio,
-        }
-        return custom_generate(
-            self,
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            vision=vision,
-            seed=seed,
-            model_kwargs=model_kwargs,
-        )
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # generate() hands a callable only the inputs that its signature names, and those of the encoder have a name each in
+        # every family.
+        return _entry().signature()
 
     def __add__(self, other: Method) -> Method:
         if not isinstance(other, Method):
@@ -266,6 +241,11 @@ class Method:
     def check_beta(self) -> None:
         beta = getattr(self, "beta")  # noqa: B009  (not every method has one)
         self.check(beta is None or 0 < beta <= 1, "beta", "in (0, 1], or None for no plausibility mask")
+
+
+def _entry() -> Any:
+    """The engine's entries. It stands above this module, so it is looked up when a method is first used."""
+    return importlib.import_module(".engine.entry", __package__)
 
 
 @dataclass(frozen=True)
@@ -336,7 +316,7 @@ class Sum(Method):
         return [method.views(sample, rng_of(method.name)) for method in self.methods]
 
     @contextmanager
-    def patch(self, run: Any) -> Iterator[None]:
+    def patch(self, run: Run) -> Iterator[None]:
         with ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.patch(run))

@@ -11,8 +11,8 @@ from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 from zoo import LAYERS, tiny
 
 from lvlm_decode import attach, detach
+from lvlm_decode.attachment import last_run
 from lvlm_decode.engine import attention
-from lvlm_decode.engine.attach import last_run
 from lvlm_decode.methods import load
 
 B, NEW = 2, 4

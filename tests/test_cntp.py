@@ -7,9 +7,9 @@ import torch
 from transformers import StoppingCriteria
 from zoo import BUILDERS, EOS, tiny
 
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.cntp import CNTP, EndsTrial
 from lvlm_decode.engine import sampling
-from lvlm_decode.engine.attach import attach, detach, last_run
 from lvlm_decode.errors import ParameterError, UnsupportedError
 
 #: Letters of the tiny tokenizers that end a trial, frequent enough for short answers.
@@ -119,8 +119,8 @@ def test_a_batch_equals_the_literal_samples(how):
     for row, name in enumerate("abc"):
         expected, counts = literal(inputs, row, name, method, 5, 24, **how)
         assert out[row, width : width + len(expected)].tolist() == expected
-        assert run.trials[row] == counts
-    assert all(counts and min(counts) > 1 for counts in run.trials)
+        assert run.trace.trials[row] == counts
+    assert all(counts and min(counts) > 1 for counts in run.trace.trials)
 
 
 def test_certain_models_are_decoded_greedily_and_plainly():
@@ -129,7 +129,7 @@ def test_certain_models_are_decoded_greedily_and_plainly():
     expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     out, run = generate(CNTP(min_entropy=90.0, max_entropy=91.0), inputs, model=model)
     assert torch.equal(out, expected)
-    assert run.trials == [[], []] and run.forwards == expected.shape[1] - inputs["input_ids"].shape[1]
+    assert run.trace.trials == [[], []] and run.trace.forwards == expected.shape[1] - inputs["input_ids"].shape[1]
 
 
 def test_the_seed_decides_and_torch_does_without_one():
@@ -156,7 +156,7 @@ def test_no_draw_uses_the_noise_of_another(monkeypatch):
     _, run = generate(CNTP(punctuation=MARKS, max_segment=6), tiny("llava").inputs(["is it"]))
     # Trials that ran further than the one that was kept drew for positions that the next ones draw for again.
     positions = [position for _, _, position, _ in keys]
-    assert len(run.trials[0]) > 2 and len(set(positions)) < len(positions)
+    assert len(run.trace.trials[0]) > 2 and len(set(positions)) < len(positions)
     assert len(set(keys)) == len(keys)
 
 
@@ -164,9 +164,9 @@ def test_trials_share_a_forward():
     inputs = tiny("llava").inputs(["is it"])
     out, run = generate(CNTP(punctuation=MARKS, max_segment=5), inputs)
     tokens = out.shape[1] - inputs["input_ids"].shape[1]
-    assert sum(run.trials[0]) > 10
+    assert sum(run.trace.trials[0]) > 10
     # Every step of every trial runs with its siblings: at most the longest trial's steps per segment.
-    assert run.forwards <= 1 + 5 * len(run.trials[0]) + tokens
+    assert run.trace.forwards <= 1 + 5 * len(run.trace.trials[0]) + tokens
 
 
 @pytest.mark.parametrize("family", BUILDERS)

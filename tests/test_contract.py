@@ -12,8 +12,10 @@ import torch
 from zoo import tiny
 
 from lvlm_decode import attach, detach
-from lvlm_decode.engine.attach import NEEDS, Run, last_run
-from lvlm_decode.engine.hf import attention_of
+from lvlm_decode.attachment import last_run
+from lvlm_decode.engine.hf.decoder import attention_of
+from lvlm_decode.engine.modes import NEEDS
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
 from lvlm_decode.method import BELOW
@@ -75,15 +77,6 @@ def batch(family: str):
     zoo = tiny(family)
     counts = [zoo.max_images, 0 if zoo.text_only else 1, 1]
     return [zoo.row(text, n, seed=i) for i, (text, n) in enumerate(zip(("is it a dog?", "ab", "no"), counts))]
-
-
-@functools.cache
-def sharp(family: str) -> torch.nn.Module:
-    """The family's tiny model with a sharper head, so that the mask often leaves one token."""
-    model = copy.deepcopy(tiny(family).model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(5.0)
-    return model
 
 
 def decode(family, method, rows=None, execution="stacked", model=None, **kwargs):
@@ -262,23 +255,6 @@ def test_other_modes_give_the_same_tokens(name, mode):
     else:
         got, *_ = decode(family, method, num_beams=3, num_return_sequences=2)
         assert torch.equal(got[::2], decode(family, method, num_beams=3)[0])
-
-
-@pytest.mark.parametrize("name,parameters", [*((name, None) for name in NAMES), ("lqcd", {"form": "neutral"})])
-def test_skipping_certain_steps_changes_no_token(name, parameters):
-    """On a model that is often certain; a method whose mask is not one of view 0 alone refuses."""
-    family = family_for(name)
-    method = method_of(name, family, parameters)
-    long = dict(rows=[0], model=sharp(family), max_new_tokens=12, min_new_tokens=12)
-    tokens, _, run = decode(family, method, **long)
-    views = len(run.samples)
-    if name in ("cad", "code", "scmoe") or parameters is not None:
-        with pytest.raises(UnsupportedError, match=f"{name} has no plausibility mask on view 0 .* needs all views"):
-            decode(family, method, execution="skip", **long)
-        return
-    got, _, run = decode(family, method, execution="skip", **long)
-    assert torch.equal(got, tokens)
-    assert (run.lanes.skipped > 0) == (views > 1), "a method without views has none to skip"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -78,7 +78,7 @@ def test_another_cache_is_refused(name):
     filled = DynamicCache()
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(UnsupportedError, match="holds tokens"):
-        method_class(name)(**QUICK[name]).check_cache(filled)
+        model.generate(**built.inputs(["is it"]), max_new_tokens=4, do_sample=False, **hf.with_cache(filled))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,7 +133,7 @@ def test_command_line(name, loaded):
 def test_length_counts_the_prompt_with_one_token_per_image():
     built = tiny("llava")
     inputs = built.inputs(["is it", "what then"], 2)
-    run = lvlm_decode.engine.attach.Run(built.model, OPERA(), inputs)
+    run = lvlm_decode.engine.run.Run(built.model, OPERA(), inputs)
     text = [
         int((row[mask.bool()] != built.model.config.image_token_id).sum())
         for row, mask in zip(*map(inputs.get, ("input_ids", "attention_mask")))
@@ -141,5 +141,5 @@ def test_length_counts_the_prompt_with_one_token_per_image():
     assert [OPERA()._prompt_length(run, s.input_ids) for s in run.batch.samples] == [n + 2 for n in text]
     assert OPERA(prompt_length=7)._prompt_length(run, run.batch.samples[0].input_ids) == 7
     blip = tiny("instructblip")
-    run = lvlm_decode.engine.attach.Run(blip.model, OPERA(), blip.inputs())
+    run = lvlm_decode.engine.run.Run(blip.model, OPERA(), blip.inputs())
     assert OPERA()._prompt_length(run, run.batch.samples[0].input_ids) == 1

@@ -10,7 +10,8 @@ from transformers import LlavaForConditionalGeneration
 from zoo import tiny
 
 from lvlm_decode import attach, detach
-from lvlm_decode.engine.attach import Run, last_run
+from lvlm_decode.attachment import last_run
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods.damro import DAMRO, cls_row
 
@@ -47,7 +48,7 @@ def test_recorded_cases_token_for_token(sampled):
             eos_token_id=case["eos_token_id"],
         )
         assert out[0, ids.shape[1] :].tolist() == case["new_tokens"], case["model"]
-        views = last_run(model).captured()
+        views = last_run(model).prepared
         images = int((ids == model.config.image_token_id).sum())
         assert views[1].input_ids.shape[1] == ids.shape[1] - images + case["parameters"]["k"]
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import threading
 
 import pytest
@@ -12,10 +13,10 @@ from zoo import EOS, PAD, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine import hf
-from lvlm_decode.engine.attach import Run
+from lvlm_decode.engine.run import Run
 from lvlm_decode.engine.sampling import KeyedDraw, gumbel
-from lvlm_decode.errors import DependencyError, InputError, UnsupportedError
-from lvlm_decode.methods import METHODS as REGISTRY
+from lvlm_decode.errors import InputError, UnsupportedError
+from lvlm_decode.methods import parse
 
 METHODS = {
     "plain": ld.Plain(),
@@ -46,13 +47,13 @@ def batch(zoo):
     return zoo.inputs(("is it", "is it a dog or a cat", "no"), seed=3)
 
 
-def generate(model, inputs, method=None, execution="stacked", torch_seed=0, **kwargs):
+def generate(model, inputs, method=None, execution="stacked", torch_seed=0, processor=None, **kwargs):
     """Tokens of one call; ``method=None`` is the model untouched."""
     kwargs = {"do_sample": False, "max_new_tokens": NEW, **kwargs}
     torch.manual_seed(torch_seed)
     if method is None:
         return model.generate(**inputs, **kwargs)
-    ld.attach(model, method, execution=execution)
+    ld.attach(model, method, execution=execution, processor=processor)
     try:
         return model.generate(**inputs, **kwargs)
     finally:
@@ -91,8 +92,6 @@ def test_entries_and_executions_agree(zoo, batch, mode, name):
     stacked = generate(zoo.model, batch, method, **settings)
     assert torch.equal(stacked, generate(zoo.model, batch, method, "sequential", **settings))
     assert torch.equal(stacked, generate(zoo.model, batch, custom_generate=method, **settings))
-    if method.plausible is not None:
-        assert torch.equal(stacked, generate(zoo.model, batch, method, "skip", **settings))
     if mode != "processors":
         # A repetition penalty acts before the contrast in this form; see the module's docstring.
         form = method.processor(zoo.model, batch)
@@ -263,35 +262,6 @@ def test_pipeline(tmp_path):
     assert ask() == base
 
 
-@pytest.fixture(scope="module")
-def certain(zoo):
-    """The tiny model with a sharper head: often the mask leaves one token."""
-    model = copy.deepcopy(zoo.model)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(4.0)
-    return model
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"num_beams": 3}, {"do_sample": True, "seed": 3}, {"prompt_lookup_num_tokens": 3}],
-    ids=["greedy", "beams", "seeded", "lookup"],
-)
-@pytest.mark.parametrize("name", ["vcd", "ritual", "vcd+ritual"])
-def test_skipping_certain_steps_changes_no_token(zoo, certain, name, settings):
-    inputs = zoo.inputs(("abcabcabc",), seed=4) if "prompt_lookup_num_tokens" in settings else zoo.inputs(seed=3)
-    settings = {"max_new_tokens": 20, "do_sample": False, **settings}
-    base = generate(certain, inputs, METHODS[name], **settings)
-    ld.attach(certain, METHODS[name], execution="skip")
-    try:
-        assert torch.equal(base, certain.generate(**inputs, **settings))
-        lanes = ld.last_run(certain).lanes
-        assert lanes.skipped > 0
-        assert lanes.lanes[1].forwards < lanes.lanes[0].forwards
-    finally:
-        ld.detach(certain)
-
-
 # --- the model is left as it was -------------------------------------------------------------------------------------
 
 
@@ -364,24 +334,150 @@ def test_attaching_twice_is_refused_and_detaching_twice_is_not(zoo):
     assert ld.attached(zoo.model) is None
 
 
-def test_a_second_thread_is_refused(zoo, batch):
-    """forward is the instance's own for the length of a call, so two calls would mix their views."""
-    seen = []
+class Asks(LogitsProcessor):
+    """A processor that asks the model something at every step and changes nothing."""
 
-    class Nested(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            if not seen:
-                with pytest.raises(UnsupportedError, match="already running"):
-                    zoo.model.generate(**batch, max_new_tokens=2)
-                seen.append(True)
-            return scores
+    def __init__(self, ask):
+        self.ask, self.said = ask, []
 
-    ld.attach(zoo.model, "vcd")
-    try:
-        zoo.model.generate(**batch, max_new_tokens=2, do_sample=False, logits_processor=[Nested()])
-    finally:
-        ld.detach(zoo.model)
-    assert seen
+    def __call__(self, input_ids, scores):
+        self.said.append(self.ask(input_ids))
+        return scores
+
+
+NESTED = {
+    "forward": lambda zoo, batch: lambda ids: zoo.model(input_ids=ids[:, -3:]).logits,
+    "plain": lambda zoo, batch: (
+        lambda ids: type(zoo.model).generate(zoo.model, **batch, max_new_tokens=2, do_sample=False)
+    ),
+    "vcd": lambda zoo, batch: (
+        lambda ids: type(zoo.model).generate(
+            zoo.model, **batch, max_new_tokens=2, do_sample=False, custom_generate=ld.VCD(alpha=3.0), seed=0
+        )
+    ),
+    "pai": lambda zoo, batch: (
+        lambda ids: type(zoo.model).generate(
+            zoo.model, **batch, max_new_tokens=2, do_sample=False, custom_generate=ld.PAI(alpha=2.0)
+        )
+    ),
+}
+OUTER = ["vcd", "icd", "pai", "sid", "avisc", "dola", "damro", "cntp", "opera", "vdgd"]
+
+
+@pytest.mark.parametrize("entry", ["attach", "custom_generate"])
+@pytest.mark.parametrize("nested", NESTED)
+@pytest.mark.parametrize("name", OUTER)
+def test_calls_of_the_same_model_nest(zoo, batch, name, nested, entry):
+    """A processor that calls the model gets what it gets alone, and the answer around it is what it is without."""
+    ask = NESTED[nested](zoo, batch)
+    ids = batch["input_ids"]
+    alone, want = ask(ids), generate(zoo.model, batch, parse(name), seed=0, processor=zoo.processor)
+    asking = Asks(ask)
+    if entry == "attach":
+        got = generate(zoo.model, batch, parse(name), seed=0, processor=zoo.processor, logits_processor=[asking])
+    elif name in ("icd", "vdgd", "cntp"):
+        pytest.skip(
+            "it tokenizes text, and custom_generate= has no processor of a model that was not loaded from a path"
+        )
+    else:
+        got = generate(zoo.model, batch, custom_generate=parse(name), seed=0, logits_processor=[asking])
+    assert torch.equal(got, want)
+    if nested == "forward":
+        assert (
+            torch.equal(asking.said[0], zoo.model(input_ids=ids[: len(asking.said[0]), -3:]).logits)
+            or len(asking.said[0]) != 3
+        )
+    else:
+        assert all(torch.equal(said, alone) for said in asking.said)
+
+
+@pytest.mark.parametrize("name", ["plain", "vcd", "pai", "dola"])
+def test_guidance_scale_gives_what_it_gives_the_bare_model(zoo, batch, name):
+    """Classifier-free guidance calls the model from a processor; a method of strength 0 changes nothing beside it."""
+    off = {"plain": ld.Plain(), "vcd": ld.VCD(alpha=0, beta=None), "pai": ld.PAI(alpha=0, gamma=None), "dola": None}[
+        name
+    ]
+    bare = generate(zoo.model, batch, guidance_scale=1.5)
+    assert not torch.equal(bare, generate(zoo.model, batch))
+    if off is None:
+        assert torch.equal(*(generate(zoo.model, batch, parse(name), guidance_scale=1.5) for _ in range(2)))
+        return
+    assert torch.equal(bare, generate(zoo.model, batch, off, guidance_scale=1.5))
+    assert torch.equal(bare, generate(zoo.model, batch, custom_generate=off, guidance_scale=1.5))
+
+
+THREADS = ["plain", "vcd", "pai", "sid", "dcd", "lol", "damro", "dola", "opera"]
+
+
+def test_calls_in_several_threads_give_what_each_gives_alone(zoo, batch):
+    """Methods that edit attention, layers, projectors and adapters among them, and plain calls between them."""
+    projector = {k: v + 0.3 for k, v in zoo.model.model.multi_modal_projector.state_dict().items()}
+    methods = [ld.DCD(negative=projector) if n == "dcd" else None if n == "lol" else parse(n) for n in THREADS]
+    methods = [method for method in methods if method is not None]
+    pictures = [{**batch, "pixel_values": batch["pixel_values"].roll(n, 0)} for n in range(len(methods))]
+    how = dict(max_new_tokens=6, do_sample=False)
+
+    def mitigated(n):
+        return zoo.model.generate(**pictures[n], custom_generate=methods[n], seed=0, **how).tolist()
+
+    def plain(n):
+        return zoo.model.generate(**pictures[n], **how).tolist()
+
+    want = [(mitigated(n), plain(n)) for n in range(len(methods))]
+    assert len({str(answers) for answers, _ in want}) > len(want) // 2, "the methods can be told apart"
+    before, wrong = state(zoo.model), []
+
+    def work(n):
+        for _ in range(4):
+            for ask, expected in zip((mitigated, plain), want[n]):
+                try:
+                    wrong.extend([] if ask(n) == expected else [f"{methods[n].name}: other tokens"])
+                except Exception as error:
+                    wrong.append(f"{methods[n].name}: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(methods))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:3]
+    assert state(zoo.model) == before
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_an_attached_model_is_copied_and_saved_with_its_method(zoo, batch, how, tmp_path):
+    """The copy decodes with the method by itself: what happens to the first model afterwards does not reach it."""
+    want = generate(zoo.model, batch, ld.VCD(alpha=2.0), seed=0)
+    # A new one: transformers leaves hooks that cannot be pickled on a model whose vision tower ran.
+    model = tiny.__wrapped__("llava").model
+    ld.attach(model, ld.VCD(alpha=2.0))
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+    ld.detach(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    assert ld.attached(model) is None and ld.attached(other) == ld.VCD(alpha=2.0)
+    assert torch.equal(other.generate(**batch, max_new_tokens=NEW, do_sample=False, seed=0), want)
+    ld.detach(other)
+    assert torch.equal(other.generate(**batch, max_new_tokens=NEW, do_sample=False), generate(zoo.model, batch))
+
+
+def test_attached_blocks_nest(zoo, batch):
+    plain, vcd = generate(zoo.model, batch), generate(zoo.model, batch, ld.VCD(), seed=0)
+    mask = generate(zoo.model, batch, ld.RITUAL(), seed=0)
+    how = dict(max_new_tokens=NEW, do_sample=False)
+    with ld.attached(zoo.model, "vcd"):
+        assert torch.equal(zoo.model.generate(**batch, seed=0, **how), vcd)
+        with pytest.raises(KeyError), ld.attached(zoo.model, "ritual"):
+            assert torch.equal(zoo.model.generate(**batch, seed=0, **how), mask)
+            raise KeyError
+        assert torch.equal(zoo.model.generate(**batch, seed=0, **how), vcd)
+    assert ld.attached(zoo.model) is None and torch.equal(zoo.model.generate(**batch, **how), plain)
 
 
 # --- randomness ------------------------------------------------------------------------------------------------------
@@ -408,7 +504,7 @@ BANS = {
 }
 
 
-@pytest.mark.parametrize("execution", ["stacked", "sequential", "skip"])
+@pytest.mark.parametrize("execution", ["stacked", "sequential"])
 @pytest.mark.parametrize("bans", BANS)
 def test_where_processors_ban_what_the_mask_left_the_samples_own_order_decides(zoo, batch, bans, execution):
     """beta = 1 leaves the arg max alone, so contrast decides nothing: greedy decoding is the plain model's, bans included."""
@@ -500,9 +596,9 @@ def test_settings_that_cannot_be_honoured(zoo, batch):
 def test_unknown_family_and_execution(zoo):
     with pytest.raises(UnsupportedError, match="'llama' is not supported"):
         ld.attach(zoo.model.model.language_model, "vcd")
-    ld.attach(zoo.model, ld.VCD(beta=None), execution="skip")
+    ld.attach(zoo.model, "vcd", execution="skip")
     try:
-        with pytest.raises(UnsupportedError, match="no plausibility mask"):
+        with pytest.raises(UnsupportedError, match="execution = 'skip' is not known; it is one of stacked, sequential"):
             zoo.model.generate(**zoo.inputs(), max_new_tokens=2)
     finally:
         ld.detach(zoo.model)
@@ -516,46 +612,7 @@ def test_features_instead_of_pixels(zoo, batch):
     refuses(zoo, given, "edits pixels")
 
 
-def test_private_names_are_where_we_expect_them():
-    assert hf.self_check() == []
-
-
-def test_private_names_sit_in_one_file():
-    import re
-    from pathlib import Path
-
-    package = Path(ld.__file__).parent
-    private = re.compile(
-        r"GenerationMixin\b|\._(sample|beam_search|assisted_decoding|prefill|get_candidate_generator)\("
-    )
-    found = [p.name for p in package.rglob("*.py") if p.name != "hf.py" and private.search(p.read_text())]
-    assert found == []
-
-
-def test_old_libraries_are_refused():
-    with pytest.raises(DependencyError, match=r"transformers 5\.2\.0 is installed.*pip install"):
-        hf.require(transformers_version="5.2.0")
-    with pytest.raises(DependencyError, match=r"transformers 6\.0\.0 is installed"):
-        hf.require(transformers_version="6.0.0")
-    with pytest.raises(DependencyError, match=r"torch 2\.1\.0.* is installed"):
-        hf.require(torch_version="2.1.0+cu121")
-    hf.require(transformers_version="5.99.0", torch_version="2.11.0+cu130")
-
-
 # --- what the command line's benchmark and other callers lean on -----------------------------------------------------
-
-
-def test_the_skip_benchmark_knows_which_methods_can_skip():
-    import importlib.util
-
-    from conftest import ROOT
-
-    spec = importlib.util.spec_from_file_location("benchmark_skip", ROOT / "benchmarks" / "skip" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = module.skippable(list(REGISTRY))
-    assert {"vcd", "ritual", "m3id", "lqcd"} <= set(found)
-    assert not {"plain", "mask", "cad", "code", "scmoe", "dcd", "opera"} & set(found)
 
 
 @pytest.mark.parametrize("owner", ["model", "language_model"])

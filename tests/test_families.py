@@ -8,8 +8,8 @@ import torch
 from zoo import BUILDERS, GRIDS, IMAGE, VISION, VISION_END, VISION_START, tiny
 
 from lvlm_decode import attach, detach
-from lvlm_decode.engine.attach import Run
-from lvlm_decode.engine.prepare import Batch
+from lvlm_decode.engine.batch import Batch
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
 from lvlm_decode.method import BELOW
@@ -257,11 +257,12 @@ def test_instructblip_refuses_an_encoder_decoder():
 # Three entries, one engine.
 
 
-def test_custom_generate_names_every_input_of_the_encoders():
-    named = set(inspect.signature(VCD.__call__).parameters)
-    for family in ALL:
-        if family != "instructblip":  # its loop runs in the language model, which gets none of them
-            assert set(family_of(tiny(family).model).vision_keys) <= named, family
+@pytest.mark.parametrize("family", ALL)
+def test_every_input_of_the_encoder_is_named_by_its_family_and_by_methods(family):
+    """generate() hands a callable, unexpanded, only the inputs that its signature names."""
+    adapter = family_of(tiny(family).model)
+    assert set(adapter.vision_keys) <= set(adapter.encoder_inputs)
+    assert set(adapter.encoder_inputs) <= set(inspect.signature(VCD()).parameters)
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -8,10 +8,10 @@ import torch
 from transformers import StoppingCriteria
 from zoo import BUILDERS, EOS, tiny
 
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers import mvp
 from lvlm_decode.controllers.mvp import MVP, _decide, _Path
 from lvlm_decode.engine import sampling
-from lvlm_decode.engine.attach import attach, detach, last_run
 from lvlm_decode.errors import ParameterError, UnsupportedError
 
 #: Single letters stand as words often enough in what a random model says.
@@ -159,14 +159,14 @@ def literal(inputs, question, method, seed, row_id, image_id):
 
 
 def test_equals_the_literal_pass(monkeypatch):
-    monkeypatch.setattr("lvlm_decode.engine.prepare.Sample.image_key", "picture")
+    monkeypatch.setattr("lvlm_decode.engine.samples.Sample.image_key", "picture")
     method = MVP(**QUICK, paths=12)
     inputs = tiny("llava").inputs(["what is it"])
     out, run = generate(method, inputs, sample_ids=["s"])
     with torch.no_grad():
         captions, certainty = literal(inputs, "wwhat is it", method, 5, "s", "picture")
-    assert run.captions == [captions]
-    assert run.certainties[0] == pytest.approx(certainty, abs=1e-5) and max(certainty.values()) > 0
+    assert run.trace.captions == [captions]
+    assert run.trace.certainties[0] == pytest.approx(certainty, abs=1e-5) and max(certainty.values()) > 0
     said = tiny("llava").tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert said.lower().endswith(max(certainty, key=certainty.get))
 
@@ -180,8 +180,8 @@ def test_a_batch_gives_each_sample_what_it_gets_alone():
         alone, own = generate(method, single, sample_ids=[name])
         answer = alone[0, single["input_ids"].shape[1] :].tolist()
         assert out[row, inputs["input_ids"].shape[1] :].tolist()[: len(answer)] == answer
-        assert own.captions == run.captions[row : row + 1]
-        assert run.certainties[row] == pytest.approx(own.certainties[0], abs=1e-5)
+        assert own.trace.captions == run.trace.captions[row : row + 1]
+        assert run.trace.certainties[row] == pytest.approx(own.trace.certainties[0], abs=1e-5)
 
 
 @pytest.fixture()
@@ -204,18 +204,18 @@ def test_questions_about_one_image_share_its_captions(drawn):
     first = tiny("llava").inputs(["is it", "what"])
     first["pixel_values"][1] = first["pixel_values"][0]
     _, run = generate(method, first, model=model, keep=True)
-    assert run.captions[0] == run.captions[1] and drawn == [3]
+    assert run.trace.captions[0] == run.trace.captions[1] and drawn == [3]
     again = tiny("llava").inputs(["where"])
     again["pixel_values"][0] = first["pixel_values"][0]
     _, later = generate(method, again, model=model, keep=True)
-    assert later.captions[0] == run.captions[0] and drawn == [3]
-    assert later.forwards <= 1 + method.path_tokens
+    assert later.trace.captions[0] == run.trace.captions[0] and drawn == [3]
+    assert later.trace.forwards <= 1 + method.path_tokens
     other = tiny("llava").inputs(["where"], seed=9)
     _, fresh = generate(method, other, model=model, keep=True)
-    assert fresh.captions[0] != run.captions[0] and fresh.forwards > later.forwards
+    assert fresh.trace.captions[0] != run.trace.captions[0] and fresh.trace.forwards > later.trace.forwards
     detach(model)
     _, after = generate(method, again, model=model)
-    assert after.captions == later.captions and after.forwards > later.forwards
+    assert after.trace.captions == later.trace.captions and after.trace.forwards > later.trace.forwards
 
 
 def test_captions_are_shared_between_calls_without_a_seed_too(drawn):
@@ -223,7 +223,7 @@ def test_captions_are_shared_between_calls_without_a_seed_too(drawn):
     captions = []
     for seed in (None, None, 3, 4, 3):
         _, run = generate(MVP(**QUICK), inputs, model=model, keep=True, seed=seed)
-        captions.append(run.captions)
+        captions.append(run.trace.captions)
     assert drawn == [3, 3, 3]
     assert captions[0] == captions[1] and captions[2] == captions[4] != captions[3]
 
@@ -236,13 +236,13 @@ def test_every_family(family):
     out, run = generate(MVP(**QUICK), inputs, family)
     width = inputs["input_ids"].shape[1]
     assert torch.equal(out[:, :width], inputs["input_ids"]) and out.shape[1] > width
-    assert len(run.captions[0]) == 3
+    assert len(run.trace.captions[0]) == 3
 
 
 def test_forms_differ_in_direct_answers_alone():
     inputs = tiny("llava").inputs(["is it"])
     direct = {
-        form: generate(MVP(**QUICK, form=form, paths=150), inputs)[1].certainties[0] for form in ("code", "paper")
+        form: generate(MVP(**QUICK, form=form, paths=150), inputs)[1].trace.certainties[0] for form in ("code", "paper")
     }
     assert all(direct["paper"][answer] <= direct["code"][answer] + 1e-6 for answer in LETTERS)
     assert sum(direct["paper"].values()) < sum(direct["code"].values())
@@ -260,7 +260,7 @@ def test_limits_criteria_and_output_object():
 
     _, run = generate(MVP(**QUICK), inputs, stopping_criteria=[Now()])
     _, free = generate(MVP(**QUICK), inputs)
-    assert run.forwards < free.forwards
+    assert run.trace.forwards < free.trace.forwards
 
 
 def test_what_it_cannot_do_is_said():

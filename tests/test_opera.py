@@ -10,15 +10,15 @@ from conftest import shared_path
 from opera_restatement import restate
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingCriteria, TextStreamer
-from zoo import BUILDERS, EOS, TEXT, react, tiny
+from zoo import BUILDERS, EOS, LAYERS, TEXT, react, tiny
 
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.base import Limits
 from lvlm_decode.controllers.opera import OPERA, Model, Recorder, Search, search_all, spans
 from lvlm_decode.controllers.rows import Rows
 from lvlm_decode.engine import attention
-from lvlm_decode.engine.attach import attach, detach, last_run
-from lvlm_decode.engine.attention import editing
-from lvlm_decode.engine.prepare import Batch
+from lvlm_decode.engine.attention import routed
+from lvlm_decode.engine.batch import Batch
 from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
 
@@ -41,7 +41,7 @@ def test_equals_the_authors_function(number):
         do_sample=False,
     )
     assert out[0, ids.shape[1] :].tolist() == case["new_tokens"]
-    assert last_run(model).rollbacks == [case["rollbacks"]]
+    assert last_run(model).trace.rollbacks == [case["rollbacks"]]
 
 
 # --- scripted stubs against the literal re-statement ------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_a_model_equals_the_restatement_on_uncached_eager_forwards(family, form,
     method = OPERA(**search, form=form, window_size=16, prompt_length=1)
     out = generate(model, method, inputs, max_new_tokens=24)
     assert out[0, width:].tolist() == expected
-    assert model.run.rollbacks == [len(log)] and log
+    assert model.run.trace.rollbacks == [len(log)] and log
 
 
 @pytest.mark.parametrize("form", ["code", "paper"])
@@ -359,12 +359,12 @@ def test_a_batch_gives_each_sample_what_it_gets_alone(llava, form):
         inputs = inputs_of([text], seed=seed)
         out = generate(llava, method, inputs)
         alone.append(out[0, inputs["input_ids"].shape[1] :].tolist())
-        counts += llava.run.rollbacks
+        counts += llava.run.trace.rollbacks
     inputs = inputs_of(texts)
     out = generate(llava, method, inputs)[:, inputs["input_ids"].shape[1] :].tolist()
     assert [row[: len(own)] for row, own in zip(out, alone)] == alone
     assert all(set(row[len(own) :]) <= {llava.generation_config.pad_token_id} for row, own in zip(out, alone))
-    assert llava.run.rollbacks == counts and len(set(counts)) > 1
+    assert llava.run.trace.rollbacks == counts and len(set(counts)) > 1
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -390,22 +390,22 @@ def test_recorded_rows_are_those_of_eager_attention(family):
     model = copy.deepcopy(built.model)
     inputs = built.inputs(["is it", "what then"])
     batch = Batch(family_of(model), inputs)
-    captured = batch.capture(batch.resolve(batch.samples))
+    captured = batch.prepare(batch.resolve(batch.samples))
     module, tokens = captured.module, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    recorder = Recorder(module)
-    with torch.no_grad(), editing(module, recorder):
-        rows = Rows(captured)
+    recorder = Recorder(LAYERS - 1)
+    with torch.no_grad(), routed(module):
+        rows = Rows(captured, edits=[recorder])
         rows.extend(torch.tensor([[11, 12], [13, 0]]), [2, 1])
         recorder.on = True
         rows.look(tokens)
         recorded = recorder.take()
     slots = recorded.shape[-1] - 3
     module.set_attn_implementation("eager")
-    mask = captured.kwargs["attention_mask"]
+    mask = captured.mask
     for row, own in enumerate(([11, 12], [13])):
         for column in range(3):
             batch = Batch(family_of(model), built.inputs(["is it", "what then"][row : row + 1], seed=row))
-            single = batch.capture(batch.resolve(batch.samples))
+            single = batch.prepare(batch.resolve(batch.samples))
             whole = Rows(single)
             ids = torch.tensor([[*own, int(tokens[row, column])]])
             hook, seen = [], []
@@ -441,7 +441,7 @@ def forwards(monkeypatch):
 def rows_of(texts):
     model = copy.deepcopy(tiny("llava").model)
     batch = Batch(family_of(model), inputs_of(texts))
-    return Rows(batch.capture(batch.resolve(batch.samples)))
+    return Rows(batch.prepare(batch.resolve(batch.samples)))
 
 
 def test_logits_are_those_of_the_places_where_rows_end(forwards):
@@ -460,13 +460,13 @@ def test_prompts_are_not_moved_while_beams_stay_with_their_sample():
         rows.select([0, 0, 1, 1])
         tokens = torch.tensor([[5, 6]] * 4)
         rows.look(tokens)
-        where = [layer.keys.data_ptr() for layer in rows.cache.layers]
+        where = [layer.keys.data_ptr() for layer in rows.kv.cache.layers]
         for parents, columns in (([1, 0, 2, 2], [0, 1, 1, 0]), ([0, 0, 3, 2], [1, -1, -1, 0])):
             rows.take(parents, columns)
             rows.look(tokens)
-            assert [layer.keys.data_ptr() for layer in rows.cache.layers] == where
+            assert [layer.keys.data_ptr() for layer in rows.kv.cache.layers] == where
         rows.take([2, 3], [0, 1])
-        assert rows.cache.layers[0].keys.data_ptr() not in where
+        assert rows.kv.cache.layers[0].keys.data_ptr() not in where
         chosen = rows.extend(torch.tensor([[7], [8]]))
         again = rows_of(["is it", "what"])
         again.select([1, 1])
@@ -496,18 +496,18 @@ def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava, fo
     generate(llava, OPERA(**SEARCH), inputs_of(seed=0))
     for hook in hooks:
         hook.remove()
-    (rollbacks,) = llava.run.rollbacks
+    (rollbacks,) = llava.run.trace.rollbacks
     assert rollbacks > 0
     assert passes.count("vision") == 1
     # A prefill, a look per step; a rollback re-feeds once and runs its choice, which was no candidate, once.
-    assert llava.run.forwards == passes.count("text") == 1 + len(looked) + len(refeeds) + rollbacks
+    assert llava.run.trace.forwards == passes.count("text") == 1 + len(looked) + len(refeeds) + rollbacks
     assert len(refeeds) == rollbacks and len(looked) >= 28
     # The re-feed is that of the response alone, as long as it then is.
     widths = iter(width for width, _ in forwards)
     assert all(any(width == length for width in widths) for length in refeeds) and min(refeeds) > 0
     del forwards[:], looked[:], refeeds[:], attention.materialised[:]
     generate(llava, OPERA(**{**SEARCH, "threshold": 99}), inputs_of(seed=0))
-    assert llava.run.rollbacks == [0] and llava.run.forwards == 1 + 28 and not refeeds
+    assert llava.run.trace.rollbacks == [0] and llava.run.trace.forwards == 1 + 28 and not refeeds
     # One layer's attention of three candidates of three beams, and nothing of the prompt's.
     assert attention.materialised == [(3, 3)] * 28
 

@@ -209,7 +209,7 @@ def test_another_seed_draws_other_answers_and_the_same_seed_the_same(loaded, sou
 
 
 def test_a_model_is_left_as_it_was(loaded):
-    assert lvlm_decode.engine.attach.attached(loaded.model) is None
+    assert lvlm_decode.attached(loaded.model) is None
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 6, 13])
@@ -231,7 +231,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_files(
     monkeypatch.setattr("lvlm_decode_evals.runner.append_answers", dying)
     with pytest.raises(KeyboardInterrupt):
         run_of(loaded, source, tmp_path).execute()
-    assert lvlm_decode.engine.attach.attached(loaded.model) is None
+    assert lvlm_decode.attached(loaded.model) is None
     monkeypatch.undo()
     assert files_of(tmp_path) != files_of(finished)
     run_of(loaded, source, tmp_path).execute()

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 import zoo
-from transformers import Cache, StaticCache, cache_utils
+from transformers import Cache, cache_utils
 
+from lvlm_decode.attachment import attach, detach
 from lvlm_decode.engine import hf
-from lvlm_decode.engine.attach import Run, attach, detach
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import parse
-from lvlm_decode.speculative.cache_ops import check_cache, keep
+from lvlm_decode.speculative.cache_ops import accept_paths
 from lvlm_decode.speculative.tree import Tree, chain_shape, shape_of
 
 
@@ -23,7 +24,7 @@ def opened(texts, method="vcd", static=False, dtype=torch.float64, family="llava
     cache = None
     if static:
         width = inputs["input_ids"].shape[1]
-        cache = StaticCache(config=run.module.config.get_text_config(decoder=True), max_cache_len=width + 40)
+        cache = hf.KV.fixed(run.module, width + 40)
     lanes = run.open(cache)
     with torch.no_grad():
         lanes.prefill()
@@ -51,7 +52,7 @@ def test_tree_scores_are_path_scores(texts, static):
 def states(lane, row):
     """Keys and values that one row of a lane sees, in order of its slots, with its position."""
     seen = torch.arange(lane.length) if lane.mask is None else lane.mask[row].nonzero().flatten()
-    layers = [(layer.keys[row][:, seen], layer.values[row][:, seen]) for layer in lane.cache.layers]
+    layers = [(layer.keys[row][:, seen], layer.values[row][:, seen]) for layer in lane.kv.cache.layers]
     return layers, lane.position.reshape(-1)[row]
 
 
@@ -68,13 +69,13 @@ def test_compaction_leaves_what_sequential_decoding_leaves(paths, static):
     tree = Tree(tokens, (SHAPE,))
     lanes = opened(texts, static=static)
     lanes.extend(tokens, ancestors=tree.ancestors(), depth=tree.depths())
-    keep(lanes, paths, len(SHAPE), chain=False)
+    accept_paths(lanes, paths, len(SHAPE), chain=False)
     # And again with a chain, so that uneven rows meet a second verification.
     more = torch.tensor([[40, 41, 42], [50, 51, 52]])[: len(paths)]
     scores, _ = lanes.extend(more)
     again = [[0, 1] if path else [] for path in paths]
     again[0] = [0]
-    keep(lanes, again, 3, chain=True)
+    accept_paths(lanes, again, 3, chain=True)
     for b, path in enumerate(paths):
         alone = opened([texts[b]], seed=3 + b)
         own = [TOKENS[b][row] for row in path]
@@ -82,7 +83,7 @@ def test_compaction_leaves_what_sequential_decoding_leaves(paths, static):
             alone.extend(torch.tensor([own]))
             expected, _ = alone.extend(more[b : b + 1])
             torch.testing.assert_close(scores[b : b + 1], expected, atol=1e-5, rtol=0)
-            keep(alone, [again[b]], 3, chain=True)
+            accept_paths(alone, [again[b]], 3, chain=True)
         assert int(lanes.generated[b]) == len(own) + len(again[b]) == int(alone.generated[0])
         for view in range(2):
             mine, position = states(lanes.main, view * len(paths) + b)
@@ -100,7 +101,7 @@ def test_uneven_batches_leave_no_holes():
     for turn in range(6):
         tokens = torch.full((2, 4), 20 + turn)
         lanes.extend(tokens)
-        keep(lanes, [[0, 1, 2, 3], [0]] if turn % 2 else [[0], [0, 1, 2, 3]], 4, chain=True)
+        accept_paths(lanes, [[0, 1, 2, 3], [0]] if turn % 2 else [[0], [0, 1, 2, 3]], 4, chain=True)
     assert lanes.generated.tolist() == [15, 15] and lanes.main.length == base + 15 and lanes.main.mask is None
 
 
@@ -110,9 +111,10 @@ def test_caches_that_forget_are_refused():
 
     class Windows:
         layers = (Sliding(),)
+        crop = reorder_cache = None
 
     with pytest.raises(ValueError, match="layer 0 has a sliding window"):
-        check_cache(Windows())
+        hf.KV(Windows()).check_rollback()
 
 
 def test_caches_that_hold_more_than_keys_and_values_are_refused():
@@ -135,7 +137,7 @@ def test_caches_that_hold_more_than_keys_and_values_are_refused():
         detach(tiny.model)
     mixed = Cache(layers=[cache_utils.DynamicLayer(), cache_utils.LinearAttentionAndFullAttentionLayer()])
     with pytest.raises(UnsupportedError, match="layer 1 is a LinearAttentionAndFullAttentionLayer"):
-        check_cache(mixed)
+        hf.KV(mixed).check_rollback()
 
 
 def test_chains_are_trees_too():

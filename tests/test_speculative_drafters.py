@@ -6,8 +6,8 @@ import pytest
 import torch
 import zoo
 
-from lvlm_decode.engine.attach import attach, detach, last_run
-from lvlm_decode.errors import ParameterError, UnknownNameError, UnsupportedError
+from lvlm_decode.attachment import attach, detach, last_run
+from lvlm_decode.errors import ParameterError, UnknownNameError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import DRAFTERS, Context, Verified
@@ -120,7 +120,7 @@ def test_recycling_fills_its_tree_from_what_was_verified():
 
 def test_drafts_go_no_deeper_than_there_is_room():
     text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2, 3]
-    for name in ("lookup", "automaton", "recycling", "replay"):
+    for name in ("lookup", "automaton", "recycling"):
         for room in (0, 1, 2):
             tree = drafters.parse(name).begin(context(text)).propose(room)
             assert max(tree.shape(0).depth) <= room, name
@@ -164,66 +164,12 @@ def generate(model, tiny, drafter, **options):
     attach(model, parse("plain"), processor=tiny.tokenizer, drafter=drafter)
     try:
         out = model.generate(**tiny.inputs(["is it"], seed=2), max_new_tokens=24, **options)
-        return out, last_run(model).speculation
+        return out, last_run(model).trace.speculation
     finally:
         detach(model)
 
 
-def test_early_exit_at_the_last_layer_but_one_of_a_model_whose_last_layer_does_nothing_is_always_right():
-    tiny = zoo.tiny("llava")
-    model = tiny.model
-    last = model.get_decoder().layers[-1]
-    saved = [p.clone() for p in (last.self_attn.o_proj.weight, last.mlp.down_proj.weight)]
-    with torch.no_grad():
-        last.self_attn.o_proj.weight.zero_()
-        last.mlp.down_proj.weight.zero_()
-    try:
-        _, stats = generate(model, tiny, drafters.parse("early-exit(exits=(3,),tokens=4)"), eos_token_id=None)
-        # Its drafts are the model's own choices; only their number varies.
-        assert stats.acceptance == [1.0] * len(stats.acceptance) and stats.tau >= 2
-        # Sampled drafts are coupled with the target's draws, so they are right too.
-        sampled = {"do_sample": True, "seed": 1, "temperature": 1.5, "top_k": 20}
-        _, stats = generate(model, tiny, drafters.parse("early-exit(exits=(3,))"), eos_token_id=None, **sampled)
-        assert stats.acceptance == [1.0] * len(stats.acceptance)
-        # Among several exits the one that is right is found from measured acceptance.
-        session_exit = drafters.parse("early-exit(tokens=4)")
-        _, stats = generate(model, tiny, session_exit, eos_token_id=None)
-        assert stats.tau > 0
-    finally:
-        with torch.no_grad():
-            last.self_attn.o_proj.weight.copy_(saved[0])
-            last.mlp.down_proj.weight.copy_(saved[1])
-
-
-def test_early_exit_chooses_by_measured_acceptance():
-    tiny = zoo.tiny("llava")
-    drafter = drafters.parse("early-exit(tokens=4)")
-    start = context([1, 2])
-    start.module = tiny.model
-    session = drafter.begin(start)
-    assert session.exits == (1, 2, 3)
-    session.right, session.asked = {1: 0.1, 2: 9.5, 3: 9.6}, {1: 10.0, 2: 10.0, 3: 10.0}
-    layer, length = session.plan(4)
-    assert layer == 2 and length == 4
-    session.right = {1: 0.0, 2: 0.0, 3: 0.0}
-    assert session.plan(4)[1] == 1, "a hopeless exit still drafts one token, so that it can be measured"
-    with pytest.raises(ParameterError, match="exits = \\(9,\\)"):
-        drafters.parse("early-exit(exits=(9,))").layers(tiny.model)
-
-
-def test_early_exit_refuses_decoders_it_cannot_run():
-    class Decoder(torch.nn.Module):
-        layers = (1, 2, 3)
-
-    class Module:
-        def get_decoder(self):
-            return Decoder()
-
-    with pytest.raises(UnsupportedError, match="rotary"):
-        drafters.parse("early-exit").layers(Module())
-
-
-@pytest.mark.parametrize("name", ["recycling", "automaton", "lookup", "early-exit", "vispec"])
+@pytest.mark.parametrize("name", ["recycling", "automaton", "lookup", "vispec"])
 def test_what_is_learned_in_inference_mode_serves_outside_of_it(name):
     """And the other way round: the drafter, not the call, owns what is kept between calls."""
     tiny = zoo.tiny("llava")
@@ -234,41 +180,3 @@ def test_what_is_learned_in_inference_mode_serves_outside_of_it(name):
             with torch.inference_mode(mode):
                 outs.append(generate(tiny.model, tiny, drafter)[0])
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
-
-
-@pytest.mark.parametrize("temperature", [None, 1.5], ids=["greedy", "sampled"])
-def test_the_confidence_stop_of_early_exit(temperature):
-    """Nothing follows a draft whose probability at the exit, before the noise of sampling, is below the stop."""
-    tiny, stop = zoo.tiny("llava"), 0.02
-    drafter, logits, drafted = drafters.parse(f"early-exit(exits=(2,),tokens=5,stop={stop})"), [], []
-    begin = type(drafter).begin
-
-    def spied(context):
-        session = begin(drafter, context)
-        run, propose = session._run, session.propose
-
-        def noted(*args):
-            logits[-1].append(run(*args))
-            return logits[-1][-1]
-
-        def wrapped(room):
-            logits.append([])
-            drafted.append((propose(room).lists[0][1:], min(room, 5)))
-            return Tree.chain(torch.tensor([context.tokens[0][-1:] + drafted[-1][0]]))
-
-        session.plan = lambda most: (2, most)
-        session._run, session.propose = noted, wrapped
-        return session
-
-    drafter.begin = spied
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "seed": 1} if temperature else {}
-    generate(tiny.model, tiny, drafter, eos_token_id=None, **how)
-    for steps, (tokens, most) in zip(logits, drafted):
-        chance, expected = 1.0, 0
-        for step, token in zip(steps, tokens):
-            chance *= float((step / (temperature or 1.0)).softmax(-1)[0, 0, token])
-            expected += 1
-            if chance < stop:
-                break
-        assert len(tokens) == len(steps) == expected and (chance < stop or len(tokens) == most)
-    assert len({len(tokens) for tokens, most in drafted if most == 5}) > 1, "it must stop early at times"

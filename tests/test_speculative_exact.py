@@ -9,15 +9,16 @@ import torch
 import zoo
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.errors import LvlmDecodeError, UnsupportedError
 from lvlm_decode.methods import METHODS, load, parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig
+from lvlm_decode.testing.replay import Replay
 
 NEW = 16
 METHOD_NAMES = ["plain", "vcd", "icd", "ritual", "vcd+ritual", "damro", "dola"]
-FREE = ["random", "oracle", "half", "half tree", "lookup", "copyspec", "recycling", "automaton", "early-exit"]
+FREE = ["random", "oracle", "half", "half tree", "lookup", "copyspec", "recycling", "automaton"]
 HEADS = [f"{kind} {form}" for kind in KINDS for form in ("chain", "tree")] + ["vispec contrast", "msd stop"]
 
 
@@ -41,7 +42,7 @@ def head_of(family, kind, dtype):
 
 
 def drafter_of(name, family, dtype, answers):
-    replay = drafters.get("replay")
+    replay = Replay
     known = {
         "none": lambda: replay(tokens=0),
         "random": lambda: replay(tokens=3),
@@ -62,7 +63,7 @@ def run(tiny, model, method, inputs, drafter=None, **options):
     attach(model, method, processor=tiny.tokenizer, drafter=drafter)
     try:
         out = model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, "seed": 3, **options})
-        return out, getattr(last_run(model), "speculation", None)
+        return out, last_run(model).trace.speculation
     finally:
         detach(model)
 
@@ -110,8 +111,8 @@ def test_a_single_sample_takes_shortcuts_and_gives_the_same_answer(name, options
     undrafted = {key: value for key, value in options.items() if key != "cache_implementation"}
     expected, _ = run(tiny, model, method, inputs, **undrafted)
     answers = expected[:, inputs["input_ids"].shape[1] :].tolist()
-    drafting = ["half tree", "recycling", "early-exit", "vispec chain", "vispec tree", "vispec contrast"]
-    for each in drafting[: 5 if name == "dola" else 6]:
+    drafting = ["half tree", "recycling", "vispec chain", "vispec tree", "vispec contrast"]
+    for each in drafting[: 4 if name == "dola" else 5]:
         out, _ = run(tiny, model, method, inputs, drafter_of(each, "llava", torch.float32, answers), **options)
         assert torch.equal(out, expected), each
 
@@ -124,7 +125,7 @@ def test_families_and_static_caches(family, cache):
     for name in ("plain", "vcd"):
         expected, _ = run(tiny, model, parse(name), inputs)
         answers = expected[:, inputs["input_ids"].shape[1] :].tolist()
-        for drafting in ("half", "half tree", "recycling", "vispec tree", "msd chain", "early-exit"):
+        for drafting in ("half", "half tree", "recycling", "vispec tree", "msd chain"):
             extra = {"cache_implementation": cache} if cache else {}
             drafter = drafter_of(drafting, family, torch.float32, answers)
             out, _ = run(tiny, model, parse(name), inputs, drafter, **extra)
@@ -400,12 +401,6 @@ def test_what_cannot_be_honoured_is_refused():
     for other in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": zoo.tiny("llava").model}):
         with pytest.raises(UnsupportedError, match=r"drafter recycling is attached.*leave those out"):
             run(tiny, model, parse("plain"), inputs, "recycling", **other)
-    attach(model, parse("vcd"), drafter="recycling", execution="skip")
-    try:
-        with pytest.raises(UnsupportedError, match="skip"):
-            model.generate(**inputs, max_new_tokens=2)
-    finally:
-        detach(model)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

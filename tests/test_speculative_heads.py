@@ -11,7 +11,7 @@ import torch
 import zoo
 from torch.nn import functional as F
 
-from lvlm_decode.engine.attach import attach, detach, last_run
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.engine.sampling import gumbel
 from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError, UnknownNameError
 from lvlm_decode.methods import parse
@@ -19,6 +19,7 @@ from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.features import watched
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint, from_state_dict, shipped
 from lvlm_decode.speculative.heads.runner import HeadRunner
+from lvlm_decode.testing.replay import Replay
 
 SIZES = {
     "hidden_size": 16,
@@ -165,7 +166,7 @@ def recorded(model, drafter, inputs, method="plain", tokens=10, instead=None, **
     how = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [zoo.IMAGE], **options}
     with attach_for(model, method, drafter=drafter):
         model.generate(**inputs, max_new_tokens=tokens, **how)
-        return cycles, last_run(model).lanes.main.captured
+        return cycles, last_run(model).lanes.main.prepared
 
 
 @contextlib.contextmanager
@@ -230,13 +231,13 @@ class ByHand:
 
 def whole_texts(captured, b, text):
     """Per view the ids that sample ``b`` has with what ``text``, its own, holds beyond the prompt."""
-    prompts = [c.input_ids[b][c.kwargs["attention_mask"][b].bool()].tolist() for c in captured]
+    prompts = [c.input_ids[b][c.mask[b].bool()].tolist() for c in captured]
     return [[*prompt, *text[len(prompts[0]) :]] for prompt in prompts]
 
 
 def decoding(captured, cycle, tokens=10):
     """The samples that are not finished in this cycle, with their texts."""
-    lengths = captured[0].kwargs["attention_mask"].sum(1).tolist()
+    lengths = captured[0].mask.sum(1).tolist()
     return [(b, text) for b, text in enumerate(cycle[0]) if len(text) - lengths[b] < tokens]
 
 
@@ -267,7 +268,7 @@ def test_a_session_guesses_what_the_module_guesses_from_true_features(kind, how,
     with attach_for(model, method):
         answers = model.generate(**inputs, **greedy)[:, inputs["input_ids"].shape[1] :].tolist()
     # Accepted rows that do not stand next to each other, as many as not for each sample.
-    known = drafters.get("replay")(answers=answers, acceptance=0.6, width=1 if how is CHAIN else 3, tokens=3)
+    known = Replay(answers=answers, acceptance=0.6, width=1 if how is CHAIN else 3, tokens=3)
     cycles, captured = recorded(model, drafter, inputs, method, instead=known)
     assert len(cycles) > 2 and len(captured) == (2 if method == "icd" else 1)
     for cycle in cycles:

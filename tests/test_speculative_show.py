@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 import zoo
 
-from lvlm_decode.engine.attach import attach, detach
+from lvlm_decode.attachment import attach, detach
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters, show
 from lvlm_decode.speculative.stats import Stats

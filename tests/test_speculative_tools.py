@@ -385,7 +385,7 @@ class Counted:
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
 def test_shipped_heads_draft_for_their_model(name):
     """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
-    from lvlm_decode.engine.attach import attach, detach, last_run
+    from lvlm_decode.attachment import attach, detach, last_run
     from lvlm_decode.speculative.bench import caption_inputs
     from lvlm_decode_evals.runner import load
 
@@ -406,7 +406,7 @@ def test_shipped_heads_draft_for_their_model(name):
             attach(loaded.model, parse("plain"), drafter=kind)
             try:
                 assert torch.equal(loaded.model.generate(**x, max_new_tokens=48, do_sample=False), expected)
-                stats = last_run(loaded.model).speculation
+                stats = last_run(loaded.model).trace.speculation
             finally:
                 detach(loaded.model)
             cycles, accepted = cycles + stats.cycles, accepted + stats.accepted

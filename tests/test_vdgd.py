@@ -7,8 +7,8 @@ import torch
 from transformers import TextStreamer
 from zoo import BUILDERS, EOS, tiny
 
+from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.vdgd import VDGD, Grounding, candidates_of
-from lvlm_decode.engine.attach import attach, detach, last_run
 from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
 
 QUICK = dict(describe="say {question}", prompt="see {description} {question}", description_tokens=10)
@@ -89,7 +89,7 @@ def test_equals_the_literal_pass(how):
     expected, description = literal("what is it", method)
     inputs = tiny("llava").inputs(["what is it"])
     out, run = generate("llava", method, inputs)
-    assert run.descriptions == [description]
+    assert run.trace.descriptions == [description]
     assert new_tokens(out, inputs)[0] == [token for token in expected if token]
 
 
@@ -112,7 +112,7 @@ def test_every_family(family):
     out, run = generate(family, VDGD(**QUICK), inputs, max_new_tokens=6)
     assert torch.equal(out[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert 1 <= out.shape[1] - inputs["input_ids"].shape[1] <= 6
-    assert len(run.descriptions) == 1
+    assert len(run.trace.descriptions) == 1
 
 
 @pytest.mark.parametrize("how", [dict(num_beams=3), dict(do_sample=True, temperature=0.7, top_p=0.9)])
@@ -135,7 +135,7 @@ def test_one_vision_pass_and_one_forward_per_token():
     inputs = tiny("llava").inputs(["is it"])
     out, run = generate("llava", VDGD(**QUICK), inputs, model)
     assert passes.count("vision") == 1
-    assert passes.count("text") == run.forwards + out.shape[1] - inputs["input_ids"].shape[1]
+    assert passes.count("text") == run.trace.forwards + out.shape[1] - inputs["input_ids"].shape[1]
 
 
 def test_streaming_output_object_and_limits():

@@ -26,7 +26,7 @@ from PIL import Image
 
 import lvlm_decode
 import lvlm_decode_data
-from lvlm_decode.engine.attach import last_run
+from lvlm_decode.attachment import last_run
 from lvlm_decode.speculative.bench import circumstances
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lvlm_decode.engine.attach import check_needs
+from lvlm_decode.engine.modes import check_needs
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse

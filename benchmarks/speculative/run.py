@@ -42,6 +42,7 @@ from lvlm_decode.speculative.bench import (
     raw,
     summary,
 )
+from lvlm_decode.testing.replay import Replay
 from lvlm_decode_evals.runner import load
 
 METHODS = ("plain", "vcd", "vcd+ritual")
@@ -50,7 +51,6 @@ DRAFTERS = (
     "copyspec",
     "recycling(rows=12,depth=5)",
     "automaton(shortest=1)",
-    "early-exit",
     "eagle",
     "msd",
     "vispec",
@@ -79,7 +79,7 @@ def controls(model: torch.nn.Module) -> dict[str, Arm]:
         "hf prompt lookup": Arm(
             options={"prompt_lookup_num_tokens": 5, "suppress_tokens": [model.config.image_token_id]}
         ),
-        "plain": Arm(parse("plain"), drafters.parse("replay(tokens=0)")),
+        "plain": Arm(parse("plain"), Replay(tokens=0)),
     }
     layers = model.config.get_text_config().num_hidden_layers
     # The whole of InstructBLIP hands over to its language model, whose assistant would have to be one too.
@@ -223,7 +223,7 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
             arms[f"{name} sequential"] = Arm(method, execution="sequential")
         first = measure(model, None, [inputs], {name: Arm(method)}, max_new_tokens=tokens, rounds=0, options=options)
         for acceptance in acceptances:
-            drafter = drafters.get("replay")(answers=first[name].answers, acceptance=acceptance, tokens=depth)
+            drafter = Replay(answers=first[name].answers, acceptance=acceptance, tokens=depth)
             arms[f"{name} | replay {acceptance}"] = Arm(method, drafter)
     results = measure(model, None, [inputs], arms, max_new_tokens=tokens, rounds=rounds, options=options)
     drafted = [name for name in results if "|" in name]

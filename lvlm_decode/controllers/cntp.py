@@ -26,7 +26,8 @@ from .base import Controller, Limits, pad_answers, seed_of
 from .rows import Rows
 
 if TYPE_CHECKING:
-    from ..engine.attach import Run
+    from ..engine.hf import Call
+    from ..engine.run import Run
 
 
 @dataclass(frozen=True)
@@ -86,28 +87,26 @@ class CNTP(Controller):
             return max(1, int(place * self.max_trials))
         return int(1 + (self.max_trials - 1) * place)
 
-    def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        why = "most of its steps belong to trials that were not kept"
-        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
-        captured = run.captured()[0]
-        limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
+    def decode(self, run: Run, call: Call) -> Any:
+        self.check_search(call, "most of its steps belong to trials that were not kept")
+        input_ids, limits, config = call.input_ids, Limits.of(run, call), call.config
         # The engine's own draws decide one token per position; here every trial needs one.
-        process = [p for p in mode["logits_processor"] if not isinstance(p, sampling.KeyedDraw)]
+        process = [p for p in call.processors if not isinstance(p, sampling.KeyedDraw)]
         tokenizer = getattr(run.processor, "tokenizer", run.processor)
         ends = EndsTrial(tokenizer, self.punctuation)
         seed = seed_of(run)
         writers = [
-            Writer(self, limits, ids, process, generation_config.do_sample, seed, row_id, ends)
+            Writer(self, limits, ids, process, bool(config.do_sample), seed, row_id, ends)
             for ids, row_id in zip(input_ids, run.row_ids)
         ]
         with torch.no_grad():
-            rows = Rows(captured, run.family.pad_token_id)
+            rows = Rows(run.prepared[0], run.family.pad_token_id)
             write_all(writers, rows)
-        run.forwards = rows.forwards
-        run.trials = [writer.trials for writer in writers]
+        run.trace.forwards = rows.forwards
+        run.trace.trials = [writer.trials for writer in writers]
         answers = [torch.tensor(writer.tokens, dtype=torch.long, device=input_ids.device) for writer in writers]
         sequences = pad_answers(input_ids, answers, limits.pad)
-        if generation_config.return_dict_in_generate:
+        if config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
 

@@ -24,13 +24,14 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import sampling
-from .base import Controller, Limits, memory_of, pad_answers, seed_of
-from .prompts import asking, question_of
+from ..engine.prompts import asking, question_of
+from .base import Controller, Limits, pad_answers, seed_of
 from .rows import Rows, write
 
 if TYPE_CHECKING:
-    from ..engine.attach import Run
-    from ..engine.prepare import Sample
+    from ..engine.hf import Call
+    from ..engine.run import Run
+    from ..engine.samples import Sample
 
 #: Captions kept from call to call, in images.
 REMEMBERED = 4096
@@ -115,17 +116,14 @@ class MVP(Controller):
         )
         self.check(self.form in ("code", "paper"), "form", "'code' or 'paper'")
 
-    def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        why = "an answer is put together from many paths"
-        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
-        limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
+    def decode(self, run: Run, call: Call) -> Any:
+        self.check_search(call, "an answer is put together from many paths")
+        input_ids, limits, trace = call.input_ids, Limits.of(run, call), run.trace
         samples, seed = run.samples[0], seed_of(run)
-        run.forwards = 0
         with torch.no_grad():
-            run.captions = captions_of(self, run, samples, seed, limits.eos)
-            compared = compare(self, run, input_ids, list(mode["logits_processor"]), limits, seed)
-        #: Per sample the certainty S of every answer.
-        run.certainties = [certainty for certainty, _ in compared]
+            trace.captions = captions_of(self, run, samples, seed, limits.eos)
+            compared = compare(self, run, input_ids, list(call.processors), limits, seed)
+        trace.certainties = [certainty for certainty, _ in compared]
         answers = []
         for _, tokens in compared:
             tokens = tokens[: limits.new_tokens]
@@ -133,14 +131,14 @@ class MVP(Controller):
                 tokens = [*tokens, limits.eos[0]]
             answers.append(torch.tensor(tokens, dtype=torch.long, device=input_ids.device))
         sequences = pad_answers(input_ids, answers, limits.pad)
-        if generation_config.return_dict_in_generate:
+        if call.config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)
         return sequences
 
 
 def captions_of(method: MVP, run: Run, samples: Sequence[Sample], seed: int, ends: Sequence[int]) -> list[list[str]]:
     """The three captions of every sample's image; drawn once per image."""
-    memory = memory_of(run)
+    memory = run.memory
     prompts = (method.bottom_up, method.top_down, method.regular)
     # Without a seed of the caller's any draw of the captions is as good as another, so those that are there serve.
     how = (prompts, method.caption_temperature, method.caption_top_p, method.caption_tokens, run.seed, tuple(ends))
@@ -161,7 +159,7 @@ def captions_of(method: MVP, run: Run, samples: Sequence[Sample], seed: int, end
 def _draw_captions(
     method: MVP, run: Run, asked: list[Sample], ids: list[Any], seed: int, ends: Sequence[int]
 ) -> list[str]:
-    rows = Rows(run.batch.capture(run.batch.resolve(asked)), run.family.pad_token_id)
+    rows = Rows(run.batch.prepare(run.batch.resolve(asked)), run.family.pad_token_id)
     warpers = [TemperatureLogitsWarper(method.caption_temperature), TopPLogitsWarper(method.caption_top_p)]
 
     def choose(logits: Tensor, live: list[int], position: int) -> list[int]:
@@ -173,7 +171,7 @@ def _draw_captions(
         return _draw(logits, [ids[row] for row in live], position, seed)
 
     texts = write(rows, method.caption_tokens, ends, choose)
-    run.forwards += rows.forwards
+    run.trace.forwards += rows.forwards
     tokenizer = asked[0].tokenizer
     return [tokenizer.decode(text, skip_special_tokens=True).strip() for text in texts]
 
@@ -219,14 +217,14 @@ def compare(
     """Ask under every caption, follow the paths, and add up; per sample the certainty of each answer, and the tokens."""
     samples, views = run.samples[0], len(method.weights)
     asked = []
-    for sample, captions in zip(samples, run.captions):
+    for sample, captions in zip(samples, run.trace.captions):
         question = question_of(sample).text
         question = question.lower() if method.lower else question
         asked += [
             asking(sample, method.prompt.format(caption=caption, question=question), qformer=False)
             for caption in captions
         ]
-    rows = Rows(run.batch.capture(run.batch.resolve(asked)), run.family.pad_token_id)
+    rows = Rows(run.batch.prepare(run.batch.resolve(asked)), run.family.pad_token_id)
     tokenizer = samples[0].tokenizer
     said = _said(rows.first, input_ids.repeat_interleave(views, 0), process)
     tops = said.exp().topk(max(2, min(method.paths, said.shape[-1])), -1)
@@ -277,7 +275,7 @@ def compare(
             live = [live[i] for i in staying]
             if live:
                 rows.select(staying)
-    run.forwards += rows.forwards
+    run.trace.forwards += rows.forwards
     return [_decide(method, [path for path in done if path.sample == number]) for number in range(len(samples))]
 
 

@@ -35,13 +35,15 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
-from ..engine.attention import Edit, editing, probabilities, visible
+from ..engine.attention import Edit, probabilities, visible
+from ..engine.hf import decoder
 from ..errors import UnsupportedError
 from .base import Controller, Limits, pad_answers
 from .rows import Rows
 
 if TYPE_CHECKING:
-    from ..engine.attach import Run
+    from ..engine.hf import Call
+    from ..engine.run import Run
 
 #: What the two forms set where a parameter is left at ``None``.
 _FORMS: dict[str, dict[str, Any]] = {
@@ -150,34 +152,32 @@ class OPERA(Controller):
             value = _FORMS[self.form].get(name, self.num_attn_candidates)
         return value
 
-    def decode(self, run: Run, input_ids: Tensor, *, generation_config: Any, **mode: Any) -> Any:
-        why = "tokens that were taken back have no place in a list of steps"
-        self.check_search(mode["cache"], mode["logits_processor"], generation_config, why)
-        captured = run.captured()[0]
-        limits = Limits.of(run, input_ids, mode["stopping_criteria"], generation_config)
+    def decode(self, run: Run, call: Call) -> Any:
+        self.check_search(call, "tokens that were taken back have no place in a list of steps")
+        input_ids, limits, config = call.input_ids, Limits.of(run, call), call.config
         # The rows of the cache are these, which may have less padding than the caller's.
-        images = captured.input_ids == run.family.image_token_id
+        images = run.prepared[0].input_ids == run.family.image_token_id
         searches = [
             Search(
                 self,
                 limits,
                 prompt=ids,
                 counted=self._prompt_length(run, sample.input_ids),
-                process=mode["logits_processor"],
-                length_penalty=generation_config.length_penalty,
-                early_stopping=generation_config.early_stopping,
+                process=call.processors,
+                length_penalty=config.length_penalty,
+                early_stopping=config.early_stopping,
             )
             for ids, sample in zip(input_ids, run.batch.samples)
         ]
-        recorder = Recorder(captured.module)
-        with torch.no_grad(), editing(captured.module, recorder):
-            rows = Rows(captured, run.family.pad_token_id)
+        recorder = Recorder(decoder.layer_count(run.module) - 1)
+        with torch.no_grad(), run.editing(recorder):
+            rows = Rows(run.prepared[0], run.family.pad_token_id, run.edits)
             search_all(searches, Model(rows, recorder, spans(images), self.num_beams))
         answers = [search.answer() for search in searches]
-        run.forwards = rows.forwards
-        run.rollbacks = [search.rollbacks for search in searches]
+        run.trace.forwards = rows.forwards
+        run.trace.rollbacks = [search.rollbacks for search in searches]
         sequences = pad_answers(input_ids, [tokens for tokens, _ in answers], limits.pad)
-        if not generation_config.return_dict_in_generate:
+        if not config.return_dict_in_generate:
             return sequences
         scores = torch.tensor([score for _, score in answers], device=input_ids.device)
         return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
@@ -533,11 +533,15 @@ def _most_frequent(values: Sequence[int]) -> int:
 
 
 class Recorder(Edit):
-    """Attention rows of the last decoder layer for the tokens of the newest forward, while ``on``."""
+    """Attention rows of the last decoder layer for the tokens of the newest forward, while ``on``.
 
-    def __init__(self, module: torch.nn.Module):
+    Args:
+        last: number of that layer.
+    """
+
+    def __init__(self, last: int):
         self.on = False
-        self._last = len(module.get_decoder().layers) - 1
+        self._last = last
         self._rows: Tensor | None = None
 
     def output(self, layer, query, key, value, mask, scaling, out):

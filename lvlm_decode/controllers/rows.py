@@ -7,6 +7,7 @@ differ only in which slots are masked.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,72 +15,37 @@ import torch
 from torch import Tensor
 
 from ..engine import hf
+from ..engine.attention import Edit
+from ..engine.hf import KV, Prepared, decoder
+from ..engine.hooks import hooked
+from ..engine.running import running
 from ..engine.stack import Lane, additive
 from ..errors import UnsupportedError
-from ..families.base import Captured
-
-#: Slots that a cache gets beyond those it needs, so that it need not be copied for every token.
-ROOM = 16
-
-
-class Slots(hf.DynamicLayer):
-    """Keys and values (R, G, S, width) of a layer at the front of buffers that are longer: appending copies what is new."""
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._buffers: dict[str, Tensor] = {}
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        self.keys, self.values = self._append("keys", key_states), self._append("values", value_states)
-        return self.keys, self.values
-
-    def _append(self, name: str, new: Tensor) -> Tensor:
-        states, buffer = getattr(self, name), self._buffers.get(name)
-        start, end = states.shape[2], states.shape[2] + new.shape[2]
-        if buffer is None or buffer.shape[2] < end:
-            buffer = new.new_empty(*new.shape[:2], end + ROOM, new.shape[3])
-            buffer[:, :, :start] = states
-            self._buffers[name] = buffer
-        buffer[:, :, start:end] = new
-        return buffer[:, :, :end]
-
-    def replace(self, name: str, states: Tensor) -> None:
-        """Put other "keys" or "values" here: fewer slots of those there are, or a tensor of its own."""
-        setattr(self, name, states)
-        if name in self._buffers and self._buffers[name].data_ptr() != states.data_ptr():
-            del self._buffers[name]
 
 
 class Rows:
     """A batch of prompts after their prefill.
 
     Args:
-        captured: (R, P) prompt rows as ``generate()`` prepared them.
+        prepared: (R, P) prompt rows as ``generate()`` prepared them.
         pad_token_id: fills the places of tokens that a row does not have.
+        edits: what is done to the decoder's attention in every forward; the decoder must be routed.
 
     Raises:
         UnsupportedError: a decoder whose layers keep something else than keys and values.
     """
 
-    def __init__(self, captured: Captured, pad_token_id: int = 0):
-        self.module = captured.module
-        self.config = self.module.config.get_text_config(decoder=True)
-        self._window, self._kinds = _attention_of(self.config)
+    def __init__(self, prepared: Prepared, pad_token_id: int = 0, edits: Sequence[Edit] = ()):
+        self.module, self.edits, self.owner = prepared.module, edits, self
+        self._window, self._kinds = _attention_of(self.module)
         self._pad = pad_token_id
-        lane = Lane([captured], (0,), cache=hf.cache_of(Slots), pad_token_id=pad_token_id)
+        lane = Lane([prepared], (0,), kv=KV.branching(), pad_token_id=pad_token_id, edits=edits)
         with torch.no_grad():
             hidden, out = _with_hidden(self.module, lambda: lane.prefill(1))
         #: (R, N) float32 for the first token of every row.
-        self.first = out.logits[:, -1].float()
-        self.cache = lane.cache
-        if not all(hasattr(layer, "keys") for layer in self.cache.layers):
-            raise UnsupportedError(
-                f"{type(self.module).__name__} keeps recurrent states beside keys and values, which cannot be branched "
-                "or rolled back token by token."
-            )
+        self.first: Tensor = out.logits[:, -1].float()
+        self.kv = lane.kv
+        self.kv.check_branches(type(self.module).__name__)
         self.prompt = lane.length
         self._prompt_mask, self._position = lane.mask, lane.position
         #: Which prompt each row has.
@@ -88,7 +54,7 @@ class Rows:
         self.lengths = [0] * len(self.first)
         self.forwards = 1
         self._looked: tuple[int, Tensor | None, Tensor | None] | None = None
-        head = self.module.get_output_embeddings()
+        head = decoder.head(self.module)
         # Some families scale or cap what their head says; the head alone then does not give the logits.
         plain = head is not None and torch.allclose(head(hidden[:, -1]).float(), self.first, atol=1e-4, rtol=1e-3)
         self._head = head if plain else None
@@ -174,23 +140,24 @@ class Rows:
         # Rows that stay among those of their prompt need not move its slots, which are most of the cache.
         home = [self._prompts[p] for p in parents] == self._prompts
         # Layers may live on devices of their own.
-        moves = {layer.keys.device: None for layer in self.cache.layers}
-        for device in moves:
-            every = (index, rows, source, start + column, self.prompt + length - 1)
-            moves[device] = tuple(places.to(device) for places in every)
-        for layer in self.cache.layers:
-            index_here, rows_here, source_here, slots, to = moves[layer.keys.device]
-            for name in ("keys", "values"):
-                states = getattr(layer, name)
-                chosen = states[source_here, :, slots] if taken else None
-                if not home:
-                    states = states[:, :, :end].index_select(0, index_here)
-                elif not same:
-                    own = states[:, :, self.prompt : had]
-                    own.copy_(own.index_select(0, index_here))
-                if taken:
-                    states[rows_here, :, to] = chosen
-                layer.replace(name, states[:, :, :end])
+        moves: dict[torch.device, tuple[Tensor, ...]] = {}
+
+        def move(states: Tensor) -> Tensor:
+            if states.device not in moves:
+                every = (index, rows, source, start + column, self.prompt + length - 1)
+                moves[states.device] = tuple(places.to(states.device) for places in every)
+            index_here, rows_here, source_here, slots, to = moves[states.device]
+            chosen = states[source_here, :, slots] if taken else None
+            if not home:
+                states = states[:, :, :end].index_select(0, index_here)
+            elif not same:
+                own = states[:, :, self.prompt : had]
+                own.copy_(own.index_select(0, index_here))
+            if taken:
+                states[rows_here, :, to] = chosen
+            return states[:, :, :end]
+
+        self.kv.edit(move)
         self._reorder_prompts(index, home)
         self._prompts = [self._prompts[p] for p in parents]
         self.lengths, self._looked = lengths, None
@@ -204,23 +171,14 @@ class Rows:
         """Forget the newest tokens, so that each row holds ``lengths`` (no more than it had); alternatives go too."""
         self.lengths, self._looked = list(lengths), None
         end = self.prompt + max(lengths)
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[:, :, :end], layer.values[:, :, :end]
+        self.kv.edit(lambda states: states[:, :, :end])
 
     def prompts(self, rows: Sequence[int]) -> Rows:
         """The prompts of these rows, as rows of their own; no forward."""
         rows = list(rows)
-        out = object.__new__(Rows)
-        out.__dict__.update(self.__dict__)
-        index = torch.tensor(rows, device=self.device)
-        out.cache = hf.cache_of(Slots)
-        for number, layer in enumerate(self.cache.layers):
-            out.cache.update(
-                layer.keys[:, :, : self.prompt][rows],
-                layer.values[:, :, : self.prompt][rows],
-                number,
-            )
-        out._reorder_prompts(index, False)
+        out = copy.copy(self)
+        out.owner, out.kv = out, self.kv.select(rows, self.prompt)
+        out._reorder_prompts(torch.tensor(rows, device=self.device), False)
         out._prompts = [self._prompts[row] for row in rows]
         out.lengths, out._looked, out.forwards = [0] * len(rows), None, 0
         return out
@@ -233,15 +191,18 @@ class Rows:
         rows = list(rows)
         for row, length in zip(rows, others.lengths):
             self.lengths[row] = length
-        for layer, other in zip(self.cache.layers, others.cache.layers):
-            for name in ("keys", "values"):
-                new = getattr(other, name)[:, :, self.prompt :]
-                getattr(layer, name)[rows, :, self.prompt : self.prompt + new.shape[2]] = new
+
+        def write_over(states: Tensor, other: Tensor) -> Tensor:
+            new = other[:, :, self.prompt :]
+            states[rows, :, self.prompt : self.prompt + new.shape[2]] = new
+            return states
+
+        self.kv.edit(write_over, others.kv)
         self.forwards += others.forwards
 
     def _slots(self) -> int:
         """Slots after the prompt that the cache holds at present."""
-        return self.cache.layers[0].keys.shape[2] - self.prompt
+        return self.kv.stored - self.prompt
 
     def _reorder_prompts(self, index: Tensor, home: bool) -> None:
         if home:
@@ -265,13 +226,14 @@ class Rows:
             had = self.prompt + torch.tensor(before, device=self.device)[:, None]
             # Slots past a row's end hold anything; clamping keeps the index inside the cache.
             index = torch.where(column < had, column, (start + column - had).clamp(max=start + q - 1))
-        for layer in self.cache.layers:
-            for name in ("keys", "values"):
-                states = getattr(layer, name)
-                if index is not None:
-                    shape = (-1, states.shape[1], -1, states.shape[3])
-                    states = states.gather(2, index.to(states.device)[:, None, :, None].expand(shape))
-                layer.replace(name, states[:, :, :end])
+
+        def settle(states: Tensor) -> Tensor:
+            if index is not None:
+                shape = (-1, states.shape[1], -1, states.shape[3])
+                states = states.gather(2, index.to(states.device)[:, None, :, None].expand(shape))
+            return states[:, :, :end]
+
+        self.kv.edit(settle)
 
     def _mask(self, own: Tensor, depth: Tensor) -> Tensor | dict[str, Tensor]:
         """(R, 1, q, S + q) additive: the slots each row has, and of the new tokens those that ``own`` (q, q) shows."""
@@ -298,37 +260,25 @@ class Rows:
     def _forward(self, tokens: Tensor, depth: Tensor, mask: Any, keep: int | Tensor) -> Any:
         self.forwards += 1
         lengths = torch.tensor(self.lengths, device=self.device)
-        with torch.no_grad():
-            return self.module(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=self._position + 1 + lengths[:, None] + depth,
-                **hf.with_cache(self.cache),
-                use_cache=True,
-                logits_to_keep=keep,
-                return_dict=True,
-            )
+        positions = self._position + 1 + lengths[:, None] + depth
+        with torch.no_grad(), running(self):
+            return hf.run(self.module, hf.further_forward(tokens, positions, mask), self.kv.cache, keep)
 
 
-def _attention_of(config: Any) -> tuple[int | None, set[str]]:
+def _attention_of(module: torch.nn.Module) -> tuple[int | None, set[str]]:
     """How far the sliding layers of a decoder see, ``None`` if it has none, and the kinds of layers it tells apart.
-
-    Decoders that tell none apart (Mistral) have one mask for all layers, and their window, where they have one, is all
-    layers'.
 
     Raises:
         UnsupportedError: layers that are neither full nor sliding attention.
     """
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        return getattr(config, "sliding_window", None), kinds
+    kinds, window = decoder.kinds_of(module)
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         raise UnsupportedError(
-            f"{config.model_type} has layers of kind {', '.join(sorted(other))}, whose state cannot be branched or "
+            f"{type(module).__name__} has layers of kind {', '.join(sorted(other))}, whose state cannot be branched or "
             "rolled back token by token; use a model with attention layers only."
         )
-    return config.sliding_window if "sliding_attention" in kinds else None, kinds
+    return window, kinds
 
 
 def write(
@@ -361,9 +311,10 @@ def write(
 def _with_hidden(module: torch.nn.Module, run: Any) -> tuple[Tensor, Any]:
     """What the decoder handed to the head in the forward that ``run`` does, and what ``run`` returned."""
     box: list[Tensor] = []
-    hook = module.get_decoder().register_forward_hook(lambda _, __, out: box.append(out[0]))
-    try:
+
+    def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        box.append(decoder.states_of(output))
+
+    with hooked(after={decoder.decoder_of(module): keep}):
         out = run()
-    finally:
-        hook.remove()
     return box[-1], out

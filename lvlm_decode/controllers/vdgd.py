@@ -15,6 +15,7 @@ coin flip among candidates; here they are not divided.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -24,13 +25,14 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
+from ..engine.prompts import asking, question_of
 from ..method import masked, plausible
 from .base import AsCaller, Controller, Limits
-from .prompts import asking, question_of
 from .rows import Rows, write
 
 if TYPE_CHECKING:
-    from ..engine.attach import Run
+    from ..engine.hf import Call
+    from ..engine.run import Run
 
 
 @dataclass(frozen=True)
@@ -88,63 +90,46 @@ class VDGD(Controller):
         named = "{description}" in self.prompt and "{question}" in self.prompt
         self.check(named, "prompt", "a text with {description} and {question} in it")
 
-    def decode(
-        self,
-        run: Run,
-        input_ids: Tensor,
-        *,
-        cache: Any,
-        streamer: Any,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-    ) -> Any:
-        self.check_cache(cache)
-        samples = run.samples[0]
-        limits = Limits.of(run, input_ids, stopping_criteria, generation_config)
+    def decode(self, run: Run, call: Call) -> Any:
+        hf.check_plain(call.cache, self.name)
+        samples, input_ids, config = run.samples[0], call.input_ids, copy.deepcopy(call.config)
+        limits = Limits.of(run, call)
         questions = [question_of(sample).text for sample in samples]
         asked = [asking(s, self.describe.format(question=q)) for s, q in zip(samples, questions)]
-        descriptions, grounds, forwards = describe(run, asked, self, limits.eos)
-        run.descriptions = [samples[0].tokenizer.decode(d, skip_special_tokens=True).strip() for d in descriptions]
-        run.forwards = forwards
+        descriptions, grounds, run.trace.forwards = describe(run, asked, self, limits.eos)
+        texts = [samples[0].tokenizer.decode(d, skip_special_tokens=True).strip() for d in descriptions]
+        run.trace.descriptions = texts
         grounded = [
             asking(sample, self.prompt.format(description=description, question=question), qformer=False)
-            for sample, description, question in zip(samples, run.descriptions, questions)
+            for sample, description, question in zip(samples, texts, questions)
         ]
         text, vision, images = run.batch.rows(run.batch.resolve(grounded))
         prompts = input_ids[:: len(input_ids) // len(samples)]
         width = text["input_ids"].shape[1]
-
-        processors = LogitsProcessorList([Grounding(self, grounds), AsCaller(logits_processor, prompts, width)])
-        criteria = StoppingCriteriaList([AsCaller(stopping_criteria, prompts, width)])
-        config = copy.deepcopy(generation_config)
         config.max_length = width + limits.new_tokens
 
-        def loop(module, input_ids, **model_kwargs):
-            cache = hf.take_cache(model_kwargs)
+        def loop(prepared: Call) -> Any:
             # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
-            for name in ("logits_processor", "stopping_criteria", "generation_config"):
-                del model_kwargs[name]
+            grounding = [Grounding(self, grounds), AsCaller(call.processors, prompts, width)]
             return hf.run_loop(
-                module,
-                hf.generation_mode(config),
-                input_ids,
-                logits_processor=processors,
-                stopping_criteria=criteria,
-                generation_config=config,
-                streamer=streamer,
-                cache=cache,
-                **model_kwargs,
+                run.module,
+                dataclasses.replace(
+                    prepared,
+                    processors=LogitsProcessorList(grounding),
+                    criteria=StoppingCriteriaList([AsCaller(call.criteria, prompts, width)]),
+                    config=config,
+                    streamer=call.streamer,
+                ),
             )
 
         out = run.family.generate(
             text,
             vision,
             images,
-            custom_generate=loop,
-            do_sample=generation_config.do_sample,
-            num_beams=generation_config.num_beams or 1,
-            num_return_sequences=generation_config.num_return_sequences or 1,
+            loop,
+            do_sample=config.do_sample,
+            num_beams=config.num_beams or 1,
+            num_return_sequences=config.num_return_sequences or 1,
             max_new_tokens=limits.new_tokens,
             cache_implementation="dynamic",
         )
@@ -210,7 +195,7 @@ def describe(run: Run, samples: list[Any], method: VDGD, ends: Sequence[int]) ->
         per sample its description's ids (without the end token); (B, N) maximum or mean over its steps of the
         log-probabilities; forwards run.
     """
-    rows = Rows(run.batch.capture(run.batch.resolve(samples)), run.family.pad_token_id)
+    rows = Rows(run.batch.prepare(run.batch.resolve(samples)), run.family.pad_token_id)
     grounds = torch.full_like(rows.first, float("-inf") if method.reduction == "min" else 0.0)
     steps = grounds.new_zeros(len(samples), 1)
 

@@ -1,22 +1,25 @@
 """Reading and changing the decoder's attention for a call, under sdpa, without ``output_attentions``.
 
-One attention function is registered once. It calls the stock sdpa; while :func:`editing` is open it also asks the
-edits, which compute just the rows they need. The language model's other layers and the vision encoder are untouched.
+One attention function is registered once. It calls the stock sdpa; in the forwards of a lane that has edits it also asks
+these, which compute just the rows they need. The language model's other layers, the vision encoder, and every other call of
+the same model are untouched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedError
-from . import hf
-from .prepare import Batch, left_pad
-from .stack import Lane, running_lane
+from .hf import decoder
+from .hf.kwargs import left_pad
+from .running import current
+
+if TYPE_CHECKING:
+    from .stack import Lane
 
 NAME = "lvlm_decode_edited"
 
@@ -38,53 +41,30 @@ class Edit:
         return out
 
 
-_edits: WeakKeyDictionary[torch.nn.Module, tuple[Edit, ...]] = WeakKeyDictionary()
-
-
 def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    edits = _edits.get(module, ())
-    mask = attention_mask
+    runner = current()
+    edits = () if runner is None else runner.edits
+    if not edits:
+        return decoder.stock_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    mask, layer = attention_mask, decoder.layer_number(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for edit in edits:
-        mask = edit.mask(module.layer_idx, query, key, mask, scale)
-    out, weights = hf.sdpa(module, query, key, value, mask, scaling=scaling, **kwargs)
+        mask = edit.mask(layer, query, key, mask, scale)
+    out, weights = decoder.stock_attention(module, query, key, value, mask, scaling=scaling, **kwargs)
     for edit in edits:
-        out = edit.output(module.layer_idx, query, key, value, mask, scale, out)
+        out = edit.output(layer, query, key, value, mask, scale, out)
     return out, weights
 
 
 @contextmanager
-def editing(module: torch.nn.Module, *edits: Edit) -> Iterator[None]:
-    """Let the decoder of ``module`` attend under ``edits``, after those that are already in force; restored on exit.
+def routed(module: torch.nn.Module) -> Iterator[None]:
+    """The decoder of ``module`` attends through the function that asks for edits, for the length of the block.
 
     Raises:
         UnsupportedError: the decoder cannot run under sdpa.
     """
-    hf.register_attention(NAME, _attend)
-    decoder = module.get_decoder()
-    if not getattr(decoder, "_supports_sdpa", False):
-        raise UnsupportedError(
-            f"{type(decoder).__name__} does not run under sdpa attention, where this method reads or changes its "
-            "attention; use a model whose decoder supports attn_implementation='sdpa'."
-        )
-    layers = [part for layer in decoder.layers for part in layer.modules() if hasattr(part, "layer_idx")]
-    configs = list({id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}.values())
-    before = [(config, hf.attention_of(config)) for config in configs]
-    known = [(layer, _edits.get(layer, ())) for layer in layers]
-    try:
-        for config in configs:
-            hf.set_attention(config, NAME)
-        for layer, own in known:
-            _edits[layer] = (*own, *edits)
+    with decoder.routed(module, NAME, _attend):
         yield
-    finally:
-        for layer, own in known:
-            if own:
-                _edits[layer] = own
-            else:
-                _edits.pop(layer, None)
-        for config, name in before:
-            hf.set_attention(config, name)
 
 
 def visible(queries: int, slots: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -133,7 +113,7 @@ def weighted(attention: Tensor, value: Tensor) -> Tensor:
 
 def image_slots(lane: Lane, image_token_id: int) -> Tensor:
     """(V*B, length) bool: slots of the cache that hold image tokens, in all rows of a lane."""
-    prompts = torch.cat([left_pad(c.input_ids == image_token_id, lane.width, False) for c in lane.captured])
+    prompts = torch.cat([left_pad(p.input_ids == image_token_id, lane.width, False) for p in lane.prepared])
     return torch.nn.functional.pad(prompts, (0, lane.length - lane.width))
 
 
@@ -145,32 +125,3 @@ def to_layer(slots: Tensor, lane: Lane, size: int) -> Tensor:
     if size < lane.length:
         return slots[..., lane.length - size :]
     return torch.nn.functional.pad(slots, (0, size - lane.length))
-
-
-class _LastRow(Edit):
-    """Records how the last token of every row attends, mean over heads."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, Tensor] = {}
-
-    def output(self, layer, query, key, value, mask, scaling, out):
-        seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), slice(None), slice(-1, None))
-        attention = probabilities(query[:, :, -1:], key, seen, scaling).mean(1)[:, 0]
-        length = running_lane().length
-        self.layers[layer] = left_pad(attention[:, :length], length, 0.0)
-        return out
-
-
-def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor]:
-    """How the last prompt token of every sample attends, from one prefill of the batch.
-
-    Returns:
-        (L, B, T) attention, mean over heads, and (B, T) bool, which of the T slots hold image tokens.
-    """
-    captured = batch.capture(batch.samples)
-    lane = Lane([captured], (0,), pad_token_id=batch.family.pad_token_id)
-    recorder = _LastRow()
-    with torch.no_grad(), editing(captured.module, recorder):
-        lane.prefill(1)
-    rows = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])
-    return rows, image_slots(lane, batch.family.image_token_id)

@@ -6,76 +6,70 @@ return sequences.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from ..errors import UnsupportedError
-from ..families.base import Captured
-from ..method import Method, Probes, Step, masked, plausible
+from ..method import Method, Probes, Step
 from . import hf
-from .prepare import left_pad
+from .attention import Edit
+from .hf import KV, Prepared
+from .running import running
 
-EXECUTIONS = ("stacked", "sequential", "skip")
-
-_running: ContextVar[Lane] = ContextVar("lvlm_decode_lane")
-
-
-def running_lane() -> Lane:
-    """The lane whose forward is running: what hooks inside the model know their rows by."""
-    return _running.get()
+EXECUTIONS = ("stacked", "sequential")
 
 
 class Lane:
     """The rows of some views, run in one forward with one cache.
 
     Args:
-        captured: per view the prepared rows, B each.
+        prepared: per view the prepared rows, B each.
         views: the number of each view, for instance (0, 1).
-        cache: the caller's cache, or ``None`` for a dynamic one of its own.
+        kv: the caller's keys and values, or ``None`` for growing ones of its own.
         patch: changes the module around every forward of this lane.
         forward: the module's own forward.
         pad_token_id: what left padding is filled with.
+        owner: the run this lane belongs to; see :func:`running_lane`.
+        edits: what is done to the decoder's attention in forwards of this lane.
     """
 
     def __init__(
         self,
-        captured: Sequence[Captured],
+        prepared: Sequence[Prepared],
         views: Sequence[int],
         *,
-        cache: Any = None,
+        kv: KV | None = None,
         patch: Callable[[torch.nn.Module], AbstractContextManager] | None = None,
         forward: Callable[..., Any] | None = None,
         pad_token_id: int = 0,
+        owner: object = None,
+        edits: Sequence[Edit] = (),
     ):
-        self.captured, self.views = list(captured), tuple(views)
-        self.module = captured[0].module
-        self.cache = DynamicCache(config=self.module.config.get_text_config(decoder=True)) if cache is None else cache
-        # The cache's own, before the loop's calls on it are led through this lane.
-        self._crop_cache, self._reorder_cache = self.cache.crop, self.cache.reorder_cache
-        self.rows = len(captured[0].input_ids)
+        self.prepared, self.views = list(prepared), tuple(views)
+        self.module = prepared[0].module
+        self.kv = KV.growing(self.module) if kv is None else kv
+        self.rows = len(prepared[0].input_ids)
+        self.owner, self.edits = owner, edits
         self._patch = patch or (lambda module: nullcontext())
         self._forward = forward or self.module.forward
-        self._pad = pad_token_id
+        self._first = hf.first_forward(self.prepared, pad_token_id)
+        seen = self._first["attention_mask"].bool()
         #: (V*B, S) bool over the cache's slots; ``None`` while every slot of every row is visible.
-        self.mask: Tensor | None = None
+        self.mask: Tensor | None = None if bool(seen.all()) else seen
         #: (..., V*B, 1) position id of the newest token of each row.
-        self.position: Tensor | None = None
+        self.position: Tensor = self._first["position_ids"][..., -1:]
         #: Slots of the cache in use: prompt width and everything after.
-        self.length = 0
-        self._pending: list[Tensor] = []
+        self.length = self.width
         self.forwards = 0
 
     @property
     def width(self) -> int:
         """Prompt width of the stacked rows."""
-        return max(c.input_ids.shape[1] for c in self.captured)
+        return max(p.input_ids.shape[1] for p in self.prepared)
 
     def prefill(self, keep: int, **call: Any) -> Any:
         """Run the prompts of all views.
@@ -87,38 +81,11 @@ class Lane:
         Returns:
             the module's output, its logits (V*B, keep, N).
         """
-        rows = [_complete(c) for c in self.captured]
-        width = max(r["attention_mask"].shape[1] for r in rows)
-        kwargs: dict[str, Any] = {}
-        for key in rows[0]:
-            values = [row.get(key) for row in rows]
-            if key == "position_ids":
-                axes = max(v.dim() for v in values)
-                values = [v if v.dim() == axes else v.expand(axes_of(values), *v.shape) for v in values]
-                kwargs[key] = torch.cat([left_pad(v, width, 0) for v in values], dim=-2)
-            elif key in ("input_ids", "attention_mask"):
-                if values[0] is not None:
-                    fill = self._pad if key == "input_ids" else 0
-                    kwargs[key] = torch.cat([left_pad(v, width, fill) for v in values])
-            elif key == "inputs_embeds":
-                kwargs[key] = torch.cat([left_pad(v, width, 0.0, dim=1) for v in values])
-            elif key == "mm_encoder_outputs":
-                continue
-            elif isinstance(values[0], Tensor) and values[0].dim() == 2 and values[0].shape[0] == self.rows:
-                kwargs[key] = torch.cat([left_pad(v, width, 0) for v in values])
-            else:
-                kwargs[key] = values[0]
-        merged = merge_images([row.get("mm_encoder_outputs") for row in rows])
-        if merged:
-            kwargs["mm_encoder_outputs"] = merged
-        kwargs.update(call)
-        kwargs["logits_to_keep"] = keep
-        mask = kwargs["attention_mask"].bool()
-        self.position = kwargs["position_ids"][..., -1:]
-        self.mask = None if bool(mask.all()) else mask
-        self.length = width
-        kwargs["attention_mask"] = None if self.mask is None else self.mask.long()
-        return self._run(kwargs)
+        first, self._first = self._first, {}
+        first["attention_mask"] = None if self.mask is None else self.mask.long()
+        out = self._run(first, keep, call)
+        self.kv.check_length(self.length)
+        return out
 
     def extend(
         self,
@@ -128,7 +95,7 @@ class Lane:
         depth: Tensor | None = None,
         **call: Any,
     ) -> Any:
-        """Run further tokens of all rows, after those that were put off.
+        """Run further tokens of all rows.
 
         Args:
             tokens: (B, q).
@@ -136,31 +103,20 @@ class Lane:
             ancestors: (q, q) or (B, q, q) bool for a tree: token i sees token j. ``None`` is a chain.
             depth: (q,) or (B, q) of each tree node, 0 for the root; positions are the row's next position plus depth.
         """
-        if self._pending:
-            tokens = torch.cat([*self._pending, tokens], 1)
-            self._pending = []
         views, q = len(self.views), tokens.shape[1]
-        kwargs: dict[str, Any] = {"input_ids": tokens.repeat(views, 1), **call, "logits_to_keep": keep}
         steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
-        kwargs["position_ids"] = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
+        positions = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
+        mask: Tensor | None = None
         if ancestors is not None:
-            kwargs["attention_mask"] = self._tree_mask(ancestors.to(tokens.device))
-        elif self.mask is not None:
+            mask = self._tree_mask(ancestors.to(tokens.device))
+        if self.mask is not None:
+            # Which of a tree's slots stay visible is known once a path is accepted; see accept_paths.
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), q)], 1)
-            kwargs["attention_mask"] = self.mask.long()
-        else:
-            kwargs["attention_mask"] = None
+            mask = self.mask.long() if mask is None else mask
         if ancestors is None:
             self.position = self.position + q
-        elif self.mask is not None:
-            # Which of a tree's slots stay visible is known once a path is accepted; see keep_path.
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), q)], 1)
         self.length += q
-        return self._run(kwargs)
-
-    def put_off(self, tokens: Tensor) -> None:
-        """Note tokens (B, q) that this lane will run together with its next ones."""
-        self._pending.append(tokens)
+        return self._run(hf.further_forward(tokens.repeat(views, 1), positions, mask), keep, call)
 
     def _tree_mask(self, ancestors: Tensor) -> Tensor:
         """(V*B or 1, 1, q, S + q) additive mask: every visible slot of the past, and a node's ancestors."""
@@ -172,20 +128,14 @@ class Lane:
             past = self.mask[:, None].expand(-1, q, -1)
             own = own.expand(len(past), -1, -1)
         seen = torch.cat([past, own], -1)
-        if getattr(self.cache, "is_compileable", False):
-            capacity = self.cache.layers[0].max_cache_len
-            seen = torch.nn.functional.pad(seen, (0, capacity - seen.shape[-1]))
+        if self.kv.capacity is not None:
+            seen = torch.nn.functional.pad(seen, (0, self.kv.capacity - seen.shape[-1]))
         return additive(seen, self.module.dtype)
 
-    def _run(self, kwargs: dict[str, Any]) -> Any:
+    def _run(self, kwargs: dict[str, Any], keep: int, call: dict[str, Any]) -> Any:
         self.forwards += 1
-        kwargs.update(hf.with_cache(self.cache), use_cache=True, return_dict=True)
-        token = _running.set(self)
-        try:
-            with self._patch(self.module):
-                return self._forward(**kwargs)
-        finally:
-            _running.reset(token)
+        with running(self), self._patch(self.module):
+            return hf.run(self._forward, kwargs, self.kv.cache, keep, **call)
 
     def rows_of(self, view: int) -> slice | None:
         """Where the rows of view ``view`` stand among this lane's, or ``None`` if it runs elsewhere."""
@@ -199,18 +149,9 @@ class Lane:
         """The forward that is running is the prompts'."""
         return self.forwards == 1
 
-    def crop(self, n: int) -> None:
-        """Forget the newest ``n`` tokens of every row; those put off first."""
-        while n and self._pending:
-            last = self._pending.pop()
-            if last.shape[1] > n:
-                self._pending.append(last[:, : last.shape[1] - n])
-                return
-            n -= last.shape[1]
-        if self._pending:
-            return
-        # Also for n = 0: a sliding window shrinks back to its size only when it is told that nothing is taken back.
-        self._crop_cache(-n)
+    def drop(self, n: int) -> None:
+        """Forget the newest ``n`` tokens of every row; 0 lets a sliding window shrink back to its size."""
+        self.kv.drop(n)
         self.length -= n
         self.position = self.position - n
         if self.mask is not None:
@@ -220,58 +161,16 @@ class Lane:
         """Row b becomes what row ``index[b]`` was, in every view."""
         index = index.to(self.position.device)
         whole = torch.cat([index + v * self.rows for v in range(len(self.views))])
-        self._reorder_cache(whole)
+        self.kv.reorder(whole)
         if self.mask is not None:
             self.mask = self.mask[whole]
         self.position = self.position.index_select(-2, whole)
-        self._pending = [tokens[index] for tokens in self._pending]
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, 1, q, S) attention mask to add to the scores, from (R, q, S) bool."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def axes_of(values: Sequence[Tensor]) -> int:
-    """Number of position axes (M-RoPE) among position ids of which some have none."""
-    return next(v.shape[0] for v in values if v.dim() == 3)
-
-
-def _complete(captured: Captured) -> dict[str, Any]:
-    """The prepared rows with their ids and positions spelled out, one set per row."""
-    kwargs = dict(captured.kwargs)
-    kwargs.setdefault("input_ids", captured.input_ids)
-    mask = kwargs["attention_mask"]
-    if kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    position = kwargs["position_ids"]
-    if position.shape[-2] != len(mask):
-        kwargs["position_ids"] = position.expand(*position.shape[:-2], len(mask), position.shape[-1])
-    return kwargs
-
-
-def merge_images(outputs: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """The encoded images of several views in row order, as one ``mm_encoder_outputs``."""
-    merged: dict[str, Any] = {}
-    for name in ("image", "video"):
-        parts = [o[name] for o in outputs if o and o.get(name) is not None]
-        if not parts:
-            continue
-        out = copy.copy(parts[0])
-        features = [part.pooler_output for part in parts]
-        if all(isinstance(f, Tensor) for f in features) and len({f.shape[1:] for f in features}) == 1:
-            out.pooler_output = torch.cat(features)
-        else:
-            out.pooler_output = [image for f in features for image in f]
-        layers = [getattr(part, "deepstack_features", None) for part in parts]
-        if layers[0] is not None:
-            out.deepstack_features = [
-                torch.cat(layer) if isinstance(layer[0], Tensor) else [image for own in layer for image in own]
-                for layer in zip(*layers)
-            ]
-        merged[name] = out
-    return merged
 
 
 class Lanes:
@@ -283,7 +182,6 @@ class Lanes:
         weights: signed weight of each extra view.
         probes: hidden layers to hand to ``combine``.
         project: see :class:`Step`.
-        skip: put the other lanes off while the plausibility mask of view 0 leaves a single token.
     """
 
     def __init__(
@@ -293,13 +191,11 @@ class Lanes:
         weights: Sequence[float],
         probes: Probes,
         project: Callable[..., Tensor],
-        skip: bool = False,
     ):
         self.method, self.lanes, self.weights = method, list(lanes), tuple(weights)
-        self.probes, self._project, self.skip = probes, project, skip
+        self.probes, self._project = probes, project
         #: (B,) tokens generated so far that the cache holds.
-        self.generated: Tensor | None = None
-        self.skipped = 0
+        self.generated: Tensor = torch.zeros(self.main.rows, dtype=torch.long, device=self.main.position.device)
         self.last_step: Step | None = None
 
     @property
@@ -322,9 +218,7 @@ class Lanes:
         q = 0 if tail is None else tail.shape[1]
         first = max(1, keep - q)
         outputs = [lane.prefill(first, **self._call(lane, call)) for lane in self.lanes]
-        rows, device = self.main.rows, outputs[0].logits.device
-        self.generated = torch.zeros(rows, dtype=torch.long, device=device)
-        positions = self.generated[:, None] - torch.arange(first - 1, -1, -1, device=device)
+        positions = self.generated[:, None] - torch.arange(first - 1, -1, -1, device=self.generated.device)
         scores, out = self._score(outputs, positions.clamp(min=0)), outputs[0]
         if q:
             more, out = self.extend(tail, min(q, keep), **call)
@@ -348,17 +242,7 @@ class Lanes:
         first = self.main.extend(tokens, keep, **tree, **self._call(self.main, call))
         if ancestors is None:
             self.generated = self.generated + q
-        others = self.lanes[1:]
-        if self.skip and others and ancestors is None:
-            logits = first.logits.float()
-            alone = plausible(logits, self.method.plausible)
-            if bool((alone.sum(-1) == 1).all()):
-                for lane in others:
-                    lane.put_off(tokens)
-                self.skipped += 1
-                self.last_step = None
-                return masked(logits, alone, logits), first
-        outputs = [first, *(lane.extend(tokens, keep, **tree, **self._call(lane, call)) for lane in others)]
+        outputs = [first, *(lane.extend(tokens, keep, **tree, **self._call(lane, call)) for lane in self.lanes[1:])]
         return self._score(outputs, positions), first
 
     def _call(self, lane: Lane, call: dict[str, Any]) -> dict[str, Any]:
@@ -389,10 +273,10 @@ class Lanes:
         self.last_step = Step(logits, positions, self.weights, hidden, self._project)
         return self.method.scores(self.last_step)
 
-    def crop(self, n: int) -> None:
+    def drop(self, n: int) -> None:
         """Forget the newest ``n`` tokens of every row."""
         for lane in self.lanes:
-            lane.crop(n)
+            lane.drop(n)
         self.generated = self.generated - n
 
     def reorder(self, index: Tensor) -> None:
@@ -402,12 +286,7 @@ class Lanes:
         self.generated = self.generated[index.to(self.generated.device)]
 
 
-def check_execution(execution: str, method: Method, parts: int) -> None:
-    """Raise unless ``execution`` is known and honours ``method``."""
+def check_execution(execution: str) -> None:
+    """Raise unless ``execution`` is known."""
     if execution not in EXECUTIONS:
         raise UnsupportedError(f"execution = {execution!r} is not known; it is one of {', '.join(EXECUTIONS)}.")
-    if execution == "skip" and parts > 1 and method.plausible is None:
-        raise UnsupportedError(
-            f"{method.name} has no plausibility mask on view 0 as it is that could decide a step alone, so every step "
-            "needs all views; use execution='stacked'."
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..engine.hf import require_model
 from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -29,6 +30,17 @@ FAMILIES: dict[str, str] = {
 }
 
 
+def families() -> list[type[Family]]:
+    """The adapters of all families that are known."""
+    return [adapter(name) for name in FAMILIES]
+
+
+def adapter(model_type: str) -> type[Family]:
+    """The adapter class of a registered family."""
+    module, name = FAMILIES[model_type].split(":")
+    return getattr(importlib.import_module(module, __name__), name)
+
+
 def family_of(model: torch.nn.Module) -> Family:
     """The adapter of ``model``'s family.
 
@@ -36,12 +48,11 @@ def family_of(model: torch.nn.Module) -> Family:
         UnsupportedError: ``config.model_type`` is not in ``FAMILIES``.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    entry = FAMILIES.get(model_type)
-    if entry is None:
+    if model_type not in FAMILIES:
         raise UnsupportedError(
             f"model family {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}. If this is "
             "the language model inside an LVLM, attach to the LVLM itself; a new family is one line in "
             "lvlm_decode.families.FAMILIES."
         )
-    module, name = entry.split(":")
-    return getattr(importlib.import_module(module, __name__), name)(model)
+    require_model(model_type)
+    return adapter(model_type)(model)

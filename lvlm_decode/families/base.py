@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,40 +11,16 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..engine import hf
+from ..engine.hf import Encoded, Prepared, decoder
+from ..engine.hf import vision as encoded
 from ..errors import InputError
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One image as the language model receives it.
-
-    Args:
-        features: (n, D) projected features, one per placeholder.
-        deep: per extra layer (n, D), for families that also feed features into deeper layers (Qwen3-VL).
-    """
-
-    features: Tensor
-    deep: tuple[Tensor, ...] = ()
-
-
-@dataclass
-class Captured:
-    """A batch of rows as ``generate()`` prepared it for its first forward.
-
-    Args:
-        module: the module whose loop decodes (the language model itself inside InstructBLIP).
-        input_ids: (B, T) prompt rows, left-padded.
-        kwargs: what the first forward receives, without a cache.
-    """
-
-    module: torch.nn.Module
-    input_ids: Tensor
-    kwargs: dict[str, Any]
 
 
 class Family:
     """How one model family is given its text and its images."""
 
+    #: Inputs of the encoder that models of this family know, pixels first.
+    encoder_inputs: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     #: Text-side inputs, (B, T) each, beside ``input_ids`` and ``attention_mask``.
     token_keys: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     #: Inputs that hold a number of images per row, not something per image.
@@ -123,64 +97,39 @@ class Family:
         return self._split(out)
 
     def _split(self, out: Any) -> list[Encoded]:
-        features = list(out.pooler_output)
-        layers = getattr(out, "deepstack_features", None)
-        if layers is None:
-            return [Encoded(f) for f in features]
-        sizes = [len(f) for f in features]
-        split = [torch.split(layer, sizes) if isinstance(layer, Tensor) else layer for layer in layers]
-        return [Encoded(f, tuple(layer[i] for layer in split)) for i, f in enumerate(features)]
+        return encoded.unpack(out)
 
     def pack(self, images: Sequence[Encoded]) -> Any:
-        """The images as ``mm_encoder_outputs["image"]`` wants them; a fresh object, for ``generate()`` mutates it."""
-        out = copy.copy(self._template)
-        features = [image.features for image in images]
-        stackable = isinstance(self._template.pooler_output, Tensor) and len({f.shape for f in features}) == 1
-        out.pooler_output = torch.stack(features) if stackable else features
-        if getattr(self._template, "deepstack_features", None) is not None:
-            layers = list(zip(*[image.deep for image in images]))
-            whole = isinstance(self._template.deepstack_features[0], Tensor)
-            out.deepstack_features = [torch.cat(layer) if whole else list(layer) for layer in layers]
-        return out
+        """The images as the model's own encoder would have returned them; a fresh object."""
+        return encoded.pack(images, self._template)
 
-    def generate(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded], **kwargs: Any):
-        """``generate()`` of the model's own class on prepared features: no pixels, no second vision pass."""
+    def generate(
+        self,
+        text: dict[str, Tensor],
+        vision: dict[str, Tensor],
+        images: Sequence[Encoded],
+        loop: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``generate()`` of the model's own class on prepared features: no pixels, no second vision pass.
+
+        Args:
+            loop: see :func:`lvlm_decode.engine.hf.generate`.
+        """
         inputs = dict(text)
         # Position ids of families with image grids need the grid, not the pixels.
         inputs.update({key: value for key, value in vision.items() if key.endswith("grid_thw")})
-        if images:
-            inputs["mm_encoder_outputs"] = {"image": self.pack(images)}
-        return type(self.model).generate(self.model, **inputs, **kwargs)
+        packed = hf.with_images(self.pack(images) if images else None)
+        return hf.generate(self.model, loop, **inputs, **packed, **kwargs)
 
-    def capture(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded]) -> Captured:
+    def prepare(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded]) -> Prepared:
         """Let the model's own ``generate()`` prepare a batch, and stop before its first forward."""
-        box: dict[str, Any] = {}
-
-        def stop(module, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            box.update(module=module, input_ids=input_ids, kwargs=model_kwargs)
-            return input_ids
-
-        self.generate(
-            text,
-            vision,
-            images,
-            custom_generate=stop,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            max_new_tokens=1,
-            use_cache=True,
-            cache_implementation="dynamic",
-            return_dict_in_generate=False,
+        return hf.prepare(
+            lambda **more: self.generate(text, vision, images, **more),
+            text["attention_mask"],
+            self.token_keys,
+            self.vision_keys,
         )
-        module, kwargs = box["module"], box["kwargs"]
-        hf.take_cache(kwargs)
-        mask = text["attention_mask"].to(module.device)
-        kwargs = module.prepare_inputs_for_generation(
-            box["input_ids"], is_first_iteration=True, **hf.with_cache(None), **kwargs
-        )
-        kwargs["attention_mask"] = mask
-        return Captured(module, box["input_ids"].to(module.device), kwargs)
 
     def drop_image(self, input_ids: Tensor) -> Tensor:
         """(T,) bool: which tokens of a prompt stay when its images are taken away."""
@@ -193,7 +142,7 @@ class Family:
         return torch.cat([input_ids[:at], prefix, input_ids[at:]]), at
 
     def unpack(self, packed: Any) -> list[Encoded]:
-        """The images of an ``mm_encoder_outputs["image"]`` that the user passed in."""
+        """The images that the user passed in encoded, as the model's own encoder returns them."""
         self._template = packed
         return self._split(packed)
 
@@ -219,7 +168,7 @@ class Family:
 
     def routers(self) -> list[torch.nn.Module]:
         """The decoder's top-k routers, each of which says (logits, weights, experts) per token."""
-        return [part for part in self.model.get_decoder().modules() if type(part).__name__.endswith("TopKRouter")]
+        return decoder.routers(self.model)
 
     @property
     def has_experts(self) -> bool:
@@ -236,11 +185,6 @@ class Family:
     def before_projector(self) -> list[torch.nn.Module]:
         """The modules whose outputs, kept, let the images be projected again without encoding them again."""
         return [self.model.get_encoder(modality="image")]
-
-    #: The attention of the CLS token that DAMRO's authors read: one softmax over all heads, or the mean over heads.
-    cls_attention: str = "concat"
-    #: How many outlier patches DAMRO's authors take, and how strongly they contrast.
-    damro: tuple[int, float] = (10, 2.0)
 
     def cls_layer(self) -> torch.nn.Module:
         """The self-attention of the encoder layer that produces the features."""

@@ -11,6 +11,7 @@ from .base import Family
 class Gemma3(Family):
     """Image tokens stand between begin and end markers and see each other both ways."""
 
+    encoder_inputs = ("pixel_values",)
     has_cls = False
 
     def drop_image(self, input_ids: Tensor) -> Tensor:
@@ -21,4 +22,5 @@ class Gemma3(Family):
 class PaliGemma(Family):
     """The prompt is a bidirectional prefix (token type 0); what is generated is causal (type 1)."""
 
+    encoder_inputs = ("pixel_values",)
     has_cls = False

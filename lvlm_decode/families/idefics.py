@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Encoded, Family
+from ..engine.hf import Encoded, vision
+from .base import Family
 
 
 class Idefics(Family):
@@ -18,6 +19,7 @@ class Idefics(Family):
     taken out.
     """
 
+    encoder_inputs = ("pixel_values", "pixel_attention_mask")
     pixels_per_row = True
     has_cls = False
 
@@ -37,9 +39,9 @@ class Idefics(Family):
 
     def _split(self, out: Any) -> list[Encoded]:
         # The model joins the images of a row; each has as many tokens as the connector leaves.
-        vision = self.config.vision_config
-        length = (vision.image_size // vision.patch_size // self.config.scale_factor) ** 2
-        return [Encoded(image) for row in out.pooler_output for image in row.split(length) if len(image)]
+        sizes = self.config.vision_config
+        length = (sizes.image_size // sizes.patch_size // self.config.scale_factor) ** 2
+        return [Encoded(image) for row in vision.features_of(out) for image in row.split(length) if len(image)]
 
     def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         return self._real(noise, pixels)

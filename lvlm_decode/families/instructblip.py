@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.hf import instance_attribute
+from ..engine import hf
+from ..engine.hf import Encoded
+from ..engine.hf import vision as encoded
+from ..engine.hooks import hooked
 from ..errors import UnsupportedError
-from .base import Encoded, Family
+from .base import Family
 
 
 class InstructBlip(Family):
@@ -23,6 +26,7 @@ class InstructBlip(Family):
     model (Flan-T5): only a decoder alone is supported.
     """
 
+    encoder_inputs = ("pixel_values", "qformer_input_ids", "qformer_attention_mask", "interpolate_pos_encoding")
     prompt_keys = ("qformer_input_ids", "qformer_attention_mask")
     pixels_per_row = True
     has_qformer = True
@@ -58,31 +62,30 @@ class InstructBlip(Family):
     def encode(self, vision: dict[str, Tensor]) -> list[Encoded]:
         index = vision["picture"]
 
-        def share(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            output.last_hidden_state = output.last_hidden_state[index]
-            if output.pooler_output is not None:
-                output.pooler_output = output.pooler_output[index]
-            return output
+        def share(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return encoded.repeated(output, index)
 
-        hook = self.model.get_encoder(modality="image").register_forward_hook(share)
-        try:
+        with hooked(after={self.model.get_encoder(modality="image"): share}):
             return super().encode(vision)
-        finally:
-            hook.remove()
 
-    def generate(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded], **kwargs: Any):
+    def generate(
+        self,
+        text: dict[str, Tensor],
+        vision: dict[str, Tensor],
+        images: Sequence[Encoded],
+        loop: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         rows = len(text["input_ids"])
         inputs = dict(text, pixel_values=torch.empty(rows, 0, device=self.model.device))
 
-        def encoded(*args: Any, **ignored: Any) -> Any:
+        def given(*args: Any, **ignored: Any) -> Any:
             if images:
                 return self.pack(images)
-            width = self.config.get_text_config().hidden_size
-            return type("NoImages", (), {"pooler_output": torch.empty(0, width, device=self.model.device)})
+            return encoded.no_images(self.config.get_text_config().hidden_size, self.model.device)
 
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
-        with instance_attribute(self.model, "get_image_features", encoded):
-            return type(self.model).generate(self.model, **inputs, **kwargs)
+        return hf.generate(self.model, loop, own={"get_image_features": given}, **inputs, **kwargs)
 
     def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
         return model.language_model
@@ -97,9 +100,6 @@ class InstructBlip(Family):
     def _whole(self) -> torch.nn.Module:
         """The module that owns the Q-Former."""
         return self.model if hasattr(self.model, "qformer") else self.model.model
-
-    cls_attention = "mean_heads"
-    damro = (4, 0.5)
 
     def cls_layer(self) -> torch.nn.Module:
         return self.model.get_encoder(modality="image").encoder.layers[-2].self_attn

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from ..engine.hf import vision as encoded
 from .base import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, Family
 
 
 class LlavaNext(Family):
     """``pixel_values`` (images, tiles, 3, H, W), the whole image first; tiles beyond an image's own are zeros."""
+
+    encoder_inputs = (*Family.encoder_inputs, "image_sizes")
 
     def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         most = max(part["pixel_values"].shape[1] for part in parts)
@@ -27,11 +29,7 @@ class LlavaNext(Family):
         rows, at = [], 0
         for size in vision["image_sizes"]:
             rows.append(at)
-            at += image_size_to_num_patches(
-                image_size=size,
-                grid_pinpoints=self.config.image_grid_pinpoints,
-                patch_size=self.config.vision_config.image_size,
-            )
+            at += encoded.tiles_of(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
         return rows
 
     def only_patches(self, sample: Any, number: int, index: Tensor, states: Tensor, fix_offset: bool) -> Tensor:
@@ -44,6 +42,7 @@ class LlavaOnevision(LlavaNext):
     """A prompt with several images takes each of them whole, without tiles: ``batch_num_images`` counts them."""
 
     has_cls = False
+    encoder_inputs = (*LlavaNext.encoder_inputs, "vision_aspect_ratio", "batch_num_images")
     count_keys = ("batch_num_images",)
 
     @property

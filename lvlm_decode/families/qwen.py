@@ -17,6 +17,7 @@ class QwenVL(Family):
     is merged into one token. A still image fills both frames, so whatever edits pixels must treat the copies alike.
     """
 
+    encoder_inputs = ("pixel_values", "image_grid_thw")
     has_cls = False
 
     @property

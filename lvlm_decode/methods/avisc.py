@@ -16,7 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.attention import attention_to_prompt
+from ..engine.batch import attention_to_prompt
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 
@@ -54,7 +55,7 @@ class AvisC(Contrast):
             return torch.ones_like(mean, dtype=torch.bool)
         return mean > mean.mean() + self.deviations * mean.std()
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
         attention, images = sample.batch.once("attention to the prompt", attention_to_prompt)

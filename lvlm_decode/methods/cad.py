@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from ..engine.prepare import Sample
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from ..controllers.prompts import asking
-from ..engine.prepare import Batch
+from ..engine.batch import Batch
+from ..engine.prompts import asking
+from ..engine.samples import Sample
 from ..method import Method, Step, View, plausible
 
 PROMPT = (
@@ -46,7 +48,7 @@ class CODE(Method):
         self.check(self.eta >= 0, "eta", "at least 0")
         self.check(self.max_description >= 1, "max_description", "at least 1")
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view()]
         key = ("description", self.prompt, self.max_description)

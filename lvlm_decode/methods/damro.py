@@ -23,8 +23,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..families import family_of
+from ..engine.hooks import hooked
+from ..engine.samples import Sample
+from ..families.base import Family
 from ..method import Contrast, View
+
+#: What the authors' code takes for a family: patches, contrast strength, and one softmax over all heads or their mean.
+DEFAULTS = {"instructblip": (4, 0.5, "mean_heads")}
+#: The same for the LLaVAs, and for families the authors did not run.
+OTHERWISE = (10, 2.0, "concat")
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,8 @@ class DAMRO(Contrast):
         return self.beta
 
     @contextmanager
-    def observe(self, model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
-        family = family_of(model)
-        heads = (self.attention or family.cls_attention) == "mean_heads"
+    def observe(self, family: Family) -> Iterator[dict[str, Tensor]]:
+        heads = (self.attention or authors(family)[2]) == "mean_heads"
         seen: dict[str, Tensor] = {}
 
         def attend(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -66,21 +72,15 @@ class DAMRO(Contrast):
             query, key = family.cls_query_and_keys(module, states)
             seen["attention"] = cls_row(query, key, module.num_heads if heads else 1)
 
-        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             seen["states"] = output.last_hidden_state
 
-        hooks = [
-            family.cls_layer().register_forward_pre_hook(attend, with_kwargs=True),
-            model.get_encoder(modality="image").register_forward_hook(keep),
-        ]
-        try:
+        encoder = family.model.get_encoder(modality="image")
+        with hooked(after={encoder: keep}, before={family.cls_layer(): attend}):
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def views(self, sample, rng) -> list[View]:
-        k, alpha = sample.family.damro
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
+        k, alpha, _ = authors(sample.family)
         k, alpha = k if self.k is None else self.k, alpha if self.alpha is None else self.alpha
         if not sample.has_image:
             return [sample.as_view(weight=-alpha)]
@@ -92,6 +92,11 @@ class DAMRO(Contrast):
             return sample.family.only_patches(sample, number, index, seen["states"][row], self.offset == "fixed")
 
         return [sample.with_features(outliers, weight=-alpha)]
+
+
+def authors(family: Family) -> tuple[int, float, str]:
+    """The authors' number of patches, contrast strength and attention for a family."""
+    return DEFAULTS.get(family.config.model_type, OTHERWISE)
 
 
 def cls_row(query: Tensor, key: Tensor, heads: int) -> Tensor:

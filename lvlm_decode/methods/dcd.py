@@ -11,8 +11,9 @@ the paper's values.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.hf import instance_attribute
+from ..engine.hooks import hooked, replaced
+from ..engine.samples import Sample
 from ..errors import InputError, ParameterError
-from ..families import family_of
+from ..families.base import Family
 from ..method import Contrast, View
 
 Weights = torch.nn.Module | Mapping[str, Tensor] | str | Path
@@ -58,20 +60,17 @@ class DCD(Contrast):
         return self.beta
 
     @contextmanager
-    def observe(self, model: torch.nn.Module) -> Iterator[dict[torch.nn.Module, Any]]:
-        family, said = family_of(model), {}
+    def observe(self, family: Family) -> Iterator[dict[torch.nn.Module, Any]]:
+        outputs: dict[torch.nn.Module, Any] = {}
 
-        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
-            said[module] = output
+        def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            outputs[module] = output
 
-        with ExitStack() as stack:
-            for module in family.before_projector():
-                stack.callback(module.register_forward_hook(keep).remove)
-            if self.positive is not None:
-                stack.enter_context(projecting(family.projector(), self.positive))
-            yield said
+        own = nullcontext() if self.positive is None else projecting(family.projector(), self.positive)
+        with hooked(after=dict.fromkeys(family.before_projector(), keep)), own:
+            yield outputs
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
         if "pixel_values" not in sample.vision:
@@ -82,17 +81,15 @@ class DCD(Contrast):
 
     def _project(self, batch: Any, sample: Any) -> list[Any]:
         """All images of the batch through the negative projector, on what the encoder said the first time."""
-        said = sample.observed_by(self.name)
-        with ExitStack() as stack:
-            for module, output in said.items():
-                stack.enter_context(instance_attribute(module, "forward", lambda *a, output=output, **k: output))
-            stack.enter_context(projecting(batch.family.projector(), self.negative))
+        outputs = sample.observed_by(self.name)
+        recorded = {module: lambda *a, output=output, **k: output for module, output in outputs.items()}
+        with replaced(recorded), projecting(batch.family.projector(), self.negative):
             return batch.family.encode(batch.family.cat_vision([batch.vision]))
 
 
 @contextmanager
 def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
-    """``projector`` computes with other weights; its own come back on exit.
+    """``projector`` computes with other weights in calls made inside the block; other calls have its own.
 
     Raises:
         ParameterError: weights of another projector.
@@ -108,12 +105,7 @@ def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
             f"dcd: the given projector has {len(state)} tensors that are not those of {type(projector).__name__}; give "
             "one that was trained from this model's projector."
         )
-    # The parameters keep their identity, so hooks and optimisers that hold them are undisturbed.
-    before = [(value, value.data) for value in projector.state_dict(keep_vars=True).values()]
-    try:
-        for key, value in projector.state_dict(keep_vars=True).items():
-            value.data = state[key].to(value.device, value.dtype)
+    other = copy.deepcopy(projector)
+    other.load_state_dict(state)
+    with replaced({projector: other.forward}):
         yield
-    finally:
-        for value, data in before:
-            value.data = data

@@ -13,6 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."
@@ -42,7 +45,7 @@ class ICD(Contrast):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if sample.family.has_qformer:
             alone = self.qformer == "normal"
             edit = (lambda query: self.disturbance) if alone else (lambda query: f"{self.disturbance} {query}")

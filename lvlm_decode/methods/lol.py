@@ -13,6 +13,7 @@ term, the layer and every strength are this library's reading, not the paper's v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +24,11 @@ import torch
 from torch import Tensor
 
 from ..engine import hf
+from ..engine.hooks import replaced
+from ..engine.run import Run
+from ..engine.samples import Sample
 from ..errors import DependencyError, UnsupportedError
+from ..families.base import Family
 from ..method import Method, Probes, Step, View
 
 INSTRUCTION = "You are a careless assistant that describes things which are not in the image. "
@@ -64,7 +69,7 @@ class LOL(Method):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if self.adapter is not None:
             amateur = sample.as_view(patch=self._with_adapter)
         elif self.model is not None:
@@ -82,12 +87,12 @@ class LOL(Method):
             )
         return Probes(hidden=(layer,))
 
-    def patch(self, run: Any) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager:
         return nullcontext() if self.adapter is None else without_adapter(run.model, self.adapter)
 
-    def observe(self, model: torch.nn.Module) -> AbstractContextManager:
+    def observe(self, family: Family) -> AbstractContextManager:
         # The images are those of the model, encoded once; the amateur differs in what it makes of them.
-        return nullcontext() if self.adapter is None else without_adapter(model, self.adapter)
+        return nullcontext() if self.adapter is None else without_adapter(family.model, self.adapter)
 
     @cached_property
     def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager]:
@@ -117,7 +122,7 @@ def without_adapter(module: torch.nn.Module, name: str) -> AbstractContextManage
 
 @contextmanager
 def adapters(module: torch.nn.Module, name: str, choose: Callable[[list[str]], list[str]]) -> Iterator[None]:
-    """The peft adapters of every layer of ``module`` that ``choose`` makes of the active ones; restored on exit.
+    """Layers of ``module`` use the peft adapters that ``choose`` makes of the active ones, in calls made inside the block.
 
     Raises:
         DependencyError: peft is not installed.
@@ -135,22 +140,15 @@ def adapters(module: torch.nn.Module, name: str, choose: Callable[[list[str]], l
             f"the model has no adapter {name!r} ({', '.join(known) or 'none is loaded'}); load it first with "
             "model.load_adapter(path, adapter_name=...)."
         )
-    before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
-    # peft switches gradients along with adapters.
-    gradients = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
-    try:
-        for layer, disabled, active in before:
-            chosen = [own for own in choose([] if disabled else active) if own in _names(layer)]
-            if chosen:
-                layer.set_adapter(chosen)
-            layer.enable_adapters(bool(chosen))
+    forwards = {}
+    for layer in layers:
+        active = [] if layer.disable_adapters else list(layer.active_adapters)
+        chosen = [own for own in choose(active) if own in _names(layer)]
+        # The layer's own forward, on a stand-in that has other adapters active: the layer stays as it is for other calls.
+        stand_in = hf.Proxy(layer, active_adapters=chosen, disable_adapters=not chosen)
+        forwards[layer] = functools.partial(type(layer).forward, stand_in)
+    with replaced(forwards):
         yield
-    finally:
-        for layer, disabled, active in before:
-            layer.set_adapter(active)
-            layer.enable_adapters(not disabled)
-        for parameter, flag in gradients:
-            parameter.requires_grad_(flag)
 
 
 def _names(layer: Any) -> set[str]:

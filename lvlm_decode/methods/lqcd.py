@@ -18,9 +18,11 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from ..controllers.prompts import cue_of
+from ..engine.prompts import cue_of
+from ..engine.samples import Sample
 from ..method import Method, Step, View, plausible
 
 SUGGESTION = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
@@ -66,7 +68,7 @@ class LQCD(Method):
         """The query without its suggestions."""
         return re.sub(self.suggestion, "", query, flags=re.IGNORECASE)
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         def edit(text: str) -> str:
             plain = self.form == "plain"
             return self.lead(text, cue_of(sample.batch.processor, text)) if plain else self.neutralise(text)

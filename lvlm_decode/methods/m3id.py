@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.prepare import Sample
+from ..engine.samples import Sample
 from ..method import Method, Step, View
 
 

@@ -18,8 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..engine.attention import Edit, editing, image_slots, probabilities, rows_of, to_layer, visible, weighted
-from ..engine.stack import running_lane
+from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible, weighted
+from ..engine.run import Run
+from ..engine.running import running_lane
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 
@@ -52,19 +54,19 @@ class PAI(Contrast):
     def plausible(self) -> float | None:
         return None if self.gamma is None else self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
 
-    def patch(self, run: Any) -> AbstractContextManager:
-        return editing(run.module, _Boost(self, run.family.image_token_id))
+    def patch(self, run: Run) -> AbstractContextManager:
+        return run.editing(_Boost(self, run))
 
 
 class _Boost(Edit):
-    def __init__(self, method: PAI, image_token_id: int):
-        self.method, self.image_token_id = method, image_token_id
+    def __init__(self, method: PAI, run: Run):
+        self.method, self.run, self.image_token_id = method, run, run.family.image_token_id
 
     def output(self, layer, query, key, value, mask, scaling, out):
-        lane = running_lane()
+        lane = running_lane(self.run)
         rows = lane.rows_of(0)
         late = self.method.gamma is not None and self.method.first_token == "code"
         if rows is None or layer < self.method.first_layer or (lane.prefilling and late):

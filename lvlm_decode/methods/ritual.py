@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 #: Height the authors' blur and crop are stated for.
@@ -133,7 +134,7 @@ class RITUAL(Contrast):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         names = list(TRANSFORMS)
         drawn = names[_choice(rng, len(names))] if self.transform == "random" else self.transform
 

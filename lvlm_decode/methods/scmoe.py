@@ -18,7 +18,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.stack import running_lane
+from ..engine.hooks import hooked
+from ..engine.run import Run
+from ..engine.running import running_lane
+from ..engine.samples import Sample
 from ..method import Method, Step, View, plausible
 
 
@@ -49,20 +52,20 @@ class SCMoE(Method):
         self.check(self.weak_temperature > 0, "weak_temperature", "above 0")
         self.check_beta()
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [sample.as_view(mark=self.name)]
 
     @contextmanager
-    def patch(self, run: Any) -> Iterator[None]:
-        routers = run.family.routers()
+    def patch(self, run: Run) -> Iterator[None]:
         view = run.view_number(self.name)
 
-        def weaken(module: torch.nn.Module, args: Any, output: Any) -> Any:
-            rows = running_lane().rows_of(view)
+        def weaken(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            lane = running_lane(run)
+            rows = None if lane is None else lane.rows_of(view)
             if rows is None:
                 return output
             logits, weights, experts = output
-            tokens = len(logits) // (len(running_lane().views) * running_lane().rows)
+            tokens = len(logits) // (len(lane.views) * lane.rows)
             own = slice(rows.start * tokens, rows.stop * tokens)
             weights, experts = weights.clone(), experts.clone()
             # One expert alone: its weight is 1, the other places keep theirs at 0.
@@ -71,12 +74,8 @@ class SCMoE(Method):
             weights[own, 0], experts[own, 0] = 1, chosen
             return logits, weights, experts
 
-        hooks = [router.register_forward_hook(weaken) for router in routers]
-        try:
+        with hooked(after=dict.fromkeys(run.family.routers(), weaken)):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @property
     def mask_view(self) -> int | None:

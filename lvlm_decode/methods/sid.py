@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..engine.attention import Edit, editing, image_slots, probabilities, rows_of, to_layer, visible
-from ..engine.prepare import left_pad
-from ..engine.stack import running_lane
+from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible
+from ..engine.hf import left_pad
+from ..engine.run import Run
+from ..engine.running import running_lane
+from ..engine.samples import Sample
 from ..errors import UnsupportedError
 from ..method import Contrast, View
 
@@ -50,26 +52,27 @@ class SID(Contrast):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [sample.as_view(weight=-self.alpha, mark=self.name)]
 
-    def patch(self, run: Any) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager:
         count = run.model.config.get_text_config().num_hidden_layers
         if self.rank_layer >= count - 1:
             raise UnsupportedError(
                 f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to "
                 f"{count - 1}."
             )
-        return editing(run.module, _Prune(self, run.view_number(self.name), run.family.image_token_id))
+        return run.editing(_Prune(self, run))
 
 
 class _Prune(Edit):
-    def __init__(self, method: SID, view: int, image_token_id: int):
-        self.method, self.view, self.image_token_id = method, view, image_token_id
+    def __init__(self, method: SID, run: Run):
+        self.method, self.run, self.view = method, run, run.view_number(method.name)
+        self.image_token_id = run.family.image_token_id
         self.hidden = torch.empty(0)
 
     def mask(self, layer, query, key, mask, scaling):
-        lane = running_lane()
+        lane = running_lane(self.run)
         rows = lane.rows_of(self.view)
         if rows is None or layer < self.method.rank_layer:
             return mask

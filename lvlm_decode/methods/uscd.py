@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.samples import Sample
 from ..method import Method, Step, View
 
 
@@ -42,7 +43,7 @@ class USCD(Method):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [sample.without_image()]
 
     def combine(self, step: Step) -> Tensor:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 STEPS = 1000
@@ -63,7 +64,7 @@ class VCD(Contrast):
     def plausible(self) -> float | None:
         return self.beta
 
-    def views(self, sample, rng) -> list[View]:
+    def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         def noised(pixels: Tensor) -> Tensor:
             return sample.family.tie_noise(lambda x: diffuse(x, self.noise_step, self.schedule, rng), pixels)
 

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..engine.prepare import Sample
+from ..engine.samples import Sample
 from ..method import Contrast, View
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.attach import attach, detach, last_run
+from ..attachment import attach, detach, last_run
 from ..method import Method
 from .cost import alpha_of, break_even, time_per_token
 from .drafters import Drafter
@@ -146,7 +146,7 @@ def measure(
                     if turn:
                         result.seconds[-1].append(seconds)
                         if arm.drafter is not None:
-                            result.stats = result.stats + last_run(model).speculation
+                            result.stats = result.stats + last_run(model).trace.speculation
                         result.firsts[-1].append(_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1])
                     else:
                         result.answers.append(answer)

@@ -1,4 +1,4 @@
-"""Keeping the accepted path of a verified draft, dropping the rest: caches, masks, positions.
+"""Accepting the path of a verified draft and dropping the rest: caches, masks, positions.
 
 A verification writes ``q`` slots after those in use, in row order, at the same place for every sample. Afterwards each
 sample's path is moved to the end of its own slots, so that no holes pile up; a sample that is behind has free slots at
@@ -8,41 +8,16 @@ the end, which its mask hides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from ..engine import hf
-from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ..engine.stack import Lane, Lanes
 
 
-def check_cache(cache: Any) -> None:
-    """Raise unless rejected rows can be taken out of this cache again.
-
-    Raises:
-        UnsupportedError: a layer with a sliding window, which forgets slots that a rejection would need back; or one that
-            holds more than keys and values by position: quantized states, a state of linear attention, an index.
-    """
-    for number, layer in enumerate(cache.layers):
-        if getattr(layer, "is_sliding", False):
-            raise UnsupportedError(
-                f"cache layer {number} has a sliding window, and rejected draft tokens cannot be taken back from it; "
-                "decode without a drafter."
-            )
-        # Not subclasses: what they hold beside keys and values would keep the rejected tokens.
-        if type(layer) not in (hf.DynamicLayer, hf.StaticLayer):
-            raise UnsupportedError(
-                f"cache layer {number} is a {type(layer).__name__}, which holds more than keys and values by position, so "
-                "rejected draft tokens cannot be taken back from it; decode without a drafter, or with a dynamic or "
-                "static cache."
-            )
-
-
-def keep(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bool) -> None:
+def accept_paths(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bool) -> None:
     """Leave in every lane what sample b would hold had it decoded its path one token at a time.
 
     Args:
@@ -59,12 +34,7 @@ def keep(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bool) -> N
         rows = None if in_order else torch.tensor(paths[0], device=device)
         for lane in lanes.lanes:
             base = lane.length - q
-            for layer in lane.cache.layers:
-                if rows is not None:
-                    for states in (layer.keys, layer.values):
-                        # index_select copies, so reading and writing the same slots is safe.
-                        states[:, :, base : base + length] = states[:, :, base:].index_select(2, rows)
-                _free(layer, base + length)
+            lane.kv.keep(base, length, rows)
             lane.length = base + length
             lane.position = lane.position + (length - counted)
             if lane.mask is not None:
@@ -75,11 +45,11 @@ def keep(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bool) -> N
     rows = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
     taken = torch.tensor([len(path) for path in paths], device=device)
     for lane in lanes.lanes:
-        _keep_rows(lane, rows, taken, q, counted)
+        _accept_rows(lane, rows, taken, q, counted)
     lanes.generated = lanes.generated + taken - counted
 
 
-def _keep_rows(lane: Lane, rows: Tensor, taken: Tensor, q: int, counted: int) -> None:
+def _accept_rows(lane: Lane, rows: Tensor, taken: Tensor, q: int, counted: int) -> None:
     """Move each row's path to the end of what that row has in use.
 
     Args:
@@ -93,27 +63,14 @@ def _keep_rows(lane: Lane, rows: Tensor, taken: Tensor, q: int, counted: int) ->
         mask = lane.mask[:, :base]
     # Slots in use by each row: up to the last one it sees. Every row sees its own prompt.
     used = base - mask.flip(1).long().argmax(1)
-    # Finished samples hold nobody up; what they had beyond is cut off.
+    # The longest unfinished row decides the length; what finished samples had beyond it is cut off.
     length = int((used + taken)[taken > 0].max())
     # Beyond a row's own path the copy writes slots that no mask shows.
     target = used[:, None] + torch.arange(rows.shape[1], device=rows.device)
-    for layer in lane.cache.layers:
-        for states in (layer.keys, layer.values):
-            heads, size = states.shape[1], states.shape[3]
-            source = (base + rows)[:, None, :, None].expand(-1, heads, -1, size)
-            states.scatter_(2, target[:, None, :, None].expand(-1, heads, -1, size), states.gather(2, source))
-        _free(layer, length)
+    lane.kv.move(base + rows, target, length)
     slots = torch.arange(length, device=rows.device)
     new = (slots >= used[:, None]) & (slots < (used + taken)[:, None])
     mask = torch.nn.functional.pad(mask, (0, max(length - base, 0)))[:, :length] | new
     lane.mask = None if bool(mask.all()) else mask
     lane.length = length
     lane.position = lane.position + (taken - counted)[:, None]
-
-
-def _free(layer: Any, length: int) -> None:
-    """Slots from ``length`` on are free again; a static layer keeps its buffers and its capacity."""
-    if getattr(layer, "is_compileable", False):
-        layer.cumulative_length.fill_(length)
-    else:
-        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..engine.hf import decoder
+from ..engine.hooks import hooked
+from ..engine.running import running_lane
 
 
 class Watcher:
@@ -27,38 +30,36 @@ class Watcher:
 
 
 @contextmanager
-def watched(module: torch.nn.Module, layers: Sequence[int] = ()) -> Iterator[Watcher]:
-    """Hooks on the decoder of ``module`` for the length of the block.
+def watched(module: nn.Module, layers: Sequence[int] = (), owner: object = None) -> Iterator[Watcher]:
+    """Watches the decoder of ``module`` in the calls made inside the block.
 
     Args:
-        module: the module that decodes.
         layers: ``i`` asks for the state after layer ``i`` (1 is the first).
+        owner: the run whose forwards alone count; every forward does when ``None``.
     """
-    decoder, watcher = module.get_decoder(), Watcher(layers)
+    watcher = Watcher(layers)
+    embed, stack = decoder.embeddings(module), decoder.layers(module)
+
+    def unseen() -> bool:
+        return watcher.hidden is None and (owner is None or running_lane(owner) is not None)
 
     def before(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        if watcher.hidden is None and watcher.embeds is None:
+        if unseen() and watcher.embeds is None:
             embeds = kwargs.get("inputs_embeds")
-            watcher.embeds = decoder.get_input_embeddings()(kwargs["input_ids"]) if embeds is None else embeds
+            watcher.embeds = embed(kwargs["input_ids"]) if embeds is None else embeds
 
-    def after(_: Any, args: tuple, output: Any) -> None:
-        if watcher.hidden is None:
-            watcher.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+    def after(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        if unseen():
+            watcher.hidden = decoder.states_of(output)
 
-    def note(number: int):
-        def hook(_: Any, args: tuple, output: Any) -> None:
-            if watcher.hidden is None:
-                watcher.layers[number] = output[0] if isinstance(output, tuple) else output
+    def note(number: int) -> Callable[..., None]:
+        def hook(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            if unseen():
+                watcher.layers[number] = decoder.states_of(output)
 
         return hook
 
-    handles = [
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        decoder.register_forward_hook(after),
-        *(decoder.layers[number - 1].register_forward_hook(note(number)) for number in watcher.wanted),
-    ]
-    try:
+    noted = {stack[number - 1]: note(number) for number in watcher.wanted}
+    whole = decoder.decoder_of(module)
+    with hooked(after={whole: after, **noted}, before={whole: before}):
         yield watcher
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,16 +7,19 @@ Face's own. What comes out is what the engine's undrafted run gives; see ``verif
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..engine.hf import KV, Call
+from ..engine.run import Run
 from ..errors import UnsupportedError
-from .cache_ops import check_cache, keep
+from .cache_ops import accept_paths
 from .choose import Chooser, Stopper
 from .drafters.base import Context, Drafter, Features, Verified
 from .features import Watcher, watched
@@ -25,83 +28,68 @@ from .tree import Tree, shape_of
 from .verify import walk
 
 
-def check(run: Any, generation_config: GenerationConfig) -> None:
+@dataclass(frozen=True)
+class Speculative:
+    """The strategy that verifies drafts.
+
+    Args:
+        drafter: proposes.
+    """
+
+    drafter: Drafter
+
+    @property
+    def name(self) -> str:
+        return self.drafter.name
+
+    def decode(self, run: Run, call: Call) -> Any:
+        """Decode ``run`` with drafts.
+
+        Returns:
+            (B, S + generated) ids, or a ``GenerateDecoderOnlyOutput`` if the configuration asks for one; its
+            ``speculation``, and the run's trace, hold the :class:`~lvlm_decode.speculative.stats.Stats`. Scores and logits of
+            a sample that ended before the others repeat its last ones; without a draft they are those of the padding, which
+            mean nothing.
+
+        Raises:
+            UnsupportedError: beams, recorded attentions or hidden states, or a cache that drafts cannot be taken back from.
+        """
+        check(call.config)
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(run.method.patch(run))
+            watcher = None
+            if self.drafter.features:
+                watcher = stack.enter_context(watched(run.module, self.drafter.layers(run.module), run))
+            return _Loop(run, self.drafter, call)(watcher)
+
+
+def check(config: GenerationConfig) -> None:
     """Raise for what this loop cannot honour.
 
     Raises:
-        UnsupportedError: beams, execution "skip", recorded attentions or hidden states.
+        UnsupportedError: beams, recorded attentions or hidden states.
     """
-    if (generation_config.num_beams or 1) > 1:
+    if (config.num_beams or 1) > 1:
         raise UnsupportedError("a drafter and num_beams > 1 exclude each other: drafts follow one path; leave out one.")
-    if run.execution == "skip":
-        raise UnsupportedError(
-            "execution='skip' puts views off from step to step, and verification runs them all; use 'stacked' with a drafter."
-        )
-    if generation_config.return_dict_in_generate:
+    if config.return_dict_in_generate:
         for name in ("output_attentions", "output_hidden_states"):
-            if getattr(generation_config, name):
+            if getattr(config, name):
                 raise UnsupportedError(f"{name}=True is not supported with a drafter; leave it out, or the drafter.")
-
-
-@torch.no_grad()
-def decode(
-    run: Any,
-    drafter: Drafter,
-    input_ids: Tensor,
-    *,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    cache: Any = None,
-    streamer: Any = None,
-) -> Any:
-    """Decode ``run`` with drafts.
-
-    Args:
-        run: the engine's :class:`~lvlm_decode.engine.attach.Run`.
-        drafter: proposes.
-        input_ids: (B, S) prompt rows as Hugging Face's loop would get them.
-        cache: view 0's cache, dynamic or static; ``None`` for a dynamic one.
-
-    Returns:
-        (B, S + generated) ids, or a ``GenerateDecoderOnlyOutput`` if the configuration asks for one; its ``speculation``,
-        and the run's, hold the :class:`~lvlm_decode.speculative.stats.Stats`. Scores and logits of a sample that ended
-        before the others repeat its last ones; without a draft they are those of the padding, which mean nothing.
-
-    Raises:
-        UnsupportedError: see :func:`check` and :func:`~lvlm_decode.speculative.cache_ops.check_cache`.
-    """
-    check(run, generation_config)
-    with ExitStack() as stack:
-        stack.enter_context(run.method.patch(run))
-        watcher = None
-        if drafter.features:
-            watcher = stack.enter_context(watched(run.module, drafter.layers(run.module)))
-        loop = _Loop(run, drafter, input_ids, logits_processor, stopping_criteria, generation_config, cache, streamer)
-        return loop(watcher)
 
 
 class _Loop:
     """The state of one call."""
 
-    def __init__(
-        self,
-        run: Any,
-        drafter: Drafter,
-        input_ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        cache: Any,
-        streamer: Any,
-    ):
-        self.run, self.drafter, self.input_ids, self.config, self.streamer = run, drafter, input_ids, config, streamer
-        self.lanes = run.open(cache)
+    def __init__(self, run: Run, drafter: Drafter, call: Call):
+        self.run, self.drafter, self.config, self.streamer = run, drafter, call.config, call.streamer
+        self.input_ids = input_ids = call.input_ids
+        self.lanes = run.open(None if call.cache is None else KV(call.cache))
+        config = call.config
         record = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
-        self.chooser = Chooser(processors, input_ids, bool(config.do_sample), record)
-        self.stopper = Stopper(criteria, input_ids)
+        self.chooser = Chooser(call.processors, input_ids, bool(config.do_sample), record)
+        self.stopper = Stopper(call.criteria, input_ids)
         self.stats = Stats()
-        run.speculation = self.stats
+        run.trace.speculation = self.stats
         rows = len(input_ids)
         self.generated: list[list[int]] = [[] for _ in range(rows)]
         self.done = [False] * rows
@@ -114,7 +102,7 @@ class _Loop:
         start = self._now()
         scores, _ = self.lanes.prefill(keep=1)
         for lane in self.lanes.lanes:
-            check_cache(lane.cache)
+            lane.kv.check_rollback()
         first = Tree.chain(self.input_ids.new_zeros(len(self.generated), 1))
         choose = self.chooser.at(scores, first, [0] * len(self.generated))
         prompts = self._prompts()
@@ -181,7 +169,9 @@ class _Loop:
             stats.level(max(d for row, d in enumerate(shape.depth) if tokens[row] >= 0), len(path) - 1)
         self._settle()
         if not all(self.done):
-            keep(lanes, [[] if over else path for path, over in zip(paths, self.done)], tree.rows, tree.is_chain)
+            accept_paths(
+                lanes, [[] if over else path for path, over in zip(paths, self.done)], tree.rows, tree.is_chain
+            )
         walked = self._now()
         if not all(self.done):
             features = None if watcher is None else self._features(watcher)
@@ -199,11 +189,7 @@ class _Loop:
         """The tree without what the length limit or a static cache has no room for."""
         tree = tree.limited(max(room, 0))
         free = min(
-            (
-                lane.cache.layers[0].max_cache_len - lane.length
-                for lane in self.lanes.lanes
-                if getattr(lane.cache, "is_compileable", False)
-            ),
+            (lane.kv.capacity - lane.length for lane in self.lanes.lanes if lane.kv.capacity is not None),
             default=tree.rows,
         )
         if tree.rows <= free:
@@ -235,8 +221,8 @@ class _Loop:
 
     def _prompts(self) -> list[list[int]]:
         """Each sample's prompt without padding, image placeholders as -1."""
-        captured = self.lanes.main.captured[0]
-        ids, mask = captured.input_ids, captured.kwargs["attention_mask"].bool()
+        prepared = self.lanes.main.prepared[0]
+        ids, mask = prepared.input_ids, prepared.mask.bool()
         text = ids.masked_fill(ids == self.run.family.image_token_id, -1).tolist()
         return [[token for token, seen in zip(row, keep) if seen] for row, keep in zip(text, mask.tolist())]
 
@@ -244,10 +230,10 @@ class _Loop:
         lane, image_id = self.lanes.main, self.run.family.image_token_id
         width = watcher.hidden.shape[1]
         images, masks = [], []
-        for captured in lane.captured:
-            missing = width - captured.input_ids.shape[1]
-            images.append(torch.nn.functional.pad(captured.input_ids == image_id, (missing, 0)))
-            masks.append(torch.nn.functional.pad(captured.kwargs["attention_mask"].bool(), (missing, 0)))
+        for prepared in lane.prepared:
+            missing = width - prepared.input_ids.shape[1]
+            images.append(torch.nn.functional.pad(prepared.input_ids == image_id, (missing, 0)))
+            masks.append(torch.nn.functional.pad(prepared.mask.bool(), (missing, 0)))
         return Features(
             watcher.hidden, watcher.embeds, torch.cat(images), torch.cat(masks), len(lane.views), dict(watcher.layers)
         )

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ..engine.attach import attach, detach, last_run
+from ..attachment import attach, detach, last_run
 from ..errors import InputError, ParameterError
 from ..families import family_of
 from ..methods.plain import Plain
@@ -380,7 +380,7 @@ def acceptance(target: Target, head: DraftHead, items: Sequence[Item], settings:
         for item in items:
             inputs = {k: v.to(target.model.device) for k, v in target.inputs(item).items()}
             target.model.generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
-            total = total + last_run(target.model).speculation
+            total = total + last_run(target.model).trace.speculation
     finally:
         detach(target.model)
     return total

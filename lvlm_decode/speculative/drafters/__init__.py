@@ -22,11 +22,9 @@ DRAFTERS: dict[str, str] = {
     "copyspec": ".lookup:CopySpec",
     "recycling": ".recycling:Recycling",
     "automaton": ".automaton:SuffixAutomaton",
-    "early-exit": ".early_exit:EarlyExit",
     "eagle": ".head:EagleDrafter",
     "msd": ".head:MsdDrafter",
     "vispec": ".head:ViSpecDrafter",
-    "replay": ".replay:Replay",
 }
 
 __all__ = ["DRAFTERS", "Context", "Drafter", "Features", "Session", "Verified", "get", "parse"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..engine.prepare import Sample
+    from .samples import Sample
 
 _MARK = "\x1a"
 

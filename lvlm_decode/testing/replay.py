@@ -10,8 +10,8 @@ import random
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..tree import Tree, shape_of
-from .base import Context, Drafter, Session, Verified
+from ..speculative.drafters.base import Context, Drafter, Session, Verified
+from ..speculative.tree import Tree, shape_of
 
 
 @dataclass

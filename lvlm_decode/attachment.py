@@ -1,0 +1,250 @@
+"""attach and detach: a Hugging Face model becomes the mitigated model for the length of each ``generate()`` call.
+
+``attach`` sets one attribute on the instance, ``generate``, and ``detach`` takes it off. A call puts nothing on the instance,
+so calls nest and run side by side, and an attached model can be copied, pickled and saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from .engine import hf
+from .engine.modes import check_modes, check_needs
+from .engine.run import Run
+from .engine.strategy import Call, Strategy, decode
+from .errors import InputError, UnsupportedError
+from .families import family_of
+from .families.base import Family
+from .method import Method
+from .methods import parse
+from .speculative.drafters import parse as parse_drafter
+from .speculative.drafters.base import Drafter
+from .speculative.generate import Speculative
+
+_MISSING = object()
+
+
+class Attached:
+    """What stands as ``generate`` on an attached model.
+
+    A copy or a pickle of the model takes it along: it then belongs to the copy.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: Method,
+        family: type[Family] | None,
+        processor: Any,
+        drafter: Drafter | None,
+        execution: str,
+    ):
+        self.model, self.method, self._family, self.processor = model, method, family, processor
+        self.drafter, self.execution = drafter, execution
+        #: What ``generate`` was on the instance before; nothing, usually.
+        self.before: Any = model.__dict__.get("generate")
+        #: What methods keep between the calls of this model.
+        self.memory: dict[Any, Any] = {}
+        self.last_run: Run | None = None
+        check_needs(method, self.family)
+
+    @property
+    def __wrapped__(self) -> Any:
+        # What documents and inspects generate() finds the model's own.
+        return type(self.model).generate
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model) if self._family is None else self._family(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The last call's keys and values belong to no copy.
+        return {**self.__dict__, "last_run": None, "memory": {}}
+
+    def __call__(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        seed: int | None = None,
+        sample_ids: Sequence[Hashable] | None = None,
+        custom_generate: Any = None,
+        streamer: Any = None,
+        assistant_model: Any = None,
+        synced_gpus: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``generate()`` of the mitigated model.
+
+        Takes what the model's own takes, and:
+
+        Args:
+            seed: keys the views and, when sampling, the draws by (seed, sample id, position): then neither batch nor
+                drafter nor a resumed run changes an answer. Without it draws are Hugging Face's own.
+            sample_ids: one key per row of the batch; by default a hash of the row's prompt and pixels.
+
+        Raises:
+            UnsupportedError: a mode the method cannot honour.
+            InputError: images and prompts that do not belong together.
+        """
+        if custom_generate is not None:
+            raise UnsupportedError(
+                f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
+            )
+        if kwargs.get("inputs_embeds") is not None:
+            raise UnsupportedError(
+                "inputs_embeds hide the image placeholders; pass input_ids and pixel_values instead."
+            )
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        family = self.family
+        text = {
+            key: kwargs.pop(key)
+            for key in ("input_ids", "attention_mask", *family.token_keys)
+            if kwargs.get(key) is not None
+        }
+        vision = {key: kwargs.pop(key) for key in family.vision_keys if kwargs.get(key) is not None}
+        given = hf.take_images(kwargs)
+        family.check_text(text)
+        assistant = {"assistant_model": assistant_model}
+        assistant.update({key: kwargs[key] for key in ("tokenizer", "assistant_tokenizer") if key in kwargs})
+        run = Run(
+            self.model,
+            self.method,
+            {**text, **vision},
+            processor=self.processor,
+            seed=seed,
+            sample_ids=sample_ids,
+            rows_per_sample=self._rows_per_sample(family, kwargs),
+            execution=self.execution,
+            family=family,
+            features=None if given is None else family.unpack(given),
+            memory=self.memory,
+        )
+        self.last_run = run
+        strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
+
+        def loop(call: Call) -> Any:
+            more = dataclasses.replace(call, streamer=streamer, assistant=assistant, synced=bool(synced_gpus))
+            return decode(run, more, strategy)
+
+        return hf.generate(run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs)
+
+    def _rows_per_sample(self, family: Family, kwargs: dict[str, Any]) -> int:
+        """How many rows of the loop each sample takes, from the call and the configurations it falls back on."""
+
+        # A language model inside the LVLM whose loop decodes falls back on its own configuration.
+        own = family.decoding_module(self.model).generation_config
+
+        def setting(name: str) -> int:
+            config = kwargs.get("generation_config")
+            values = [kwargs.get(name), getattr(config, name, None), getattr(own, name, None)]
+            return next((int(v) for v in values if v is not None), 1)
+
+        returns = setting("num_return_sequences")
+        # Here, because transformers would refuse it before the method is asked, and advise beams.
+        check_modes(self.method, ["returns"] if returns > 1 else [])
+        return max(setting("num_beams"), returns)
+
+
+def attach(
+    model: torch.nn.Module,
+    method: Method | str,
+    *,
+    processor: Any = None,
+    drafter: Drafter | str | None = None,
+    execution: str = "stacked",
+    family: type[Family] | None = None,
+) -> torch.nn.Module:
+    """Make ``model.generate(...)`` decode with ``method``; returns the same instance.
+
+    Pipelines and evaluation harnesses that call ``model.generate`` then use the method without knowing it.
+
+    Args:
+        model: an LVLM of a supported family.
+        method: for instance ``VCD(alpha=1.0)``, ``VCD() + RITUAL()``, or a name such as ``"vcd+ritual"``.
+        processor: the model's processor, for methods that tokenize text; loaded from the model's path when left out.
+        drafter: proposes tokens that the stacked forward verifies; a name or a drafter.
+        execution: "stacked" or "sequential"; see :class:`~lvlm_decode.engine.run.Run`.
+        family: the adapter of a model family that is not registered.
+
+    Raises:
+        UnsupportedError: the model's family or a combination that cannot be honoured, or a model attached already.
+        DependencyError: a version of torch or transformers that this library does not work with.
+    """
+    hf.require()
+    if (own := _of(model)) is not None:
+        raise UnsupportedError(
+            f"{own.method.name} is already attached to this model; detach(model) first, or attach their sum."
+        )
+    method = parse(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise InputError(f"method is {type(method).__name__}; expected a Method such as VCD() or a name such as 'vcd'.")
+    if drafter is not None:
+        check_modes(method, ["speculation"])
+        drafter = parse_drafter(drafter, model) if isinstance(drafter, str) else drafter
+    model.__dict__["generate"] = Attached(model, method, family, processor, drafter, execution)
+    return model
+
+
+def detach(model: torch.nn.Module) -> torch.nn.Module:
+    """Take the method off again; the instance is as it was before :func:`attach`. No error if none is attached."""
+    own = _of(model)
+    if own is None:
+        return model
+    if own.before is None:
+        del model.__dict__["generate"]
+    else:
+        model.__dict__["generate"] = own.before
+    return model
+
+
+@overload
+def attached(model: torch.nn.Module) -> Method | None: ...
+@overload
+def attached(
+    model: torch.nn.Module, method: Method | str, **options: Any
+) -> AbstractContextManager[torch.nn.Module]: ...
+def attached(model: torch.nn.Module, method: Method | str | None = None, **options: Any) -> Any:
+    """``with attached(model, "vcd"):`` attaches a method for the length of the block; blocks nest.
+
+    Without a method: the one that is attached to ``model`` now, or ``None``.
+
+    Args:
+        options: those of :func:`attach`.
+    """
+    if method is None:
+        own = _of(model)
+        return None if own is None else own.method
+    return _attached(model, method, options)
+
+
+@contextmanager
+def _attached(model: torch.nn.Module, method: Method | str, options: dict[str, Any]) -> Iterator[torch.nn.Module]:
+    outer = model.__dict__.pop("generate", None)
+    try:
+        attach(model, method, **options)
+        yield model
+    finally:
+        detach(model)
+        if outer is not None:
+            model.__dict__["generate"] = outer
+
+
+def last_run(model: torch.nn.Module) -> Run | None:
+    """The newest run of the attached model: its lanes count forwards and hold the newest :class:`Step`."""
+    own = _of(model)
+    return None if own is None else own.last_run
+
+
+def _of(model: torch.nn.Module) -> Attached | None:
+    own = model.__dict__.get("generate")
+    return own if isinstance(own, Attached) else None

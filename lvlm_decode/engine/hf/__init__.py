@@ -1,0 +1,53 @@
+"""The port: the only place that names what transformers can rename.
+
+``versions``: which releases were tested. ``probe``: whether an untested one works. ``kwargs``: arguments by name. ``loop``:
+Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``vision``: encoded images. ``decoder``: layers,
+norm, head, attention.
+"""
+
+from .cache import KV, check_plain, is_fixed
+from .kwargs import (
+    Prepared,
+    cache_in,
+    drop_cache,
+    first_forward,
+    further_forward,
+    kept_of,
+    left_pad,
+    run,
+    take_cache,
+    take_images,
+    with_cache,
+    with_images,
+)
+from .libraries import require, require_adapters, require_model
+from .loop import Call, Proxy, generate, given, prepare, run_loop
+from .vision import Encoded
+
+__all__ = [
+    "KV",
+    "Call",
+    "Encoded",
+    "Prepared",
+    "Proxy",
+    "cache_in",
+    "check_plain",
+    "drop_cache",
+    "first_forward",
+    "further_forward",
+    "generate",
+    "given",
+    "is_fixed",
+    "kept_of",
+    "left_pad",
+    "prepare",
+    "require",
+    "require_adapters",
+    "require_model",
+    "run",
+    "run_loop",
+    "take_cache",
+    "take_images",
+    "with_cache",
+    "with_images",
+]

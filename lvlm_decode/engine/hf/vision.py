@@ -1,0 +1,101 @@
+"""Encoded images as transformers hands them from the vision encoder to the language model."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One image as the language model receives it.
+
+    Args:
+        features: (n, D) projected features, one per placeholder.
+        deep: per extra layer (n, D), for families that also feed features into deeper layers (Qwen3-VL).
+    """
+
+    features: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+
+def features_of(output: Any) -> Any:
+    """What the encoder put out for the language model: a tensor, or a list with one per image."""
+    return output.pooler_output
+
+
+def unpack(output: Any) -> list[Encoded]:
+    """The images in what ``get_image_features`` returned, in order."""
+    features = list(output.pooler_output)
+    layers = getattr(output, "deepstack_features", None)
+    if layers is None:
+        return [Encoded(f) for f in features]
+    sizes = [len(f) for f in features]
+    split = [torch.split(layer, sizes) if isinstance(layer, Tensor) else layer for layer in layers]
+    return [Encoded(f, tuple(layer[i] for layer in split)) for i, f in enumerate(features)]
+
+
+def pack(images: Sequence[Encoded], template: Any) -> Any:
+    """The images as an output of ``get_image_features``; a fresh object, for ``generate()`` mutates it.
+
+    Args:
+        template: an output of the same model, whose other fields and types are followed.
+    """
+    out = copy.copy(template)
+    features = [image.features for image in images]
+    stackable = isinstance(template.pooler_output, Tensor) and len({f.shape for f in features}) == 1
+    out.pooler_output = torch.stack(features) if stackable else features
+    if getattr(template, "deepstack_features", None) is not None:
+        layers = list(zip(*[image.deep for image in images]))
+        whole = isinstance(template.deepstack_features[0], Tensor)
+        out.deepstack_features = [torch.cat(layer) if whole else list(layer) for layer in layers]
+    return out
+
+
+def repeated(output: Any, index: Tensor) -> Any:
+    """The encoder's output for images ``index`` (n,) of those it ran on."""
+    output.last_hidden_state = output.last_hidden_state[index]
+    if output.pooler_output is not None:
+        output.pooler_output = output.pooler_output[index]
+    return output
+
+
+def no_images(width: int, device: torch.device) -> Any:
+    """What stands for the encoder's output where there is no image: features (0, width)."""
+    return type("NoImages", (), {"pooler_output": torch.empty(0, width, device=device)})
+
+
+def merge(outputs: Sequence[Any]) -> Any:
+    """The encoded images of several batches in row order, as one output; ``None`` without any."""
+    if not outputs:
+        return None
+    out = copy.copy(outputs[0])
+    features = [output.pooler_output for output in outputs]
+    if all(isinstance(f, Tensor) for f in features) and len({f.shape[1:] for f in features}) == 1:
+        out.pooler_output = torch.cat(features)
+    else:
+        out.pooler_output = [image for f in features for image in f]
+    layers = [getattr(output, "deepstack_features", None) for output in outputs]
+    if layers[0] is not None:
+        out.deepstack_features = [
+            torch.cat(layer) if isinstance(layer[0], Tensor) else [image for own in layer for image in own]
+            for layer in zip(*layers)
+        ]
+    return out
+
+
+def tiles_of(size: Sequence[int], pinpoints: Sequence[Sequence[int]], tile: int) -> int:
+    """How many crops LLaVA-NeXT makes of an image of ``size`` (height, width), the small whole image included.
+
+    Args:
+        pinpoints: the resolutions its processor chooses from.
+        tile: side of a crop in pixels.
+    """
+    module = importlib.import_module("transformers.models.llava_next.modeling_llava_next")
+    return module.image_size_to_num_patches(image_size=size, grid_pinpoints=pinpoints, patch_size=tile)

@@ -1,0 +1,224 @@
+"""One call of ``generate()``: its samples, their views, the lanes that run them, and what is noted on the way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..families import family_of
+from ..families.base import Family
+from ..method import Method, Probes, View
+from . import hf
+from .attention import Edit, routed
+from .batch import Batch, views_of
+from .hf import KV, Encoded, Prepared, decoder
+from .modes import check_needs
+from .samples import Sample
+from .stack import Lane, Lanes, check_execution
+
+if TYPE_CHECKING:
+    from ..speculative.stats import Stats
+
+
+@dataclass
+class Trace:
+    """What a call did, noted by whoever decodes it; ``None`` and empty where that does not apply.
+
+    Args:
+        forwards: forwards of the language model that a controller ran by itself.
+        rollbacks: of OPERA, per sample.
+        trials: of CNTP, per sample the number of trials of each uncertain step.
+        descriptions: of VDGD, per sample.
+        captions: of MVP, per sample one per view.
+        certainties: of MVP, per sample the certainty of every answer.
+        speculation: what drafts were accepted.
+    """
+
+    forwards: int = 0
+    rollbacks: list[int] = field(default_factory=list)
+    trials: list[list[int]] = field(default_factory=list)
+    descriptions: list[str] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+    certainties: list[dict[str, float]] = field(default_factory=list)
+    speculation: Stats | None = None
+
+
+class Run:
+    """One call of ``generate()``: the samples, their views, and the lanes that run them.
+
+    Args:
+        model: the LVLM the method is attached to.
+        inputs: tensors by name, as the processor gave them.
+        rows_per_sample: beams or return sequences; the loop's rows are sample-major.
+        seed: keys the views, and the draws of a sampling run when it is given.
+        sample_ids: one randomness key per sample; content hashes by default.
+        execution: "stacked" (one forward) or "sequential" (one per view).
+        family: the model's adapter, where it is known already.
+        features: the images, where the caller encoded them.
+        memory: what methods may keep between the calls of one attached model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        method: Method,
+        inputs: dict[str, Any],
+        *,
+        processor: Any = None,
+        seed: int | None = None,
+        sample_ids: Sequence[Hashable] | None = None,
+        rows_per_sample: int = 1,
+        execution: str = "stacked",
+        family: Family | None = None,
+        features: Sequence[Encoded] | None = None,
+        memory: dict[Any, Any] | None = None,
+    ):
+        hf.require()
+        check_execution(execution)
+        self.model, self.family = model, family or family_of(model)
+        check_needs(method, self.family)
+        self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
+        self.memory = {} if memory is None else memory
+        self.trace = Trace()
+        view_seed = torch.initial_seed() if seed is None else seed
+        # Only a method that watches the encoder makes the images be encoded before its views are known.
+        watching = [part for part in method.parts() if type(part).observe is not Method.observe]
+        observe = functools.partial(observing, watching) if watching else None
+        self.batch = Batch(self.family, inputs, sample_ids, processor, observe, features)
+        self.method, columns = views_of(method, self.batch, view_seed)
+        samples = self.batch.resolve(self.batch.samples + [view.sample for column in columns for view in column])
+        count = len(self.batch.samples)
+        #: The samples of every view, view 0 first.
+        self.samples: list[list[Sample]] = [samples[i : i + count] for i in range(0, len(samples), count)]
+        self.views: list[View] = [column[0] for column in columns]
+        self.probes: Probes = self.method.probes(model)
+        #: What is done to the decoder's attention in forwards of this run; see :meth:`editing`.
+        self.edits: list[Edit] = []
+        self.lanes: Lanes | None = None
+
+    @property
+    def processor(self) -> Any:
+        """The processor that was given, or the one at the model's own path."""
+        return self.batch.processor
+
+    @property
+    def sample_ids(self) -> list[Hashable]:
+        return [sample.id for sample in self.batch.samples]
+
+    @property
+    def row_ids(self) -> list[Hashable]:
+        """A randomness key per row of the loop."""
+        if self.rows_per_sample == 1:
+            return self.sample_ids
+        return [(i, row) for i in self.sample_ids for row in range(self.rows_per_sample)]
+
+    @functools.cached_property
+    def prepared(self) -> list[Prepared]:
+        """Per view the prepared rows, expanded sample-major to the rows of the loop."""
+        return self.prepare(self.rows_per_sample)
+
+    def prepare(self, rows_per_sample: int) -> list[Prepared]:
+        """Per view the prepared rows, each sample ``rows_per_sample`` times."""
+        return [
+            self.batch.prepare([sample for sample in column for _ in range(rows_per_sample)]) for column in self.samples
+        ]
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The module whose loop decodes."""
+        return self.prepared[0].module
+
+    def view_number(self, mark: str) -> int:
+        """The number of the view that was made with this mark; 0 is the sample itself."""
+        return next(number for number, view in enumerate(self.views, 1) if view.mark == mark)
+
+    @property
+    def extra_width(self) -> int:
+        """By how much the longest view's prompt exceeds the samples' own."""
+        widths = [p.input_ids.shape[1] for p in self.prepared]
+        return max(widths) - widths[0]
+
+    @contextmanager
+    def editing(self, *edits: Edit) -> Iterator[None]:
+        """The forwards of this run attend under ``edits``, after those that are in force already.
+
+        Raises:
+            UnsupportedError: a decoder that does not run under sdpa.
+        """
+        with routed(self.module):
+            self.edits.extend(edits)
+            try:
+                yield
+            finally:
+                del self.edits[-len(edits) :]
+
+    def lane(self, numbers: Sequence[int], prepared: Sequence[Prepared], kv: KV | None = None) -> Lane:
+        """The lane of some views that run in one forward.
+
+        Args:
+            numbers: of the views; 0 is the sample itself.
+            prepared: the rows of each.
+            kv: keys and values to use; growing ones of its own when ``None``.
+        """
+        view = self.views[numbers[0] - 1] if numbers[0] else None
+        module = None if view is None else view.module
+        return Lane(
+            prepared,
+            numbers,
+            kv=kv,
+            patch=None if view is None else view.patch,
+            forward=None if module is None else module.forward,
+            pad_token_id=self.family.pad_token_id,
+            owner=self,
+            # Another model is not edited: methods read and change the attention of the one they are attached to.
+            edits=self.edits if module is None else (),
+        )
+
+    def open(self, kv: KV | None = None, record: bool = False) -> Lanes:
+        """The lanes of this run; view 0's uses ``kv``.
+
+        Args:
+            kv: the loop's keys and values, or ``None`` for growing ones.
+            record: caches of the other lanes must be able to take tokens back (drafts are verified).
+        """
+        groups: dict[Any, list[int]] = {}
+        for number in range(len(self.prepared)):
+            view = self.views[number - 1] if number else None
+            key: Any = (
+                id(view.patch) if view and view.patch else None,
+                id(view.module) if view and view.module else None,
+            )
+            if self.execution == "sequential":
+                key = (*key, number)
+            groups.setdefault(key, []).append(number)
+        lanes = []
+        for numbers in groups.values():
+            lane = self.lane(numbers, [self.prepared[n] for n in numbers], kv if numbers[0] == 0 else None)
+            if record and numbers[0] != 0:
+                lane.kv.record()
+            lanes.append(lane)
+        weights = [view.weight for view in self.views]
+        self.lanes = Lanes(self.method, lanes, weights, self.probes, self.project)
+        return self.lanes
+
+    def project(self, hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
+        """Hidden states (..., D) of an intermediate layer -> logits (..., N), through final norm and head; see ``Step``.
+
+        Args:
+            view: the view they come from; another model may run it.
+        """
+        module = self.views[view - 1].module if view else None
+        return decoder.logits_of(self.module if module is None else module, hidden, normed)
+
+
+@contextmanager
+def observing(methods: Sequence[Method], family: Family) -> Iterator[dict[str, Any]]:
+    """What each of ``methods`` watches, by its name."""
+    with ExitStack() as stack:
+        yield {method.name: stack.enter_context(method.observe(family)) for method in methods}

@@ -1,0 +1,264 @@
+"""One sample of the user's batch, and the views that can be made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, UnsupportedError
+from ..families.base import Family
+from ..method import View
+from .hf import Encoded
+
+if TYPE_CHECKING:
+    from .batch import Batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the user's batch, without padding, and the views that can be made of it.
+
+    Args:
+        id: what its randomness is keyed by.
+        text: ``input_ids`` (1, T) and token types (1, T).
+        vision: the encoder's inputs for this row's images; empty for a text-only row.
+        batch: the batch it came with; encodes images, loads the processor.
+        index: its row in that batch.
+        own_images: the images as encoded features, or ``None`` when the pixels are still to be encoded.
+    """
+
+    id: Hashable
+    text: dict[str, Tensor]
+    vision: dict[str, Tensor]
+    batch: Batch
+    index: int
+    own_images: tuple[Encoded, ...] | None = None
+
+    @property
+    def family(self) -> Family:
+        return self.batch.family
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(T,) the prompt, placeholders included."""
+        return self.text["input_ids"][0]
+
+    @property
+    def has_image(self) -> bool:
+        return bool((self.input_ids == self.family.image_token_id).any())
+
+    @property
+    def images(self) -> tuple[Encoded, ...]:
+        """The images as the language model receives them; encodes the whole batch on first use."""
+        if self.own_images is not None:
+            return self.own_images
+        return self.batch.images_of(self)
+
+    def observed_by(self, name: str) -> Any:
+        """What :meth:`Method.observe` of method ``name`` yielded while this batch was encoded.
+
+        Index it by image with ``image_slice``.
+
+        Raises:
+            InputError: the images came as features, so the encoder did not run.
+        """
+        self.batch.images_of(self)
+        if name not in self.batch.observed:
+            raise InputError(
+                f"{name} reads the vision encoder while it encodes, and the images were given as features; pass "
+                "pixel_values to generate()."
+            )
+        return self.batch.observed[name]
+
+    @property
+    def image_key(self) -> str:
+        """A hash of the sample's images: of their pixels, or of their features if they came as such."""
+        digest = hashlib.blake2b(digest_size=16)
+        own = self.family.prompt_keys
+        parts = [v for k, v in sorted(self.vision.items()) if isinstance(v, Tensor) and k not in own]
+        for part in parts or [image.features for image in self.images]:
+            digest.update(part.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def image_slice(self) -> slice:
+        """Where this sample's images stand among the images of its batch."""
+        return self.batch.image_slice(self)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that belongs to the model.
+
+        Raises:
+            InputError: no processor was given and none can be loaded from where the model came from.
+        """
+        processor = self.batch.processor
+        return getattr(processor, "tokenizer", processor)
+
+    def as_view(self, weight: float = 0.0, **how: Any) -> View:
+        """This sample unchanged, as a view; ``how`` is :class:`View`'s ``patch`` or ``module``."""
+        return View(self, weight=weight, **how)
+
+    def with_pixels(self, edit: Callable[[Tensor], Tensor], weight: float = 0.0) -> View:
+        """The sample with edited pixels; ``edit`` maps ``pixel_values`` of this row's images, normalised, to the same shape.
+
+        Raises:
+            InputError: the images came as features, without pixels.
+        """
+        if not self.has_image:
+            return self.as_view(weight)
+        if "pixel_values" not in self.vision:
+            raise InputError(
+                "this method edits pixels, and the images were given as features; pass pixel_values to generate()."
+            )
+        vision = dict(self.vision, pixel_values=edit(self.vision["pixel_values"]))
+        return View(dataclasses.replace(self, vision=vision, own_images=None), weight)
+
+    def with_features(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0, deep: bool = False) -> View:
+        """The sample with edited image features; ``edit(features (n, D), image number)`` may change n.
+
+        Placeholders in the prompt follow the new number of features.
+
+        Args:
+            deep: edit also what goes into deeper layers, for families that have such features.
+        """
+        images = []
+        for number, image in enumerate(self.images):
+            features = edit(image.features, number)
+            if len(features) != len(image.features) and (image.deep or self.family.pixel_rows(self.vision)):
+                raise UnsupportedError(
+                    f"{self.family.config.model_type} ties the positions of its image tokens to a grid, and this view "
+                    "drops some of them; choose a method that keeps their number."
+                )
+            layers = tuple(edit(layer, number) for layer in image.deep) if deep else image.deep
+            images.append(dataclasses.replace(image, features=features, deep=layers))
+        return View(self._with_images(tuple(images)), weight)
+
+    def _with_images(self, images: tuple[Encoded, ...]) -> Sample:
+        ids, at = self.input_ids, 0
+        pieces: dict[str, list[Tensor]] = {key: [] for key in self.text}
+        spans = self.image_spans()
+        for (start, stop), image in zip(spans, images):
+            want = len(image.features)
+            for key, value in self.text.items():
+                pieces[key].append(value[:, at:start])
+                pieces[key].append(value[:, start : start + 1].expand(-1, want))
+            at = stop
+        text = {key: torch.cat([*pieces[key], value[:, at:]], 1) for key, value in self.text.items()}
+        if all(stop - start == len(image.features) for (start, stop), image in zip(spans, images)):
+            text = self.text
+        assert len(spans) == len(images), (len(spans), len(images), ids.shape)
+        return dataclasses.replace(self, text=text, own_images=images)
+
+    def image_spans(self) -> list[tuple[int, int]]:
+        """Per image [start, stop) of its placeholders; separators inside an image's grid belong to its span."""
+        places = (self.input_ids == self.family.image_token_id).nonzero().flatten().tolist()
+        spans, at = [], 0
+        for image in self.images:
+            own = places[at : at + len(image.features)]
+            spans.append((own[0], own[-1] + 1))
+            at += len(image.features)
+        return spans
+
+    def without_image(self, weight: float = 0.0, instead: int | Tensor | None = None) -> View:
+        """The sample with its images and their placeholders taken out of the prompt.
+
+        Args:
+            instead: a token id that takes the place of each image, or ids (n,) that take the place of the first one.
+        """
+        keep = self.family.drop_image(self.input_ids)
+        first = ~keep & torch.cat([keep.new_ones(1), keep[:-1]])
+        text = {}
+        for key, value in self.text.items():
+            if isinstance(instead, int):
+                value = value.masked_fill(first, instead if key == "input_ids" else 0)[:, keep | first]
+            elif instead is not None and bool(first.any()):
+                at = int(first.nonzero()[0])
+                words = instead.to(value) if key == "input_ids" else torch.zeros_like(instead).to(value)
+                value = torch.cat([value[:, :at][:, keep[:at]], words[None], value[:, at:][:, keep[at:]]], 1)
+            else:
+                value = value[:, keep]
+            text[key] = value
+        return View(dataclasses.replace(self, text=text, vision={}, own_images=()), weight)
+
+    def with_ids(self, input_ids: Tensor, weight: float = 0.0, fill: dict[str, int] | None = None) -> View:
+        """The sample under another prompt: ``input_ids`` (T',), which keeps all placeholders.
+
+        Token types are those of the placeholders for placeholders, ``fill`` (0) elsewhere.
+        """
+        image = self.family.image_token_id
+        if int((input_ids == image).sum()) != int((self.input_ids == image).sum()):
+            raise InputError("a view's prompt must keep the image placeholders of the sample; their number changed.")
+        text = {}
+        for key, value in self.text.items():
+            if key == "input_ids":
+                text[key] = input_ids[None]
+                continue
+            types = torch.full_like(input_ids, (fill or {}).get(key, 0))
+            types[input_ids == image] = value[0][self.input_ids == image]
+            text[key] = types[None]
+        return View(dataclasses.replace(self, text=text, own_images=self.own_images), weight)
+
+    def with_prefix(self, prefix: str, weight: float = 0.0, instead_of: str = "") -> View:
+        """The sample with ``prefix`` put before its prompt, after the begin token.
+
+        Args:
+            instead_of: text that is taken away first, if the prompt begins with it.
+        """
+        base = self.input_ids
+        if instead_of:
+            _, at = self.family.insert_prefix(base, base[:0])
+            begins = self._tokens(instead_of)
+            if torch.equal(base[at : at + len(begins)], begins):
+                base = torch.cat([base[:at], base[at + len(begins) :]])
+        return self.with_ids(self.family.insert_prefix(base, self._tokens(prefix))[0], weight)
+
+    def with_text(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
+        """The sample with edited words: ``edit`` sees what follows the last image, or the whole prompt if there is none.
+
+        Only the tokens of what it changes are replaced.
+        """
+        ids = self.input_ids
+        images = (~self.family.drop_image(ids)).nonzero().flatten()
+        start = int(images[-1]) + 1 if len(images) else self.family.insert_prefix(ids, ids[:0])[1]
+        return self.with_ids(torch.cat([ids[:start], self._edited(ids[start:], edit)]), weight)
+
+    def _edited(self, ids: Tensor, edit: Callable[[str], str]) -> Tensor:
+        """``ids`` after ``edit`` of their text; tokens before and after the change stay."""
+
+        def read(part: Tensor) -> str:
+            return self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+        old = read(ids)
+        new = edit(old)
+        if new == old:
+            return ids
+        head = next(n for n in range(len(ids), -1, -1) if new.startswith(read(ids[:n])))
+        rest = new[len(read(ids[:head])) :]
+        tail = next(n for n in range(head, len(ids) + 1) if n == len(ids) or rest.endswith(read(ids[n:])))
+        if tail < len(ids):
+            rest = rest[: len(rest) - len(read(ids[tail:]))]
+        # Some tokenizers put a space before any text they are given.
+        candidates = [torch.cat([ids[:head], self._tokens(words), ids[tail:]]) for words in (rest, rest.lstrip(" "))]
+        return next((found for found in candidates if read(found) == new), candidates[0])
+
+    def _tokens(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, dtype=self.input_ids.dtype, device=self.input_ids.device)
+
+    def with_query(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
+        """The sample with another prompt for its Q-Former; ``edit`` sees the text it has. The picture is shared."""
+        name, mask = self.family.prompt_keys
+        if not self.has_image:
+            return self.as_view(weight)
+        tokenizer = self.batch.processor.qformer_tokenizer
+        ids = self.vision[name][0][self.vision[mask][0].bool()]
+        ids = torch.tensor(tokenizer(edit(tokenizer.decode(ids, skip_special_tokens=True)))["input_ids"])[None]
+        vision = {**self.vision, name: ids.to(self.vision[name]), mask: torch.ones_like(ids).to(self.vision[mask])}
+        return View(dataclasses.replace(self, vision=vision, own_images=None), weight)

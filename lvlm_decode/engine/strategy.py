@@ -1,0 +1,149 @@
+"""How a run is decoded: by Hugging Face's loops on the stacked forward, by drafts, or by a search of a controller."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from . import hf, sampling
+from .hf import KV, Call
+from .modes import check_modes
+from .run import Run
+from .stack import Lanes
+
+
+class Strategy(Protocol):
+    """Decodes what ``generate()`` prepared."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def decode(self, run: Run, call: Call) -> Any:
+        """What ``generate()`` would return: (R, P + T) ids, or an output object."""
+
+
+def decode(run: Run, call: Call, strategy: Strategy | None = None) -> Any:
+    """Decode ``run``, after everything that it cannot honour is refused.
+
+    Args:
+        strategy: that of a drafter; by default the method's own if it searches by itself, else the stacked forward.
+
+    Raises:
+        UnsupportedError: a mode, a cache or a setting that the method or the engine cannot honour.
+    """
+    call = checked(run, call, None if strategy is None else strategy.name)
+    if strategy is None:
+        strategy = run.method if hasattr(run.method, "decode") else Stacked()
+    return strategy.decode(run, call)
+
+
+def checked(run: Run, call: Call, drafter: str | None) -> Call:
+    """The call as the strategies want it.
+
+    Args:
+        drafter: name of the drafter that is attached, if any.
+
+    Raises:
+        UnsupportedError: see :func:`decode`.
+    """
+    config, mode = call.config, call.mode
+    beams, assisted = mode.startswith("beam"), mode == "assisted_generation"
+    modes = ["beam" if beams else "sample" if config.do_sample else "greedy"]
+    if config.do_sample and beams:
+        modes.append("sample")
+    modes += ["stream"] if call.streamer is not None else []
+    modes += ["static"] if hf.is_fixed(call.cache) else []
+    if drafter is not None and assisted:
+        raise UnsupportedError(
+            f"drafter {drafter} is attached, and assistant_model, prompt_lookup_num_tokens and assistant_early_exit "
+            "draft too; leave those out of generate(), or attach without a drafter."
+        )
+    modes += ["speculation"] if drafter is not None or assisted else []
+    modes += ["batch"] if len(run.batch.samples) > 1 else []
+    check_modes(run.method, modes)
+    if config.prefill_chunk_size is not None:
+        raise UnsupportedError(
+            "prefill_chunk_size splits the prompt over several forwards, and the views of a sample are prepared in one; "
+            "leave it out."
+        )
+    if not config.use_cache:
+        raise UnsupportedError("use_cache=False is not supported: the views keep their keys and values; leave it out.")
+    # A compiled forward would outlive the views it was traced with.
+    config.disable_compile = True
+    if run.seed is not None and config.do_sample:
+        if beams:
+            raise UnsupportedError(
+                "seed= keys the draw of each row, and beam sampling draws over all beams at once; call torch.manual_seed "
+                "instead of passing seed=, or leave out num_beams."
+            )
+        draw = sampling.KeyedDraw(run.seed, run.row_ids, call.prompt_length)
+        call = dataclasses.replace(call, processors=type(call.processors)([*call.processors, draw]))
+    if hf.is_fixed(call.cache):
+        if run.execution != "stacked":
+            raise UnsupportedError(f"execution={run.execution!r} needs a dynamic cache; leave out the static one.")
+        # The loop sized it for view 0's prompt, and it holds the rows of all views.
+        call = dataclasses.replace(call, cache=KV.fixed(run.module, config.max_length + run.extra_width).cache)
+    return call
+
+
+class Stacked:
+    """Hugging Face's own loops, on a forward that runs all views and answers with the combined scores."""
+
+    def decode(self, run: Run, call: Call) -> Any:
+        assisted = call.mode == "assisted_generation"
+        if assisted and call.assistant.get("assistant_model") is not None:
+            # The draft model is prepared from these, so that it sees the image.
+            images = [image for sample in run.samples[0] for image in sample.images]
+            if images:
+                packed = hf.with_images(run.family.pack(images))
+                call = dataclasses.replace(call, inputs={**call.inputs, **packed})
+        kv = KV(call.cache)
+        with run.method.patch(run):
+            lanes = run.open(kv, record=assisted)
+            with kv.led(lanes.reorder, lanes.drop):
+                out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length))
+        if len(run.samples) > 1:
+            # Its rows are those of every view; a caller who continues from it would continue all of them.
+            hf.drop_cache(out)
+        return out
+
+
+def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
+    """The forward that a loop of Hugging Face calls instead of the module's own.
+
+    Args:
+        prompt_length: tokens beyond it in the first call are a draft.
+    """
+    started = False
+
+    @functools.wraps(run.module.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal started
+        tokens = args[0] if args else kwargs["input_ids"]
+        keep = hf.kept_of(kwargs)
+        wanted = ("hidden_states", "output_hidden_states"), ("attentions", "output_attentions")
+        call = {option: kwargs[option] for _, option in wanted if kwargs.get(option) is not None}
+        if started:
+            scores, out = lanes.extend(tokens, keep, **call)
+        else:
+            started = True
+            tail = tokens[:, prompt_length:] if tokens is not None else None
+            scores, out = lanes.prefill(tail, keep or 1, **call)
+        out.logits = scores
+        for name, option in wanted:
+            states = getattr(out, name, None)
+            if not kwargs.get(option):
+                setattr(out, name, None)
+            elif states is not None:
+                setattr(out, name, tuple(s[: lanes.main.rows] if isinstance(s, Tensor) else s for s in states))
+        return out
+
+    return forward
+
+
+__all__ = ["Call", "Stacked", "Strategy", "checked", "decode", "mitigated"]

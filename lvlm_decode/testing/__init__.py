@@ -1,0 +1,1 @@
+"""Helpers for tests of methods, drafters and families, those of other packages included."""
