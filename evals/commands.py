@@ -1,4 +1,4 @@
-"""`lvlm-decode eval | score | table | data`: what the command line does with evaluators. torch is imported by eval
+"""`lvlm-decode eval | score | table | reproduce | data`: what the command line does with evaluators. torch is imported by eval
 alone.
 """
 
@@ -350,10 +350,12 @@ def table_command(
 def add_to(app: typer.Typer) -> None:
     """Mount the commands of this package on the command line's app."""
     from .data_commands import data_app
+    from .reproduce import reproduce_command
 
     app.command("eval")(eval_command)
     app.command("score")(score_command)
     app.command("table")(table_command)
+    app.command("reproduce")(reproduce_command)
     app.add_typer(data_app, name="data")
 
 

@@ -245,15 +245,31 @@ def _run(
     questions: Path | None,
     seeds: Sequence[int],
 ) -> None:
-    from .runner import Options, Run, decoding_for, load
+    from .runner import load
 
     source = source_of(config, tiny, images, questions)
+    run_of(config, load(model), source, out, seeds, limit, tiny).execute()
+
+
+def run_of(
+    config: PaperTable,
+    loaded: Any,
+    source: Source,
+    out: Path,
+    seeds: Sequence[int],
+    limit: int | None,
+    tiny: bool,
+    **how: Any,
+) -> Any:
+    """The run of a table's rows with their matched controls; `how` as fields of `runner.Run`."""
+    from .runner import Options, Run, decoding_for
+
     methods = dict.fromkeys((row.method, row.decoding) for row in config.rows if row.method is not None)
     for method, decoding in methods:
         decoding_for(method, decoding)
     tokens = None if tiny else config.max_new_tokens
-    options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template)
-    Run(config.evaluator, source, load(model), out, list(methods), seeds, limit, options).execute()
+    options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template, times=bool(how))
+    return Run(config.evaluator, source, loaded, out, list(methods), seeds, limit, options, **how)
 
 
 def with_truth(config: PaperTable) -> PaperTable:
@@ -322,7 +338,9 @@ def paper_blocks(
             published = row.published.values.get(split, {})
             if split == MEAN and not published:
                 continue
-            ours = _ours(chosen, row, split, found, replicates)
+            ours: Mapping[str, Interval | float] = our_values(chosen, row, split, found, replicates)
+            if split == MEAN:
+                ours = {key: interval.value for key, interval in ours.items()}
             keys = list(published) or [c.key for c in chosen.columns if c.paired]
             for key in keys:
                 lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
@@ -346,17 +364,39 @@ def _of_split(config: PaperTable, methods: Sequence[Method]) -> dict[tuple[str, 
     return found
 
 
-def _ours(chosen: Evaluator, row: PaperRow, split: str, found: Mapping, replicates: int) -> dict[str, Interval | float]:
-    """Metric -> our value of a row: with its interval on a split, without one for the mean over splits."""
+def our_values(chosen: Evaluator, row: PaperRow, split: str, found: Mapping, replicates: int) -> dict[str, Interval]:
+    """Metric -> our value of a row with its interval.
+
+    found: split -> (method, decoding) -> what was run. For the mean over splits the bounds are averaged as well, which is
+    wide enough whatever the splits share.
+    """
     pair = (row.method, row.decoding)
-    if split != MEAN:
-        method = found[split].get(pair)
-        return {} if method is None else dict(intervals(chosen, _runs(method), replicates))
-    methods = [found[name].get(pair) for name in found]
+    methods = [found[name].get(pair) for name in (found if split == MEAN else (split,))]
     if not methods or None in methods:
         return {}
-    rates = [intervals(chosen, _runs(method), 100) for method in methods]
-    return {key: sum(rate[key].value for rate in rates) / len(rates) for key in rates[0]}
+    return _mean([intervals(chosen, _runs(method), replicates) for method in methods])
+
+
+def our_gain(
+    chosen: Evaluator, row: PaperRow, base: PaperRow | None, split: str, found: Mapping, replicates: int
+) -> dict[str, Interval]:
+    """Metric -> our gain of a row over the baseline row, with its paired interval; empty where one was not run."""
+    if base is None or row is base:
+        return {}
+    differences = []
+    for name in found if split == MEAN else (split,):
+        ours, control = (found[name].get((r.method, r.decoding)) for r in (row, base))
+        if ours is None or control is None:
+            return {}
+        differences.append(compare(chosen, _runs(ours), _runs(control), replicates=replicates).differences)
+    return _mean(differences)
+
+
+def _mean(found: Sequence[Mapping[str, Interval]]) -> dict[str, Interval]:
+    def mean(key: str, bound: str) -> float:
+        return sum(getattr(each[key], bound) for each in found) / len(found)
+
+    return {key: Interval(mean(key, "value"), mean(key, "low"), mean(key, "high")) for key in found[0]}
 
 
 def _runs(method: Method) -> list:
@@ -374,7 +414,7 @@ def _line(
     scale = 100 if column.kind == "percent" else 1
     theirs: str | Value = "–"
     if published is not None:
-        theirs = Value(published / scale, column.kind, digits=2, mark=_mark(config, row))
+        theirs = Value(published / scale, column.kind, digits=2, mark=published_mark(config, row))
     head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
     if ours is None:
         return (*head, "–", theirs, "–")
@@ -388,7 +428,7 @@ def _line(
     return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True, trusted=False))
 
 
-def _mark(config: PaperTable, row: PaperRow) -> str:
+def published_mark(config: PaperTable, row: PaperRow) -> str:
     """What stands beside a published value: whether it was verified, and how it was measured if not as the others."""
     measured = config.protocol if row.protocol in (None, UNKNOWN) else _protocol(row.protocol, config.path)
     said = [f"protocol {row.protocol}"] if row.protocol else []

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -261,6 +261,8 @@ class Run:
     # accelerate's state when several processes run this together; they wait for one another before parts are merged.
     state: Any = None
     quiet: bool = False
+    # Called before every batch; what it raises ends the run, with everything answered on disk.
+    stop: Callable[[], None] | None = None
     # The published way of measuring that this run follows; None for one of its own.
     protocol: str | None = None
 
@@ -388,6 +390,8 @@ class Run:
                 continue
             # The whole batch again even if a part of it is known: the same batch gives the same answers.
             if any(str(question.id) not in known for question in batch):
+                if self.stop is not None:
+                    self.stop()
                 start = time.perf_counter()
                 answers = self._answer(cell, batch)
                 if self.options.times:

@@ -1,0 +1,418 @@
+"""`lvlm-decode reproduce configs/FILE...`: published rows run again within a budget, and a verdict on each.
+
+Rows and their controls are asked in rounds of more and more questions, so that whenever the time is spent all rows have
+about as many answers; the same command goes on from there. After the first round it says how long the whole will take.
+
+On the model of the paper a verdict is about the value: *reproduced* if the printed value lies in our interval and that
+interval is narrow enough to tell, *not reproduced* if it lies outside. On a small model, which knows emoji scenes alone,
+values cannot be compared; there it is about the sign of the gain over the table's baseline. Where nobody knows how a
+value was measured the verdict is *protocol unknown*, and what was not asked, or not often enough, is *not run*.
+"""
+
+from __future__ import annotations
+
+import html
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lvlm_decode.errors import EvalError, SettingsError
+
+from .answers import read_records, write_whole
+from .base import Column
+from .commands import one_sentence
+from .configs import (
+    MEAN,
+    TINY_SEEDS,
+    PaperRow,
+    PaperTable,
+    is_tiny,
+    on_scenes,
+    our_gain,
+    our_values,
+    published_mark,
+    read_config,
+    run_of,
+    source_of,
+    with_truth,
+)
+from .loaders import Source
+from .metrics import REPLICATES, Interval
+from .plan import TIMES, Result, found_cells, is_control, read_cell, slug
+from .tables import FEW_IMAGES, Block, Value, gather, render
+
+REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN = "reproduced", "not reproduced", "protocol unknown", "not run"
+# An interval wider than this to either side, of the whole scale, decides nothing in a value's favour.
+WIDEST = 0.05
+# Questions of the first round, by which the time of the whole is measured, and how much longer every round is.
+FIRST_ROUND = 32
+GROWTH = 4
+# What the small model asks of each split unless told otherwise.
+TINY_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One printed value. ours: what decides it: our value, or in miniature our gain over the baseline."""
+
+    table: str
+    row: PaperRow
+    split: str
+    column: Column
+    published: Value
+    ours: Interval | None
+    word: str
+    why: str = ""
+
+
+def half_unit(value: float) -> float:
+    """Half of the last digit that a value was printed with, in its own unit."""
+    digits = len(repr(float(value)).partition(".")[2].rstrip("0"))
+    return 0.5 * 10.0**-digits
+
+
+def judge_value(published: float, ours: Interval, column: Column) -> tuple[str, str]:
+    """(verdict, reason) of a printed value against our interval; the value in the unit that the paper prints."""
+    unit = 100 if column.kind == "percent" else 1
+    low, high = (published - half_unit(published)) / unit, (published + half_unit(published)) / unit
+    if high < ours.low or low > ours.high:
+        return NOT_REPRODUCED, ""
+    wide = max(ours.high - ours.value, ours.value - ours.low)
+    if column.scale is not None and wide > WIDEST * column.scale:
+        return NOT_RUN, f"undecided: the interval reaches {unit * wide:.1f} to one side; ask more questions"
+    return REPRODUCED, ""
+
+
+def judge_gain(published: float, ours: Interval) -> tuple[str, str]:
+    """(verdict, reason) of the sign of a printed gain against our interval of the gain."""
+    if abs(published) < 1e-9:
+        return NOT_RUN, "no gain was printed"
+    sign = 1 if published > 0 else -1
+    if sign * (ours.low if sign > 0 else ours.high) > 0:
+        return REPRODUCED, ""
+    if sign * (ours.high if sign > 0 else ours.low) < 0:
+        return NOT_REPRODUCED, ""
+    return NOT_RUN, "undecided: the interval does not exclude zero; ask more questions"
+
+
+def verdicts(config: PaperTable, results: Sequence[Result], tiny: bool, replicates: int = REPLICATES) -> list[Verdict]:
+    """A verdict on every printed value of a table."""
+    chosen = config.evaluator
+    columns = {column.key: column for column in chosen.columns}
+    groups = gather(results)
+    found = {s: {m.pair: m for m in groups.get((config.benchmark, s), [])} for s in config.splits}
+    base = next((row for row in config.rows if row.name == config.baseline), None)
+    made = []
+    for row in config.rows:
+        for split, values in row.published.values.items():
+            ours: dict[str, Any] = {}
+            if row.method is not None:
+                ours = our_gain(chosen, row, base, split, found, replicates) if tiny else {}
+                ours = ours if tiny else our_values(chosen, row, split, found, replicates)
+            for key, printed in values.items():
+                column = columns[key]
+                unit = 100 if column.kind == "percent" else 1
+                shown = Value(printed / unit, column.kind, digits=2, mark=published_mark(config, row))
+                interval = ours.get(key)
+                gain = None if base is None else _printed_gain(row, base, split, key)
+                word, why = _word(config, row, base, interval, printed, gain, column, tiny)
+                images = min((len({r.cluster for r in rows}) for rows in _rows_of(found, row, split)), default=0)
+                if word == REPRODUCED and images < FEW_IMAGES:
+                    word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
+                made.append(Verdict(config.title, row, split, column, shown, interval, word, why))
+    return made
+
+
+def _rows_of(found: Any, row: PaperRow, split: str) -> list:
+    """The rows of a line of a table, by seed and, for the mean, by split."""
+    methods = [found[name].get((row.method, row.decoding)) for name in (found if split == MEAN else (split,))]
+    return [rows for method in methods if method is not None for rows in method.runs if rows]
+
+
+def _printed_gain(row: PaperRow, base: PaperRow, split: str, key: str) -> float | None:
+    before = base.published.values.get(split, {}).get(key)
+    return None if before is None else row.published.values[split][key] - before
+
+
+def _word(
+    config: PaperTable,
+    row: PaperRow,
+    base: PaperRow | None,
+    ours: Interval | None,
+    printed: float,
+    gain: float | None,
+    column: Column,
+    tiny: bool,
+) -> tuple[str, str]:
+    if row.method is None:
+        return NOT_RUN, row.why or ""
+    if config.protocol is None:
+        return UNKNOWN, "nobody here knows how it was measured"
+    if row.protocol not in (None, config.protocol.name):
+        return NOT_RUN, f"it was measured by protocol {row.protocol}, these rows by {config.protocol.name}"
+    if config.protocol.unknown_images:
+        return UNKNOWN, "its list of images is not known"
+    if tiny and row is base:
+        return NOT_RUN, "the baseline; a small model's value cannot be compared"
+    if tiny and gain is None:
+        return NOT_RUN, "no gain over the baseline is printed"
+    if ours is None:
+        return NOT_RUN, "not asked yet"
+    return judge_gain(gain or 0.0, ours) if tiny else judge_value(printed, ours, column)
+
+
+# --- running
+
+
+class OutOfTime(Exception):
+    """The budget is spent; everything answered so far is on disk."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One table with what it is run on."""
+
+    config: PaperTable
+    source: Source
+    out: Path
+    seeds: tuple[int, ...]
+    samples: int | None
+
+    @property
+    def longest(self) -> int:
+        """Questions of the largest split, at most the wanted number of samples."""
+        number = max(len(questions) for questions in self.source.splits.values())
+        return number if self.samples is None else min(number, self.samples)
+
+
+def rounds(longest: int) -> list[int]:
+    """Numbers of questions of the rounds: the first, then GROWTH times as many until all are asked."""
+    numbers = []
+    number = FIRST_ROUND
+    while number < longest:
+        numbers.append(number)
+        number *= GROWTH
+    return [*numbers, longest]
+
+
+def remaining(jobs: Sequence[Job], runs: Callable[[Job], Any]) -> float | None:
+    """Seconds that the questions not asked yet will take, by the times of those that were; None without times."""
+    total, timed = 0.0, False
+    for job in jobs:
+        run = runs(job)
+        per_answer: dict[tuple, float] = {}
+        owed: dict[tuple, int] = {}
+        for cell in run.cells():
+            folder = cell.folder(job.out, job.config.benchmark)
+            pair = (cell.method, cell.decoding)
+            asked = min(job.longest, len(job.source.splits[cell.split]))
+            done = sum(path.read_bytes().count(b"\n") for path in folder.glob("answers*.jsonl"))
+            owed[pair] = owed.get(pair, 0) + max(0, asked - done)
+            if (folder / TIMES).is_file():
+                batches = [record for _, record in read_records(folder / TIMES)]
+                batches = batches[1:] or batches
+                per_answer[pair] = sum(b["seconds"] for b in batches) / sum(b["answers"] for b in batches)
+        timed = timed or bool(per_answer)
+        # A row that was not asked yet is taken for an average one.
+        average = sum(per_answer.values()) / len(per_answer) if per_answer else 0.0
+        total += sum(number * per_answer.get(pair, average) for pair, number in owed.items())
+    return total if timed else None
+
+
+def spoken(seconds: float) -> str:
+    """A duration as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def execute(
+    jobs: Sequence[Job], model: str, tiny: bool, until: float | None, tell: Callable[[str], None], quiet: bool = False
+) -> None:
+    """Ask rows and controls of all tables in rounds. Raises OutOfTime when `until` (time.monotonic) has come."""
+    from .runner import load
+
+    loaded = load(model)
+
+    def stop() -> None:
+        if until is not None and time.monotonic() >= until:
+            raise OutOfTime
+
+    def run(job: Job, limit: int | None = None) -> Any:
+        return run_of(job.config, loaded, job.source, job.out, job.seeds, limit, tiny, stop=stop, quiet=quiet)
+
+    numbers = rounds(max(job.longest for job in jobs))
+    for place, number in enumerate(numbers):
+        for job in jobs:
+            if place == 0:
+                # The first round tells the time, so the budget does not cut it short.
+                run_of(job.config, loaded, job.source, job.out, job.seeds[:1], min(number, job.longest), tiny,
+                       quiet=quiet).execute()  # fmt: skip
+            else:
+                run(job, min(number, job.longest)).execute()
+        if place == 0 and (left := remaining(jobs, run)):
+            tell(
+                f"The rest will take about {spoken(left)}, by the first {number} questions of every row; stopped at any "
+                "moment, the same command goes on."
+            )
+            stop()
+    if len(numbers) == 1:
+        # The one round there was asked the first seed only.
+        for job in jobs:
+            run(job, job.longest).execute()
+
+
+# --- what comes out
+
+
+def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], tiny: bool) -> Block:
+    """The verdicts of one table as a block that all formats render."""
+    lines = []
+    for verdict in made:
+        ours: str | Value = "–"
+        if verdict.ours is not None:
+            bound = verdict.ours
+            ours = Value(bound.value, verdict.column.kind, bound.low, bound.high, signed=tiny, trusted=False)
+        word = verdict.word + (f": {verdict.why}" if verdict.why else "")
+        lines.append((verdict.row.name, verdict.split, verdict.column.title, verdict.published, ours, word))
+    titles = ("Row", "Split", "Metric", "Published", "Our gain" if tiny else "Ours", "Verdict")
+    return Block(title, titles, tuple(lines), tuple(notes))
+
+
+def notes_of(config: PaperTable, made: Sequence[Verdict], results: Sequence[Result], model: str) -> list[str]:
+    """What a reader must know about the verdicts on one table."""
+    counted = Counter(verdict.word for verdict in made)
+    said = [", ".join(f"{counted[word]} {word}" for word in (REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN)) + "."]
+    measured = config.protocol
+    said.append(f"Protocol: {measured.name if measured else 'unknown'}. {config.paper}. Values: {config.source}")
+    answers = [len(result.rows) for result in results if not is_control(result.method)] or [0]
+    said.append(f"Model: {model}; {min(answers)} to {max(answers)} answers a row and split.")
+    if is_tiny(model):
+        said.append(
+            f"In miniature: {Path(model).name} on emoji scenes. Ours is the gain over {config.baseline or 'no baseline'}, "
+            "and a verdict is about the sign of the printed gain, not about the value."
+        )
+    else:
+        said.append(
+            f"Ours has its 95% bootstrap interval over images; an interval that reaches more than {WIDEST:.0%} of the "
+            "scale to one side reproduces nothing."
+        )
+    if any(verdict.row.published.unverified for verdict in made):
+        said.append("† not verified against the paper itself.")
+    return said
+
+
+COLOURS = {REPRODUCED: "#d7f0da", NOT_REPRODUCED: "#f7d6d3", UNKNOWN: "#f3ecd0", NOT_RUN: "#e6e6e6"}
+
+
+def page(made: Sequence[tuple[Block, Sequence[Verdict]]]) -> str:
+    """One HTML page without scripts: every table with its verdicts coloured and its intervals drawn."""
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Published rows, run again</title><style>",
+        "body{font:15px/1.45 system-ui,sans-serif;max-width:74rem;margin:2rem auto;padding:0 1rem}",
+        "table{border-collapse:collapse}td,th{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:left}",
+        "p{color:#444;max-width:60rem}</style></head><body><h1>Published rows, run again</h1>",
+    ]
+    for block, found in made:
+        parts.append(f"<h2>{html.escape(block.title)}</h2><table><tr>")
+        parts += [f"<th>{html.escape(title)}</th>" for title in (*block.columns, "Interval")]
+        parts.append("</tr>")
+        for line, verdict in zip(block.lines, found):
+            cells = [html.escape(cell.text() if isinstance(cell, Value) else cell) for cell in line]
+            parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells[:-1]))
+            parts.append(
+                f"<td style='background:{COLOURS[verdict.word]}'>{cells[-1]}</td><td>{_drawn(verdict)}</td></tr>"
+            )
+        parts.append("</table>" + "".join(f"<p>{html.escape(note)}</p>" for note in block.notes))
+    return "".join([*parts, "</body></html>\n"])
+
+
+def _drawn(verdict: Verdict) -> str:
+    """Our interval as a bar, and a tick at zero (a gain) or at the printed value, on a scale of its own."""
+    ours = verdict.ours
+    if ours is None:
+        return ""
+    target = 0.0 if verdict.word != NOT_RUN and ours.low < 0 < ours.high else verdict.published.value
+    target = 0.0 if abs(target - ours.value) > 20 * (ours.high - ours.low + 1e-9) else target
+    low, high = min(ours.low, target), max(ours.high, target)
+    room = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return 8 + 124 * (value - low) / room
+
+    return (
+        f"<svg width='140' height='16' role='img' aria-label='from {ours.low:.4g} to {ours.high:.4g}'>"
+        f"<line x1='{place(ours.low):.1f}' x2='{place(ours.high):.1f}' y1='8' y2='8' stroke='#357' stroke-width='3'/>"
+        f"<circle cx='{place(ours.value):.1f}' cy='8' r='3.5' fill='#357'/>"
+        f"<line x1='{place(target):.1f}' x2='{place(target):.1f}' y1='1' y2='15' stroke='#b33' stroke-width='2'/></svg>"
+    )
+
+
+@one_sentence
+def reproduce_command(
+    configs: Annotated[list[Path], typer.Argument(help="Files of configs/.")],
+    model: Annotated[str | None, typer.Option(help="Instead of the paper's; tiny works offline, in miniature.")] = None,
+    hours: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; 0 only measures and says how long.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Only the first N questions of each split.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Only the first N seeds of each table.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of images.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Question file or folder.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of answers and verdicts; the same folder continues.")] = Path(
+        "reproduce"
+    ),
+    replicates: Annotated[int, typer.Option(min=100, help="Bootstrap replicates.")] = REPLICATES,
+) -> None:
+    """Run the rows of papers' tables again, within a budget, and mark every published value: reproduced, not reproduced,
+    protocol unknown or not run, with the interval that decides it.
+
+    Stopped at any moment, by --hours or by hand, the same command continues. Writes verdicts.md, .tex, .csv and .html.
+    """
+    tables = [read_config(path) for path in configs]
+    models = {model or str(table.model) for table in tables if model or table.model}
+    if len(models) > 1:
+        raise SettingsError(
+            f"the tables are of several models ({', '.join(sorted(models))}); reproduce those of one at a time."
+        )
+    if not models:
+        raise EvalError("the tables' model has no class that runs here; give one with --model.")
+    (name,) = models
+    tiny = is_tiny(name)
+    if tiny:
+        tables = [on_scenes(table) for table in tables]
+        samples, seeds = samples or TINY_SAMPLES, seeds or TINY_SEEDS
+    else:
+        tables = [with_truth(table) if table.benchmark == "chair" else table for table in tables]
+    jobs = [
+        Job(table, source_of(table, tiny, images, questions), out / f"{table.path.stem}-{slug(Path(name).name)}",
+            table.seeds[:seeds], samples)
+        for table in tables
+    ]  # fmt: skip
+    until = None if hours is None else time.monotonic() + 3600 * hours
+    try:
+        execute(jobs, name, tiny, until, lambda sentence: typer.echo(sentence, err=True))
+    except OutOfTime:
+        typer.echo("The time is spent; the same command goes on from here.", err=True)
+    report(jobs, name, tiny, out, replicates)
+
+
+def report(jobs: Sequence[Job], model: str, tiny: bool, out: Path, replicates: int = REPLICATES) -> None:
+    """Write the verdicts in every format and print them as Markdown."""
+    made: list[tuple[Block, list[Verdict]]] = []
+    for job in jobs:
+        results = [read_cell(folder, **job.config.options) for folder in found_cells(job.out)]
+        results = [result for result in results if result.rows and result.evaluator.name == job.config.benchmark]
+        found = verdicts(job.config, results, tiny, replicates)
+        made.append((block_of(found, job.config.title, notes_of(job.config, found, results, model), tiny), found))
+    blocks = [block for block, _ in made]
+    for suffix, format in ((".md", "markdown"), (".tex", "latex"), (".csv", "csv")):
+        write_whole(out / f"verdicts{suffix}", render(blocks, format).encode())
+    write_whole(out / "verdicts.html", page(made).encode())
+    typer.echo(render(blocks), nl=False)
+    typer.echo(f"wrote {out / 'verdicts'}.md, .tex, .csv and .html", err=True)

@@ -1,0 +1,204 @@
+"""`lvlm-decode reproduce`: verdicts on printed values by the interval that decides, within a budget, stopped and continued."""
+
+import csv
+import json
+import time
+
+import pytest
+import typer
+import yaml
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import Audit
+from lvlm_decode_evals.base import Answer, Column
+from lvlm_decode_evals.commands import add_to
+from lvlm_decode_evals.configs import on_scenes, read_config
+from lvlm_decode_evals.metrics import Interval
+from lvlm_decode_evals.plan import TIMES, Decoding, Result
+from lvlm_decode_evals.reproduce import (
+    NOT_REPRODUCED,
+    NOT_RUN,
+    REPRODUCED,
+    UNKNOWN,
+    Job,
+    OutOfTime,
+    execute,
+    half_unit,
+    judge_gain,
+    judge_value,
+    rounds,
+    spoken,
+    verdicts,
+)
+
+ACCURACY = Column("accuracy", "Accuracy", better=+1, paired=True)
+SAMPLE = Decoding(do_sample=True)
+VCD = "vcd(alpha=1.0,beta=0.1,noise_step=999)"
+
+
+@pytest.fixture
+def command():
+    app = typer.Typer()
+    add_to(app)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("published", "interval", "word"),
+    [
+        (87.7, (0.86, 0.85, 0.88), REPRODUCED),
+        (88.04, (0.86, 0.85, 0.88), NOT_REPRODUCED),
+        # 88.0 may have been 87.96 before it was rounded.
+        (88.0, (0.86, 0.85, 0.8796), REPRODUCED),
+        (80.0, (0.86, 0.85, 0.88), NOT_REPRODUCED),
+        (87.7, (0.86, 0.80, 0.92), NOT_RUN),
+        # A wide interval can still exclude a value.
+        (60.0, (0.86, 0.80, 0.92), NOT_REPRODUCED),
+    ],
+)
+def test_a_value_is_judged_by_our_interval(published, interval, word):
+    assert judge_value(published, Interval(*interval), ACCURACY)[0] == word
+
+
+@pytest.mark.parametrize(
+    ("gain", "interval", "word"),
+    [
+        (4.4, (0.05, 0.01, 0.09), REPRODUCED),
+        (-4.4, (-0.05, -0.09, -0.01), REPRODUCED),
+        (4.4, (-0.05, -0.09, -0.01), NOT_REPRODUCED),
+        (-4.4, (0.05, 0.01, 0.09), NOT_REPRODUCED),
+        (4.4, (0.05, -0.01, 0.09), NOT_RUN),
+        (0.0, (0.05, 0.01, 0.09), NOT_RUN),
+        (4.4, (0.0, 0.0, 0.0), NOT_RUN),
+    ],
+)
+def test_a_gain_is_judged_by_its_sign(gain, interval, word):
+    assert judge_gain(gain, Interval(*interval))[0] == word
+
+
+def test_half_units_rounds_and_durations():
+    assert [half_unit(value) for value in (87.73, 45.0, 46.4, 620)] == pytest.approx([0.005, 0.5, 0.05, 0.5])
+    assert rounds(20) == [20] and rounds(32) == [32] and rounds(600) == [32, 128, 512, 600]
+    assert [spoken(s) for s in (40, 600, 7200)] == ["40 seconds", "10 minutes", "2.0 hours"]
+
+
+def results_of(config, right, images=600, model="llava-hf/llava-1.5-7b-hf"):
+    """Answers of every row of a POPE table, with so many of ten right."""
+    scorer = evaluator("pope")
+    made = []
+    for row in config.rows:
+        for split in config.splits if row.name in right else ():
+            rows = scorer.rows(
+                Answer(i, "yes" if (i % 10 < right[row.name]) == (i // 10 % 2 == 0) else "no", image=str(i),
+                       label="yes" if i // 10 % 2 == 0 else "no")
+                for i in range(images)
+            )  # fmt: skip
+            settings = {"model": {"name": model}, "method": {"name": row.method, "parameters": {}}}
+            made.append(Result(scorer, split, row.method, row.decoding, 0, rows, Audit(), settings, ROOT / "nowhere"))
+    return made
+
+
+def words(made, row, metric="Accuracy"):
+    return {verdict.word for verdict in made if verdict.row.name == row and verdict.column.title == metric}
+
+
+def test_verdicts_on_the_papers_model_are_about_values(tmp_path):
+    config = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
+    made = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}), False, 400)
+    assert words(made, "Regular") == {REPRODUCED, NOT_REPRODUCED} and words(made, "VCD") == {NOT_REPRODUCED}
+    random = next(v for v in made if v.row.name == "Regular" and v.split == "coco-popular" and v.column is v.column)
+    assert random.ours.low < 0.8 < random.ours.high
+    # Nothing asked, or too little.
+    assert {v.word for v in verdicts(config, [], False, 400)} == {NOT_RUN}
+    few = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}, images=20), False, 400)
+    assert REPRODUCED not in {v.word for v in few}
+
+
+def test_verdicts_in_miniature_are_about_gains():
+    config = on_scenes(read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml"))
+    better = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), True, 400)
+    assert words(better, "VCD") == {REPRODUCED} and words(better, "Regular") == {NOT_RUN}
+    worse = verdicts(config, results_of(config, {"Regular": 9, "VCD": 6}), True, 400)
+    assert words(worse, "VCD") == {NOT_REPRODUCED}
+
+
+def test_what_nobody_knows_is_not_judged():
+    vista = on_scenes(read_config(ROOT / "configs" / "chair-vista-512-llava-1.5.yaml"))
+    assert {v.word for v in verdicts(vista, [], True, 400)} == {UNKNOWN}
+    mvp = on_scenes(read_config(ROOT / "configs" / "pope-mvp-llava-1.5.yaml"))
+    found = {(v.word, v.why) for v in verdicts(mvp, [], True, 400)}
+    assert (UNKNOWN, "nobody here knows how it was measured") in found
+    deco = on_scenes(read_config(ROOT / "configs" / "chair-deco-512-llava-1.5.yaml"))
+    by_row = {v.row.name: (v.word, v.why) for v in verdicts(deco, [], True, 400)}
+    assert by_row["DoLa"] == (NOT_RUN, "it was measured by protocol opera-512, these rows by deco-512")
+    assert by_row["DoLa + DeCo"][1].startswith("DoLa subtracts") and by_row["DeCo, beam"][1] == "not asked yet"
+
+
+def small(tmp_path):
+    """A table with one method on the small model's one split, cheap to run."""
+    raw = yaml.safe_load((ROOT / "configs" / "pope-vcd-llava-1.5.yaml").read_text())
+    raw["splits"] = ["coco-adversarial"]
+    raw["rows"] = [row for row in raw["rows"] if "published" in row]
+    for row in raw["rows"]:
+        row["published"] = {"coco-adversarial": row["published"]["coco-adversarial"]}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def answered(out):
+    return {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("answers.jsonl"))}
+
+
+def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_path):
+    arguments = ("reproduce", small(tmp_path), "--model", "tiny", "--samples", 48, "--replicates", 100)
+    whole = command(*arguments, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    assert "The rest will take about" in whole.output and "by the first 32 questions of every row" in whole.output
+    stopped = command(*arguments, "--out", tmp_path / "cut", "--hours", 0)
+    assert stopped.exit_code == 0 and "The time is spent; the same command goes on from here." in stopped.output
+    counts = {content.count(b"\n") for content in answered(tmp_path / "cut").values()}
+    assert counts == {32}
+    assert command(*arguments, "--out", tmp_path / "cut").exit_code == 0
+    assert answered(tmp_path / "cut") == answered(tmp_path / "whole")
+    for name in ("verdicts.md", "verdicts.tex", "verdicts.csv", "verdicts.html"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    shown = (tmp_path / "whole" / "verdicts.md").read_text()
+    assert (
+        "| VCD     | adversarial | Accuracy  | 80.88     |" in shown and "In miniature: tiny on emoji scenes." in shown
+    )
+    assert "Protocol: pope-vcd." in shown
+    lines = list(csv.DictReader((tmp_path / "whole" / "verdicts.csv").read_text().splitlines()))
+    assert {"VCD; adversarial; Accuracy" in line["line"] for line in lines} == {True, False}
+    page = (tmp_path / "whole" / "verdicts.html").read_text()
+    assert (
+        page.count("<svg") == 4
+        and "<script" not in page
+        and r"\begin{tabular}" in (tmp_path / "whole" / "verdicts.tex").read_text()
+    )
+    assert all(json.loads(line)["seconds"] > 0 for p in (tmp_path / "whole").rglob(TIMES) for line in p.open())
+
+
+def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path):
+    from lvlm_decode_evals.configs import source_of
+
+    table = on_scenes(read_config(small(tmp_path)))
+    job = Job(table, source_of(table, True, None, None), tmp_path / "out", (0,), 96)
+    said = []
+    with pytest.raises(OutOfTime):
+        execute([job], "tiny", True, time.monotonic() - 1, said.append, quiet=True)
+    assert len(said) == 1
+    assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {32}
+
+
+def test_wrong_command_lines(command, tmp_path):
+    several = (ROOT / "configs" / "pope-vcd-llava-1.5.yaml", ROOT / "configs" / "pope-vcd-instructblip.yaml")
+    for arguments, sentence in (
+        (several, "the tables are of several models"),
+        ((ROOT / "configs" / "pope-mvp-qwen-vl.yaml",), "has no class that runs here; give one with --model"),
+        ((ROOT / "nowhere.yaml",), "nowhere.yaml is not a file"),
+    ):
+        done = command("reproduce", *arguments, "--out", tmp_path)
+        assert done.exit_code == 1 and sentence in done.output
