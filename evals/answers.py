@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_decode.errors import FileFormatError, MissingFileError
+import psutil
+
+from lvlm_decode.errors import FileFormatError, MissingFileError, OutputError
 
 from .base import Answer, Question, Row, need
 
@@ -149,26 +151,52 @@ def resume_answers(path: Path, repair: bool = False) -> list[Answer]:
 
 
 def append_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Append and flush to disk: after this returns, a kill does not lose these answers."""
-    with open(path, "ab") as file:
-        file.write(b"".join(line_of(answer.record()) for answer in answers))
-        file.flush()
-        os.fsync(file.fileno())
+    """Append and flush to disk: after this returns, a kill does not lose these answers. Raises OutputError."""
+    try:
+        with open(path, "ab") as file:
+            file.write(b"".join(line_of(answer.record()) for answer in answers))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError.of(path, error) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves the old file or the new one, never a part. Unchanged content is not
-    rewritten.
+    rewritten. Raises OutputError.
     """
     path = Path(path)
-    if path.exists() and path.read_bytes() == content:
-        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        if path.exists() and path.read_bytes() == content:
+            return
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError.of(path, error) from error
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing below a folder. Only its holder may do that."""
+    for path in Path(folder).rglob("*.partial"):
+        pid = path.name.split(".")[-2]
+        if not (pid.isdecimal() and int(pid) != os.getpid() and _started_before(int(pid), path)):
+            path.unlink(missing_ok=True)
+
+
+def _started_before(pid: int, path: Path) -> bool:
+    """Whether a process of this number runs that is older than the file, so that it may be writing it."""
+    try:
+        return psutil.Process(pid).create_time() <= path.stat().st_mtime
+    except (psutil.Error, FileNotFoundError):
+        return False
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:

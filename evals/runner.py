@@ -22,17 +22,19 @@ import torch
 from tqdm import tqdm
 
 import lvlm_decode
-from lvlm_decode.errors import EvalError, LvlmDecodeError, MissingFileError, SettingsError
+from lvlm_decode.errors import EvalError, LockedError, LvlmDecodeError, MissingFileError, SettingsError
 
-from .answers import append_answers, line_of, resume_answers, write_answers
+from .answers import append_answers, line_of, remove_partials, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
 from .loaders import Source, fingerprint
+from .locks import Hold, writing
 from .plan import (
     TIMES,
     Cell,
     Decoding,
     Result,
     Settings,
+    cell_answers,
     cells,
     claim,
     questions_hash,
@@ -299,32 +301,55 @@ class Run:
     def execute(self) -> list[Result]:
         """Ask what is not answered yet, merge, score. Returns the scored cells; empty in other than the main process,
         and for cells of which other shards still owe a part.
+
+        Raises LockedError when another run writes into the folder.
         """
         asked = self.source.first(self.limit)
         self._check_template(asked)
         plan = self.cells()
         folders = {cell: cell.folder(self.out, self.evaluator.name) for cell in plan}
-        # The others check what the main process wrote: two writers of one file would be a race.
-        if not self.main:
-            self.state.wait_for_everyone()
-        for cell in plan:
-            claim(folders[cell], self.settings(cell))
-            if self.main:
-                write_questions(split_folder(folders[cell]), asked.splits[cell.split])
-        if self.main and self.state is not None:
-            self.state.wait_for_everyone()
-        self._ask_all(plan, folders, asked)
+        splits = [split_folder(folder) for folder in folders.values()]
+        with writing(splits, self.share.index, self.share.count) as hold:
+            if self.share.count == 1:
+                for folder in dict.fromkeys(splits):
+                    remove_partials(folder)
+            # The others check what the main process wrote: two writers of one file would be a race.
+            if not self.main:
+                self.state.wait_for_everyone()
+            for cell in plan:
+                claim(folders[cell], self.settings(cell))
+                if self.main:
+                    write_questions(split_folder(folders[cell]), asked.splits[cell.split])
+            if self.main and self.state is not None:
+                self.state.wait_for_everyone()
+            self._ask_all(plan, folders, asked, hold)
+            if self.share.count == 1:
+                return _scored(plan, folders)
         if self.state is not None:
             self.state.wait_for_everyone()
             if not self.main:
                 return []
-            alone = replace(self, share=Share(), state=None)
-            owed = [cell for cell in plan if not alone._merge(cell, folders[cell], asked.splits[cell.split])]
-            # Processes that found other batch sizes to fit cut other batches, so a question may have fallen between.
-            alone._ask_all(owed, folders, asked)
-        return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+        return self._gather_shares(plan, folders, asked)
 
-    def _ask_all(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source) -> None:
+    def _gather_shares(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source) -> list[Result]:
+        """Merge what the shards wrote and score it; nothing while another shard is at work: the last one does it."""
+        splits = dict.fromkeys(split_folder(folder) for folder in folders.values())
+        alone = replace(self, share=Share(), state=None)
+        try:
+            with writing(list(splits)) as hold:
+                for folder in splits:
+                    remove_partials(folder)
+                owed = [cell for cell in plan if not alone._merge(cell, folders[cell], asked.splits[cell.split])]
+                if self.state is not None:
+                    # Processes that found other batch sizes to fit cut other batches: a question may have fallen between.
+                    alone._ask_all(owed, folders, asked, hold)
+                return _scored(plan, folders)
+        except LockedError:
+            if self.state is not None:
+                raise
+            return []
+
+    def _ask_all(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source, hold: Hold) -> None:
         """Answer this process's share of the cells, method by method; merge what is complete if nobody else writes."""
         bar = tqdm(
             total=sum(len(asked.splits[cell.split]) for cell in plan) // self.share.count,
@@ -341,12 +366,12 @@ class Run:
                         bar.set_description(f"{method} {cell.decoding.name} {cell.split} seed {cell.seed}")
                         questions = asked.splits[cell.split]
                         if self._alone(method):
-                            self._ask(cell, folders[cell], questions, 1, bar)
+                            self._ask(cell, folders[cell], questions, 1, bar, hold)
                         elif size == "auto":
-                            size = self._ask_auto(cell, folders[cell], questions, bar)
+                            size = self._ask_auto(cell, folders[cell], questions, bar, hold)
                         else:
-                            self._ask(cell, folders[cell], questions, int(size), bar)
-                        if self.state is None:
+                            self._ask(cell, folders[cell], questions, int(size), bar, hold)
+                        if self.share.count == 1:
                             self._merge(cell, folders[cell], questions)
 
     def _check_template(self, asked: Source) -> None:
@@ -378,13 +403,13 @@ class Run:
         finally:
             lvlm_decode.detach(self.loaded.model)
 
-    def _ask(self, cell: Cell, folder: Path, questions: Sequence[Question], size: int, bar: Any) -> None:
+    def _ask(self, cell: Cell, folder: Path, questions: Sequence[Question], size: int, bar: Any, hold: Hold) -> None:
         """Answer this process's share of a cell, appending after every batch."""
         own = folder / self.share.file
         resume_answers(own, repair=True)
         key = self.settings(cell).key
         # An edited line is no answer of this run.
-        known = {str(a.question_id) for a in _answers(folder) if a.error is None and not a.edited(key)}
+        known = {str(a.question_id) for a in cell_answers(folder) if a.error is None and not a.edited(key)}
         for number, batch in enumerate(batches_of(questions, size)):
             if number % self.share.count != self.share.index:
                 continue
@@ -394,6 +419,7 @@ class Run:
                     self.stop()
                 start = time.perf_counter()
                 answers = self._answer(cell, batch)
+                hold.check()
                 if self.options.times:
                     self._note_time(folder, answers, time.perf_counter() - start)
                 append_answers(own, (a.sealed(key) for a in answers if str(a.question_id) not in known))
@@ -405,7 +431,7 @@ class Run:
         with open(folder / TIMES, "ab") as file:
             file.write(line_of({"answers": len(answers), "tokens": tokens, "seconds": seconds}))
 
-    def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any) -> int:
+    def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any, hold: Hold) -> int:
         """As `_ask`, with the batch size that accelerate's utility finds to fit in memory; returns it."""
         from accelerate.utils import find_executable_batch_size
 
@@ -414,7 +440,7 @@ class Run:
         @find_executable_batch_size(starting_batch_size=START_BATCH)
         def attempt(batch_size: int) -> int:
             bar.update(done - bar.n)
-            self._ask(cell, folder, questions, batch_size, bar)
+            self._ask(cell, folder, questions, batch_size, bar, hold)
             return batch_size
 
         return attempt()
@@ -468,13 +494,9 @@ class Run:
         """One answers file in the order of the questions, once all are answered; the parts are removed. False: not
         yet.
         """
-        # Left by a kill in the middle of a write; another --shard may be writing right now, so those stay.
-        if self.share.count == 1:
-            for left in folder.glob("*.partial"):
-                left.unlink(missing_ok=True)
         best: dict[str, Answer] = {}
         key = self.settings(cell).key
-        for answer in _answers(folder):
+        for answer in cell_answers(folder):
             name = str(answer.question_id)
             if not answer.edited(key) and (name not in best or best[name].error is not None):
                 best[name] = answer
@@ -490,8 +512,8 @@ class Run:
         return True
 
 
-def _answers(folder: Path) -> list[Answer]:
-    return [answer for path in sorted(folder.glob("answers*.jsonl")) for answer in resume_answers(path)]
+def _scored(plan: Sequence[Cell], folders: Mapping[Cell, Path]) -> list[Result]:
+    return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
 
 
 def new_tokens(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

@@ -50,3 +50,18 @@ class MissingFileError(EvalError):
 
 class SettingsError(EvalError):
     """Settings that contradict each other, or the settings an earlier run left in the same folder."""
+
+
+class LockedError(EvalError):
+    """A folder that another run is writing into; the message says which process, on which machine, since when."""
+
+
+class OutputError(EvalError):
+    """A file or folder that cannot be written: read-only, on a full disk, or in the way."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> OutputError:
+        reason = error.strerror or str(error)
+        return cls(
+            f"{path} cannot be written ({reason}); what is there stays, so mend that and start again, or write elsewhere."
+        )

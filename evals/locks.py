@@ -1,0 +1,168 @@
+"""Who writes into a folder: one run, or the shards of one run side by side.
+
+A lock is a small file made in one step, which network file systems can do too, and kept alive by its holder
+(`filelock.SoftFileLease`). The lock of a process that has ended on this machine is taken over at once; that of another
+machine after `LEASE` seconds without a sign of life. Beside the lock a note says who holds it and since when.
+
+    OUT/pope/random/.lock              a whole run; also held for a moment by a shard that starts
+    OUT/pope/random/.lock-1-of-3       the first of three shards
+    OUT/pope/random/.lock.note         who and since when
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from lvlm_decode.errors import LockedError, OutputError
+
+# Seconds without a sign of life after which the lock of another machine's process is taken over.
+LEASE = 120.0
+# Seconds to wait for a lock that is held: a shard that starts holds the whole lock for a moment.
+WAIT = 3.0
+_SHARE = re.compile(r"\.lock-(\d+)-of-(\d+)")
+
+
+@contextlib.contextmanager
+def writing(folders: Sequence[Path], index: int = 0, count: int = 1) -> Iterator[Hold]:
+    """Hold these folders as share `index` (from 0) of `count`; made where they are missing.
+
+    Raises LockedError in one sentence when another run holds one of them, OutputError when one cannot be written.
+    """
+    hold = Hold()
+    try:
+        for folder in sorted(set(map(Path, folders))):
+            hold.take(folder, index, count)
+        yield hold
+    finally:
+        hold.release()
+
+
+class Hold:
+    """The locks that one run holds."""
+
+    def __init__(self) -> None:
+        self._leases: list[SoftFileLease] = []
+
+    def take(self, folder: Path, index: int, count: int) -> None:
+        """Add a folder; as `writing`."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            whole = self._acquire(folder, ".lock")
+            own = whole if count == 1 else None
+            try:
+                if count > 1:
+                    own = self._acquire(folder, f".lock-{index + 1}-of-{count}")
+                for path in sorted(folder.glob(".lock-*")):
+                    share = _SHARE.fullmatch(path.name)
+                    if share and (count == 1 or int(share[2]) != count):
+                        # Nobody can start a shard meanwhile: that takes the whole lock. A dead one's lock goes here.
+                        self._release(self._acquire(folder, path.name))
+            except BaseException:
+                if own is not None:
+                    self._release(own)
+                raise
+            finally:
+                if own is not whole:
+                    self._release(whole)
+        except OSError as error:
+            raise OutputError.of(folder, error) from error
+        self._leases.append(own)
+        _note(own).write_text(
+            json.dumps({"since": datetime.now().astimezone().isoformat(" ", "seconds"), "by": _me()}) + "\n"
+        )
+
+    def check(self) -> None:
+        """Raise LockedError if another run has taken a lock over, for instance because this machine slept."""
+        for lease in self._leases:
+            if lease.compromise is not None:
+                raise LockedError(
+                    f"{Path(lease.lock_file).parent} was taken over by another run while this one gave no sign of life; "
+                    "start again when that one is done."
+                )
+
+    def release(self) -> None:
+        """Give all locks back."""
+        while self._leases:
+            self._release(self._leases.pop())
+
+    def _acquire(self, folder: Path, name: str) -> SoftFileLease:
+        lease = SoftFileLease(folder / name, lease_duration=LEASE, thread_local=False)
+        try:
+            lease.acquire(timeout=WAIT)
+        except Timeout as error:
+            if _elsewhere(folder / name) and _silent(lease):
+                return lease
+            raise LockedError(_sentence(folder / name)) from error
+        return lease
+
+    def _release(self, lease: SoftFileLease) -> None:
+        if lease.compromise is None:
+            _note(lease).unlink(missing_ok=True)
+        lease.release()
+
+
+def _note(lease: SoftFileLease) -> Path:
+    return Path(f"{lease.lock_file}.note")
+
+
+def _me() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "a user without a name"
+
+
+def _marker(path: Path) -> dict[str, str]:
+    """pid and host in a lock's own file; empty when it has just gone."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    return {}
+
+
+def _elsewhere(path: Path) -> bool:
+    host = _marker(path).get("host", "")
+    return host.partition("?")[0] != socket.gethostname()
+
+
+def _silent(lease: SoftFileLease) -> bool:
+    """Watch the lock of another machine: True once it was taken over, False at its first sign of life."""
+    path = Path(lease.lock_file)
+    deadline = time.monotonic() + LEASE + WAIT
+    before = _last_sign(path)
+    while time.monotonic() < deadline and _last_sign(path) == before:
+        with contextlib.suppress(Timeout):
+            lease.acquire(timeout=WAIT)
+            return True
+    return False
+
+
+def _last_sign(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _sentence(path: Path) -> str:
+    marker, note = _marker(path), {}
+    with contextlib.suppress(OSError, ValueError):
+        note = json.loads(Path(f"{path}.note").read_text())
+    share = _SHARE.fullmatch(path.name)
+    who = f"shard {share[1]}/{share[2]}" if share else "another run"
+    since = f", since {note['since']}" if "since" in note else ""
+    by = f" by {note['by']}" if "by" in note else ""
+    host = marker.get("host", "?").partition("?")[0]
+    return (
+        f"{path.parent} is being written by {who} (process {marker.get('pid', 'unknown')} on {host or 'this machine'}{by}"
+        f"{since}); wait until it is done, stop it, or give another --out."
+    )
