@@ -197,6 +197,8 @@ class Evaluator:
     columns: ClassVar[tuple[Column, ...]] = ()
     # Keys of the horizontal and vertical axis of the picture; None draws the compared columns side by side.
     axes: ClassVar[tuple[str, str] | None] = None
+    # Further pairs of axes, each a panel beside the first; those whose keys a run lacks are left out.
+    more_axes: ClassVar[tuple[tuple[str, str], ...]] = ()
     # Keys of the columns that say what a model can do rather than what it makes up; empty for most.
     ability: ClassVar[tuple[str, ...]] = ()
     # Rates that are compared once more on rows cut to equal length (`equal_length`); empty where length plays no part.

@@ -369,6 +369,7 @@ class Chair(Evaluator):
     paper: ClassVar[str] = "CHAIR (arXiv 1809.02156)"
     max_new_tokens: ClassVar[int] = 512
     axes: ClassVar[tuple[str, str]] = ("recall", "chair_i")
+    more_axes: ClassVar[tuple[tuple[str, str], ...]] = (("recall", "chair_s"), ("length", "chair_s"))
     verdict: ClassVar[str] = "caption names no absent object"
     columns: ClassVar[tuple[Column, ...]] = (
         Column("chair_s", "CHAIRs", better=-1, paired=True),

@@ -162,6 +162,7 @@ class Pope(Evaluator):
     paper: ClassVar[str] = "POPE (arXiv 2305.10355)"
     max_new_tokens: ClassVar[int] = 16
     axes: ClassVar[tuple[str, str]] = ("yes_ratio", "accuracy")
+    more_axes: ClassVar[tuple[tuple[str, str], ...]] = (("repope_yes_ratio", "repope_accuracy"),)
     columns: ClassVar[tuple[Column, ...]] = (
         Column("accuracy", "Accuracy", better=+1, paired=True),
         Column("precision", "Precision", better=+1),
