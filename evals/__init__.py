@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from lvlm_decode.errors import EvalError, UnknownNameError
+from lvlm_decode.plugins import Plugin, plugins
 
 # name -> "module:Class"; loaded when asked for. A new benchmark is one file and one line here.
 EVALUATORS: dict[str, str] = {
@@ -26,10 +27,17 @@ EVALUATORS: dict[str, str] = {
 }
 
 
+def foreign() -> dict[str, Plugin]:
+    """The evaluators that other packages bring, by name."""
+    return plugins("lvlm_decode.evaluators", frozenset(EVALUATORS))
+
+
 def evaluator_class(name: str) -> type:
     """The class of an evaluator by registry name."""
+    if name not in EVALUATORS and name in (others := foreign()):
+        return others[name].load("Evaluator")
     if name not in EVALUATORS:
-        raise UnknownNameError.of("evaluator", name, EVALUATORS)
+        raise UnknownNameError.of("evaluator", name, [*EVALUATORS, *foreign()])
     module, _, cls = EVALUATORS[name].partition(":")
     return getattr(import_module(module, __name__), cls)
 

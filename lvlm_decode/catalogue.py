@@ -12,8 +12,9 @@ import tokenize
 from typing import Any
 
 from .engine.modes import MODES
+from .errors import DependencyError
 from .method import Method
-from .methods import METHODS, load
+from .methods import METHODS, foreign, load, names
 
 #: What a view of each kind adds to plain decoding.
 COSTS = {
@@ -50,7 +51,7 @@ def parameter_notes(cls: type[Method]) -> dict[str, str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One method: ``name``, ``paper``, ``arxiv``, ``parameters``, ``costs``, ``refuses``, ``needs``, ``summary``.
+    """One method: ``name``, ``paper``, ``arxiv``, ``parameters``, ``costs``, ``refuses``, ``needs``, ``summary``, ``package``.
 
     Raises:
         UnknownNameError: no such method.
@@ -79,12 +80,25 @@ def describe(name: str) -> dict[str, Any]:
         "refuses": {MODES[mode]: why for mode, why in cls.refuses.items()},
         "supports": [words for mode, words in MODES.items() if mode not in cls.refuses],
         "needs": list(cls.needs),
+        "package": None if name in METHODS else foreign()[name].package,
     }
 
 
 def methods() -> list[dict[str, Any]]:
-    """Every registered method, in the registry's order."""
-    return [describe(name) for name in METHODS]
+    """Every method that can be loaded, this library's own first, in the registry's order."""
+    bad = broken()
+    return [describe(name) for name in names() if name not in bad]
+
+
+def broken() -> dict[str, str]:
+    """The methods of other packages that cannot be loaded, and why not."""
+    found = {}
+    for name in foreign():
+        try:
+            load(name)
+        except DependencyError as error:
+            found[name] = str(error)
+    return found
 
 
 def markdown() -> str:
@@ -93,7 +107,7 @@ def markdown() -> str:
         "| method | paper | parameters (default) | costs beside plain decoding | cannot do |",
         "|---|---|---|---|---|",
     ]
-    for method in methods():
+    for method in map(describe, METHODS):
         paper = f"[{method['paper']}](https://arxiv.org/abs/{method['arxiv']})" if method["arxiv"] else method["paper"]
         values = ", ".join(f"`{p['name']}`{_short(p['default'])}" for p in method["parameters"])
         cannot = ", ".join(method["refuses"]) or "–"

@@ -1,4 +1,4 @@
-"""``lvlm-decode``: demo, methods, generate, eval, score, table, bench, train."""
+"""``lvlm-decode``: demo, methods, doctor, generate, eval, score, table, bench, train."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def methods(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of the README.")] = False,
 ) -> None:
     """Every method: its paper, parameters and defaults, what it costs, what it cannot do; read off the code."""
-    from .catalogue import markdown
+    from .catalogue import broken, markdown
     from .catalogue import methods as described
 
     if as_markdown:
@@ -44,7 +44,8 @@ def methods(
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     for method in found:
         link = f"  arXiv {method['arxiv']}" if method["arxiv"] else ""
-        console.print(f"[bold]{method['name']}[/]  {escape(method['paper'])}{link}")
+        package = f"  from package {method['package']}" if method["package"] else ""
+        console.print(f"[bold]{method['name']}[/]  {escape(method['paper'])}{link}{package}")
         console.print(f"    {escape(method['summary'])}")
         for parameter in method["parameters"]:
             said = f"  {parameter['description']}" if parameter["description"] else ""
@@ -53,6 +54,20 @@ def methods(
         for mode, why in method["refuses"].items():
             console.print(f"    not with {mode}: {escape(why)}")
         console.print()
+    for why in broken().values():
+        typer.echo(f"warning: {why}", err=True)
+
+
+@app.command()
+@one_sentence
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Print versions, devices and missing extras, and run the engine's self-check; exit status 1 when it fails."""
+    from .doctor import examine, text
+
+    report = examine()
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else text(report))
+    if report.trouble:
+        raise typer.Exit(1)
 
 
 @app.command()

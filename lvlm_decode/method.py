@@ -174,22 +174,22 @@ class Method:
         return step.logits[0]
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         """beta of the plausibility mask if that is relative to view 0 as it is, or ``None``."""
         return None
 
-    def keep(self, step: Step) -> Tensor | None:
+    def kept_tokens(self, step: Step) -> Tensor | None:
         """(B, T, N) bool, which tokens survive the plausibility mask; ``None`` keeps all."""
-        return None if self.plausible is None else plausible(step.logits[0], self.plausible)
+        return None if self.plausibility_beta is None else plausible_tokens(step.logits[0], self.plausibility_beta)
 
     @property
     def mask_view(self) -> int | None:
-        """The view whose arg max :meth:`keep` always keeps, counted within this method; ``None`` for no mask."""
-        return None if self.plausible is None else 0
+        """The view whose arg max :meth:`kept_tokens` always keeps, counted within this method; ``None`` for no mask."""
+        return None if self.plausibility_beta is None else 0
 
     def scores(self, step: Step) -> Tensor:
         """(B, T, N): :meth:`combine`, then the mask, once."""
-        scores, keep = self.combine(step), self.keep(step)
+        scores, keep = self.combine(step), self.kept_tokens(step)
         return scores if keep is None else masked(scores, keep, step.logits[0])
 
     def parts(self) -> tuple[Method, ...]:
@@ -202,7 +202,7 @@ class Method:
         Args:
             model: the LVLM that generates.
             inputs: what ``generate()`` is called with.
-            options: ``seed``, ``sample_ids`` and ``processor``, as in :func:`lvlm_decode.attach`.
+            options: ``seed``, ``sample_ids``, ``processor`` and ``family``, as in :func:`lvlm_decode.attach`.
         """
         return _entry().ViewsProcessor(self, model, dict(inputs), **options)
 
@@ -346,19 +346,19 @@ class Sum(Method):
         return out
 
     @property
-    def plausible(self) -> float | None:
-        betas = [method.plausible for method in self.methods if method.plausible is not None]
+    def plausibility_beta(self) -> float | None:
+        betas = [method.plausibility_beta for method in self.methods if method.plausibility_beta is not None]
         return max(betas) if betas else None
 
-    def keep(self, step: Step) -> Tensor | None:
-        kept = [keep for method, own in self._steps(step) if (keep := method.keep(own)) is not None]
+    def kept_tokens(self, step: Step) -> Tensor | None:
+        kept = [keep for method, own in self._steps(step) if (keep := method.kept_tokens(own)) is not None]
         return None if not kept else torch.stack(kept).all(0)
 
     def parts(self) -> tuple[Method, ...]:
         return self.methods
 
 
-def plausible(logits: Tensor, beta: float | Tensor) -> Tensor:
+def plausible_tokens(logits: Tensor, beta: float | Tensor) -> Tensor:
     """Adaptive plausibility constraint: (..., N) bool, keeps tokens with p >= beta * max p at temperature 1.
 
     Ties at the threshold are kept, as in the authors' code of VCD (arXiv 2311.16922), and so is always the arg max.

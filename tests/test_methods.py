@@ -18,7 +18,7 @@ from lvlm_decode.engine.batch import Batch
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, ParameterError, UnknownNameError, UnsupportedError
 from lvlm_decode.families import family_of
-from lvlm_decode.method import BELOW, Step, plausible
+from lvlm_decode.method import BELOW, Step, plausible_tokens
 from lvlm_decode.methods import METHODS, load, parse
 from lvlm_decode.methods.avisc import AvisC
 from lvlm_decode.methods.cad import CAD
@@ -310,8 +310,8 @@ def test_pairs_that_own_the_same_rule_refuse():
 
 def test_the_mask_keeps_ties_and_the_arg_max():
     logits = torch.tensor([0.0, math.log(0.5), math.log(0.5) - 1e-3])
-    assert plausible(logits, 0.5).tolist() == [True, True, False]
-    assert plausible(torch.randn(4, N), 1.0).sum(-1).tolist() == [1] * 4
+    assert plausible_tokens(logits, 0.5).tolist() == [True, True, False]
+    assert plausible_tokens(torch.randn(4, N), 1.0).sum(-1).tolist() == [1] * 4
 
 
 BAD = {
@@ -795,7 +795,7 @@ def test_masks_relative_to_different_views_do_not_add():
         (VDD() + LQCD(form="neutral", beta=None)).with_counts((1, 1)),
     ]
     # On these logits the two masks that are refused together have no token in common somewhere.
-    kept = [method.keep(s) for method in one]
+    kept = [method.kept_tokens(s) for method in one]
     assert not (kept[0] & kept[1]).any(-1).all()
     for method in (*one, (VDD() + LQCD() + SCMoE() + CODE()).with_counts((1, 1, 1, 1))):
         out = method.scores(s if len(method.counts) == 2 else step(5, weights=[-1.0] * 4))
@@ -926,5 +926,5 @@ def test_lqcd_neutral_decides_no_step_by_the_users_own_query():
     """Where the mask on view 0 leaves one token, that of the neutral query may want another."""
     method = LQCD(form="neutral", beta=0.3)
     s = step(2, scale=6.0)
-    alone = plausible(s.logits[0], 0.3).sum(-1) == 1
+    alone = plausible_tokens(s.logits[0], 0.3).sum(-1) == 1
     assert alone.any() and not torch.equal(method.scores(s).argmax(-1)[alone], s.logits[0].argmax(-1)[alone])

@@ -26,7 +26,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..engine import hf
 from ..engine.prompts import asking, question_of
-from ..method import masked, plausible
+from ..method import masked, plausible_tokens
 from .base import AsCaller, Controller, Limits
 from .rows import Rows, write
 
@@ -173,7 +173,7 @@ class Grounding:
 def candidates_of(method: VDGD, scores: Tensor) -> Tensor:
     """(R, N) bool: which tokens of the answer's distribution, logits or log-probabilities (R, N), are re-ranked."""
     if method.candidates == "mask":
-        return plausible(scores, method.beta)
+        return plausible_tokens(scores, method.beta)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     sharp = method.temperature if method.candidates == "nucleus" else 1.0
     sorted_p = (scores / sharp).softmax(-1).gather(-1, order)

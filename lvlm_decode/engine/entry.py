@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 
 from ..errors import InputError, UnsupportedError
 from ..families import families, family_of
+from ..families.base import Family
 from ..method import Method, Step
 from . import hf
 from .hf import Call
@@ -92,6 +93,7 @@ class ViewsProcessor(LogitsProcessor):
     Args:
         model: the LVLM that generates.
         inputs: what ``generate()`` is called with, as the processor gave them.
+        family: the adapter of a model family that is not registered.
         seed, sample_ids: see :class:`lvlm_decode.engine.run.Run`.
 
     Raises:
@@ -110,13 +112,17 @@ class ViewsProcessor(LogitsProcessor):
         processor: Any = None,
         seed: int | None = None,
         sample_ids: Sequence[Hashable] | None = None,
+        family: type[Family] | None = None,
     ):
         check_modes(method, ["processor"])
         if any(type(part).patch is not Method.patch for part in method.parts()):
             raise UnsupportedError(
                 f"{method.name} changes the model's forward, which a LogitsProcessor cannot; use lvlm_decode.attach."
             )
-        self.run = Run(model, method, dict(inputs), processor=processor, seed=seed, sample_ids=sample_ids)
+        adapter = None if family is None else family(model)
+        self.run = Run(
+            model, method, dict(inputs), processor=processor, seed=seed, sample_ids=sample_ids, family=adapter
+        )
         self._prompt = inputs["input_ids"].shape[1]
         # Hidden states come from a forward of view 0 as well; its logits are the scores we are given.
         self._views = list(range(0 if self.run.probes.hidden else 1, len(self.run.samples)))

@@ -15,7 +15,7 @@ _MARK = "\x1a"
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """What follows the image of a prompt, taken apart: ``lead + text + cue``.
 
     Args:
@@ -29,7 +29,7 @@ class Question:
     cue: str
 
 
-def question_of(sample: Sample) -> Question:
+def question_of(sample: Sample) -> Asked:
     """The question of a sample.
 
     Raises:
@@ -50,7 +50,7 @@ def question_of(sample: Sample) -> Question:
             f"sample {sample.id!r} has no question after its image; put the image first: apply_chat_template with the "
             "image part before the text part."
         )
-    return Question(lead, text, cue)
+    return Asked(lead, text, cue)
 
 
 def cue_of(processor: Any, tail: str) -> str:

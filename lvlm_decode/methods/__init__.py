@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UnknownNameError
 from ..method import Method, Sum
+from ..plugins import Plugin, plugins
 
 METHODS: dict[str, str] = {
     "plain": ".plain:Plain",
@@ -43,11 +44,23 @@ def load(name: str) -> type[Method]:
     Raises:
         UnknownNameError: lists the names there are.
     """
-    entry = METHODS.get(name.lower())
+    entry, name = METHODS.get(name.lower()), name.lower()
+    if entry is None and name in (others := foreign()):
+        return others[name].load("Method")
     if entry is None:
-        raise UnknownNameError(f"unknown method {name!r}; known methods: {', '.join(METHODS)}.")
+        raise UnknownNameError(f"unknown method {name!r}; known methods: {', '.join(names())}.")
     module, attribute = entry.split(":")
     return getattr(importlib.import_module(module, __name__), attribute)
+
+
+def foreign() -> dict[str, Plugin]:
+    """The methods that other packages bring, by name."""
+    return plugins("lvlm_decode.methods", frozenset(METHODS))
+
+
+def names() -> list[str]:
+    """All methods that can be loaded, this library's own first."""
+    return [*METHODS, *foreign()]
 
 
 def parse(text: str, **parameters: Any) -> Method:

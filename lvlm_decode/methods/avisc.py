@@ -42,7 +42,7 @@ class AvisC(Contrast):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     def blind(self, attention: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..engine.batch import Batch
 from ..engine.prompts import asking
 from ..engine.samples import Sample
-from ..method import Method, Step, View, plausible
+from ..method import Method, Step, View, plausible_tokens
 
 PROMPT = (
     "Provide a detailed description of the image, covering all visible elements and their interactions, so as to "
@@ -73,8 +73,8 @@ class CODE(Method):
     def mask_view(self) -> int:
         return 0
 
-    def keep(self, step: Step) -> Tensor:
-        return plausible(step.logits[0], self._divergence(step).clamp(max=1.0))
+    def kept_tokens(self, step: Step) -> Tensor:
+        return plausible_tokens(step.logits[0], self._divergence(step).clamp(max=1.0))
 
     def combine(self, step: Step) -> Tensor:
         seen, described = step.logits

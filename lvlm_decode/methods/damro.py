@@ -59,7 +59,7 @@ class DAMRO(Contrast):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     @contextmanager

@@ -56,7 +56,7 @@ class DCD(Contrast):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     @contextmanager

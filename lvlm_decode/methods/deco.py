@@ -68,7 +68,7 @@ class DeCo(Method):
     def mask_view(self) -> int:
         return 0
 
-    def keep(self, step: Step) -> Tensor:
+    def kept_tokens(self, step: Step) -> Tensor:
         probability, token = step.logits[0].softmax(-1).topk(min(self.top_k, step.logits.shape[-1]))
         before = probability.cumsum(-1) - probability
         return torch.zeros_like(step.logits[0], dtype=torch.bool).scatter(-1, token, before < self.top_p)
@@ -76,7 +76,7 @@ class DeCo(Method):
     def combine(self, step: Step) -> Tensor:
         main = step.logits[0]
         early = torch.stack([step.project(states[0]) for states in step.hidden.values()])
-        surest = early.softmax(-1).masked_fill(~self.keep(step), 0.0).amax(-1)
+        surest = early.softmax(-1).masked_fill(~self.kept_tokens(step), 0.0).amax(-1)
         probability, chosen = surest.max(0)
         layer = early.gather(0, chosen[None, ..., None].expand(1, *early.shape[1:]))[0]
         return main + self.alpha * probability[..., None] * layer

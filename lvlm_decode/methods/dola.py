@@ -56,7 +56,7 @@ class DoLa(Method):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     def probes(self, model: torch.nn.Module) -> Probes:

@@ -42,7 +42,7 @@ class ICD(Contrast):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:

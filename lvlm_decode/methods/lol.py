@@ -66,7 +66,7 @@ class LOL(Method):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:

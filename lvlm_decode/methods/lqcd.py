@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..engine.prompts import cue_of
 from ..engine.samples import Sample
-from ..method import Method, Step, View, plausible
+from ..method import Method, Step, View, plausible_tokens
 
 SUGGESTION = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm sure)\b[^.!?]*[.!?]?"
 
@@ -51,8 +51,8 @@ class LQCD(Method):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
-        # The neutral form's mask is relative to its other view; see keep().
+    def plausibility_beta(self) -> float | None:
+        # The neutral form's mask is relative to its other view; see kept_tokens().
         return self.beta if self.form == "plain" else None
 
     @property
@@ -85,8 +85,8 @@ class LQCD(Method):
         own, other = step.logits
         return (own, other) if self.form == "plain" else (other, own)
 
-    def keep(self, step: Step) -> Tensor | None:
-        return None if self.beta is None else plausible(self._branches(step)[0], self.beta)
+    def kept_tokens(self, step: Step) -> Tensor | None:
+        return None if self.beta is None else plausible_tokens(self._branches(step)[0], self.beta)
 
     def combine(self, step: Step) -> Tensor:
         neutral, leading = self._branches(step)

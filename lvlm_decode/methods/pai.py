@@ -51,7 +51,7 @@ class PAI(Contrast):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return None if self.gamma is None else self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:

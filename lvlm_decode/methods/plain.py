@@ -34,5 +34,5 @@ class Mask(Method):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta

@@ -22,7 +22,7 @@ from ..engine.hooks import hooked
 from ..engine.run import Run
 from ..engine.running import running_lane
 from ..engine.samples import Sample
-from ..method import Method, Step, View, plausible
+from ..method import Method, Step, View, plausible_tokens
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class SCMoE(Method):
     def mask_view(self) -> int | None:
         return None if self.beta is None else 0
 
-    def keep(self, step: Step) -> Tensor | None:
-        return None if self.beta is None else plausible(step.logits[0] / self.strong_temperature, self.beta)
+    def kept_tokens(self, step: Step) -> Tensor | None:
+        return None if self.beta is None else plausible_tokens(step.logits[0] / self.strong_temperature, self.beta)
 
     def combine(self, step: Step) -> Tensor:
         strong, weak = step.logits[0] / self.strong_temperature, step.logits[1] / self.weak_temperature

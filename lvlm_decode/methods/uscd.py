@@ -40,7 +40,7 @@ class USCD(Method):
         self.check_beta()
 
     @property
-    def plausible(self) -> float | None:
+    def plausibility_beta(self) -> float | None:
         return self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:

@@ -43,7 +43,7 @@ def bench_speculative(
     loaded = load(model, dtype=dtype)
     drafting = drafters.parse(drafter, model=loaded.model)
     if drafting is None:
-        raise ParameterError("drafter none drafts nothing; choose one of " + ", ".join(drafters.DRAFTERS) + ".")
+        raise ParameterError("drafter none drafts nothing; choose one of " + ", ".join(drafters.names()) + ".")
     options = {"do_sample": True, "temperature": temperature, "seed": 0, "top_k": 0} if do_sample else None
     report = speculative(
         loaded.model,

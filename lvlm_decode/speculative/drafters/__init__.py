@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...errors import ParameterError, UnknownNameError
+from ...plugins import Plugin, plugins
 from .base import Context, Drafter, Features, Session, Verified
 
 #: name -> "module:Class", relative to this package.
@@ -36,10 +37,22 @@ def get(name: str) -> type[Drafter]:
     Raises:
         UnknownNameError: lists the names there are.
     """
+    if name not in DRAFTERS and name in (others := foreign()):
+        return others[name].load("Drafter")
     if name not in DRAFTERS:
-        raise UnknownNameError(f"unknown drafter {name!r}; choose one of {', '.join(DRAFTERS)}, or none.")
+        raise UnknownNameError(f"unknown drafter {name!r}; choose one of {', '.join(names())}, or none.")
     module, _, attribute = DRAFTERS[name].partition(":")
     return getattr(importlib.import_module(module, __name__), attribute)
+
+
+def foreign() -> dict[str, Plugin]:
+    """The drafters that other packages bring, by name."""
+    return plugins("lvlm_decode.drafters", frozenset(DRAFTERS))
+
+
+def names() -> list[str]:
+    """All drafters that can be had, this library's own first."""
+    return [*DRAFTERS, *foreign()]
 
 
 def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> Drafter | None:
