@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, UnknownNameError
 
 from . import chair, parsers
-from .answers import read_json, read_records, read_text
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .reading import read_json, read_records, read_text
 from .words import singular, tokenize
 
 PROMPT = "Describe this image."

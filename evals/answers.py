@@ -7,123 +7,29 @@ killed (a torn last line is cut off, any other broken line is an error).
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lvlm_decode.errors import FileFormatError, MissingFileError, OutputError
+from lvlm_decode.errors import OutputError
 
-from .base import Answer, Question, Row, need
+from .base import Answer, Question, Row
+from .forms import ANSWER_FORMS, Own, read_forms
+from .reading import checked, decoded, is_stream, parse_lines, read_bytes
 
-# Fields of an answer line that are not its own evidence; anything else goes into `meta`.
-_FIELDS = ("question_id", "answer", "text", "image", "label", "cluster", "tokens", "error", "meta", "checksum")
-# Other repositories' names of the same fields.
-_ALIASES = {"text": ("question", "query"), "image": ("image_source",), "answer": ("prediction",)}
 # How many culprits a message names before it only counts.
 NAMED = 5
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, decompressed if it is gzip (by content, not by name)."""
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"{path} is not a file; give the path of an existing file.")
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            return gzip.decompress(content)
-        except (OSError, EOFError) as error:
-            raise FileFormatError(f"{path} is a damaged gzip file ({error}); fetch it again.") from error
-    return content
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, decompressed if it is gzip, without a byte order mark."""
-    try:
-        return read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
-
-
-def read_records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, JSON object) of a file of JSON lines or of one JSON array of objects, gzip or not.
-
-    Raises FileFormatError naming file and line (or array entry) of what is not a JSON object.
-    """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise FileFormatError(f"{path}, line {error.lineno}: broken JSON ({error.msg}).") from error
-        found = [(f"{path}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
-    else:
-        found = list(_lines(path, text))
-    for where, entry in found:
-        if not isinstance(entry, dict):
-            raise FileFormatError(f"{where}: expected a JSON object, found {type(entry).__name__}.")
-    if not found:
-        raise FileFormatError(f"{path} is empty; expected one JSON object a line.")
-    return found
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): an answer may contain U+2028, which is no line break in JSON.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FileFormatError(
-                    f"{where}: broken JSON ({error.msg}, column {error.colno}); expected one JSON object a line."
-                ) from error
-
-
-def answer_of(record: dict[str, Any], where: str) -> Answer:
-    """An answer from a JSON object; fields this library does not know go into `meta`.
-
-    Two forms: `answer` (and `text` or `question` for what was asked), and that of LLaVA's and VCD's scripts, where
-    `prompt` is what was asked and `text` is the answer.
-    """
-    record = dict(record)
-    if "answer" not in record and {"prompt", "text"} <= set(record):
-        record["answer"], record["text"] = record["text"], record.pop("prompt")
-    for name, others in _ALIASES.items():
-        for other in others:
-            if name not in record and other in record:
-                record[name] = record.pop(other)
-    identity = need(record, "question_id", where)
-    answer = record["answer"] if record.get("error") and "answer" not in record else need(record, "answer", where)
-    if answer is not None and not isinstance(answer, str):
-        raise FileFormatError(f"{where}: field 'answer' must be text, found {type(answer).__name__}.")
-    if not isinstance(identity, str | int):
-        raise FileFormatError(f"{where}: field 'question_id' must be text or an integer, found {identity!r}.")
-    other = {name: value for name, value in record.items() if name not in _FIELDS}
-    return Answer(
-        question_id=identity,
-        answer=answer or "",
-        text=record.get("text") or "",
-        image=None if record.get("image") is None else str(record["image"]),
-        label=record.get("label"),
-        cluster=record.get("cluster"),
-        meta={**other, **(record.get("meta") or {})},
-        tokens=record.get("tokens"),
-        error=record.get("error"),
-        checksum=record.get("checksum"),
-    )
-
-
 def read_answers(path: Path) -> list[Answer]:
     """All answers of a file; any broken line is an error that names it."""
-    return [answer_of(record, where) for where, record in read_records(path)]
+    return read_forms(path, ANSWER_FORMS, "answers")
 
 
 def line_of(record: dict[str, Any]) -> bytes:
@@ -140,14 +46,15 @@ def resume_answers(path: Path, repair: bool = False) -> list[Answer]:
     path = Path(path)
     if not path.exists():
         return []
-    content = path.read_bytes()
+    content = read_bytes(path)
     whole = content[: content.rfind(b"\n") + 1]
     if repair and len(whole) != len(content):
         with open(path, "r+b") as file:
             file.truncate(len(whole))
             file.flush()
             os.fsync(file.fileno())
-    return [answer_of(record, where) for where, record in _lines(path, whole.decode())]
+    lines = parse_lines(decoded(whole, path), path)
+    return [checked(Own, record, where).to_answer(number) for number, (where, record) in enumerate(lines, 1)]
 
 
 def append_answers(path: Path, answers: Iterable[Answer]) -> None:
@@ -163,9 +70,17 @@ def append_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves the old file or the new one, never a part. Unchanged content is not
-    rewritten. Raises OutputError.
+    rewritten; a link stays one; a stream (a pipe, /dev/stdout) is written into. Raises OutputError.
     """
     path = Path(path)
+    if is_stream(path):
+        try:
+            with open(path, "ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise OutputError.of(path, error) from error
+        return
+    path = Path(os.path.realpath(path))
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         if path.exists() and path.read_bytes() == content:
@@ -212,14 +127,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write one JSON value, indented."""
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Any:
-    """One JSON value from a file, gzip or not."""
-    try:
-        return json.loads(read_bytes(path))
-    except ValueError as error:
-        raise FileFormatError(f"{path}: broken JSON ({error}).") from error
 
 
 # What can be wrong with answers, and how a sentence says it.

@@ -233,6 +233,13 @@ class Evaluator:
 
         return read_answers(path)
 
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """The answers with the ids of their questions, where a file has them under other ids or none; by default all have.
+
+        where: the file of the answers, for messages. Raises EvalError for answers that belong to no question.
+        """
+        return list(answers)
+
     def row(self, answer: Answer) -> Row:
         """Score one answer; pure."""
         raise NotImplementedError

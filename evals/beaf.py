@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import EvalError, FileFormatError
 
 from . import parsers
-from .answers import read_records
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .reading import read_records
 
 # Correctness and verdict before and after -> group.
 _GROUPS = {("tp", "tn"): "tu", ("fn", "fp"): "ig", ("tp", "fp"): "sb_plus", ("fn", "tn"): "sb_minus"}

@@ -18,15 +18,19 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, UnknownNameError
 
-from .answers import read_json, read_records, read_text
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .forms import Form, Own, answers_of
+from .reading import Count, Identity, Record, checked, nearest, parse_json, read_json, read_records, read_text, shown
 from .words import singular, tokenize
 
 PROMPT = "Please describe this image in detail."
@@ -224,12 +228,15 @@ def vocabulary_file(path: Path) -> Vocabulary:
         if not lines or max(map(len, lines)) == 1:
             raise FileFormatError(f"{path}: expected JSON with 'synonyms', or lines of words separated by a comma.")
         return Vocabulary.of({words[0]: words for words in lines})
-    record = read_json(path)
-    synonyms = need(record, "synonyms", str(path))
-    for name, words in synonyms.items():
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise FileFormatError(f"{path}: synonyms of {name!r} must be a list of words.")
-    return Vocabulary.of(synonyms, record.get("double_words"))
+    table = checked(_Synonyms, parse_json(text, str(path)), str(path))
+    return Vocabulary.of(table.synonyms, table.double_words)
+
+
+class _Synonyms(Record):
+    """A synonym table as JSON."""
+
+    synonyms: dict[str, list[str]]
+    double_words: dict[str, str] | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -255,29 +262,36 @@ def image_key(image: Any) -> str:
 
     Other names stay as they are: "a/42.jpg" and "b/42.jpg" need not be the same image.
     """
-    found = re.fullmatch(r"(?:(?:.*/)?COCO_[a-z]+\d{4}_)?(\d+)(?:\.\w+)?", str(image))
-    return str(int(found[1])) if found else str(image)
+    found = re.fullmatch(r"(?:(?:.*/)?COCO_[a-z]+\d{4}_)?([0-9]+)(?:\.\w+)?", str(image))
+    return (found[1].lstrip("0") or "0") if found else str(image)
 
 
 @functools.lru_cache(maxsize=4)
 def _objects(path: str, vocabulary: Vocabulary) -> dict[str, tuple[str, ...]]:
     """image id -> objects of an OBJECTS file. Raises FileFormatError for names that the vocabulary does not know."""
-    table = read_json(Path(path))
-    if not isinstance(table, dict):
-        raise FileFormatError(f"{path}: expected a JSON object of image id to list of objects.")
+    table = checked(_Objects, read_json(Path(path)), path)
     names = set(vocabulary.category.values())
     objects: dict[str, tuple[str, ...]] = {}
     for image, found in table.items():
-        if not isinstance(found, list):
-            raise FileFormatError(f"{path}: image {image} must have a list of objects, found {type(found).__name__}.")
-        unknown = [name for name in found if name not in names]
-        if unknown:
+        if (key := image_key(image)) in objects:
+            raise FileFormatError(f"{path}: image {key} is there twice (as {image}); keep one.")
+        objects[key] = _known_objects(found, names, f"{path}: image {image}")
+    return objects
+
+
+_Objects = TypeAdapter(dict[str, list[str]])
+_Names = TypeAdapter(list[str])
+
+
+def _known_objects(found: Sequence[str], names: Collection[str], where: str) -> tuple[str, ...]:
+    """Each object once. Raises FileFormatError for a name that the synonym table does not know."""
+    for name in found:
+        if name not in names:
             raise FileFormatError(
-                f"{path}: image {image} has object {unknown[0]!r}, which the synonym table does not contain; give the "
+                f"{where} has object {shown(name)}, which the synonym table does not contain{nearest(name, names)}. Give the "
                 "table that belongs to these objects (--vocabulary)."
             )
-        objects[image_key(image)] = tuple(dict.fromkeys(found))
-    return objects
+    return tuple(dict.fromkeys(found))
 
 
 @functools.cache
@@ -300,7 +314,7 @@ def build_objects(
     Raises FileFormatError for a file that is not COCO's, or a category that is not in the vocabulary.
     """
     reduce = parser_named(parser).reduce
-    found: dict[int, set[str]] = {}
+    found: dict[Identity, set[str]] = {}
     for path in instances:
         coco = _coco(path, "categories")
         names = {key: category["name"] for key, category in coco.cats.items()}
@@ -308,15 +322,53 @@ def build_objects(
         if unknown:
             raise FileFormatError(f"{path}: category {unknown[0]!r} is not in the synonym table.")
         for image in coco.getImgIds():
-            annotated = {vocabulary.category[names[a["category_id"]]] for a in coco.imgToAnns[image]}
+            used = [annotation["category_id"] for annotation in coco.imgToAnns[image]]
+            if strange := [key for key in used if key not in names]:
+                raise FileFormatError(f"{path}: image {image} has category {strange[0]}, which the file does not name.")
+            annotated = {vocabulary.category[names[key]] for key in used}
             found.setdefault(image, set()).update(annotated)
     for path in captions:
         coco = _coco(path, "images")
         for image in coco.getImgIds():
             said = found.setdefault(image, set())
             for annotation in coco.imgToAnns[image]:
-                said.update(vocabulary.objects(reduce(need(annotation, "caption", f"{path}, image {image}")))[1])
+                said.update(vocabulary.objects(reduce(annotation["caption"]))[1])
     return {str(image): sorted(objects) for image, objects in sorted(found.items())}
+
+
+class _CocoImage(TypedDict):
+    id: int
+
+
+class _CocoCategory(TypedDict):
+    id: int
+    name: str
+
+
+class _CocoInstance(TypedDict):
+    image_id: int
+    category_id: int
+    id: int
+
+
+class _CocoCaption(TypedDict):
+    image_id: int
+    caption: str
+    id: int
+
+
+class _Instances(TypedDict):
+    images: list[_CocoImage]
+    categories: list[_CocoCategory]
+    annotations: list[_CocoInstance]
+
+
+class _Captions(TypedDict):
+    images: list[_CocoImage]
+    annotations: list[_CocoCaption]
+
+
+_COCO = {"categories": TypeAdapter(_Instances), "images": TypeAdapter(_Captions)}
 
 
 def _coco(path: Path, section: str) -> Any:
@@ -330,12 +382,131 @@ def _coco(path: Path, section: str) -> Any:
     for name in ("annotations", "images", section):
         if not isinstance(content, dict) or name not in content:
             raise FileFormatError(f"{path}: no {name!r} section; expected COCO's instances_*.json or captions_*.json.")
+    # Outlines and other fields that are not needed here are left out.
+    content = checked(_COCO[section], content, str(path))
     coco = COCO()
     coco.dataset = content
     # createIndex prints its progress, which would end up in the JSON of a command.
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+# Forms of caption files --------------------------------------------------------------------------------------------
+
+
+class _Pictured(Record):
+    """A line of a list of images."""
+
+    image_id: Identity
+    image: Identity | None = None
+
+
+class _Caption(Form):
+    """What most repositories write."""
+
+    by = "OPERA, SID, PAI, VISTA, HALC, SHIELD"
+    example = '{"image_id": 42, "caption": "A dog on a sofa."}'
+
+    image_id: Identity
+    caption: str | None
+    image: Identity | None = None
+    text: str | None = None
+    label: Any = None
+    tokens: Count | None = None
+    error: str | None = None
+
+    def to_answer(self, number: int) -> Answer:
+        image = None if self.image is None else str(self.image)
+        said = self.caption or ""
+        return Answer(self.image_id, said, self.text or "", image, self.label, tokens=self.tokens, error=self.error)
+
+
+class _Marine(Form):
+    """`question_id` is a number of the question; `image_id` names the picture."""
+
+    by = "MARINE"
+    example = '{"question_id": 0, "image_id": "COCO_val2014_000000000042.jpg", "prompt": "...", "text": "A dog."}'
+
+    question_id: Identity
+    image_id: Identity
+    text: str | None
+    prompt: str = ""
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer(self.image_id, self.text or "", self.prompt, str(self.image_id))
+
+
+class _LlavaCaption(Form):
+    """`question_id` is the place in a list of images; `image` names the picture."""
+
+    by = "LLaVA's scripts on a list of images (ICD, MoD, AssessHalVLM)"
+    example = '{"question_id": 0, "image": "COCO_val2014_000000000042.jpg", "prompt": "...", "text": "A dog."}'
+
+    question_id: Identity
+    image: Identity
+    prompt: str
+    text: str | None
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer(self.image, self.text or "", self.prompt, str(self.image))
+
+
+class _Deco(Form):
+    """`id` is the image."""
+
+    by = "DeCo"
+    example = '{"id": 42, "response": "A dog on a sofa."}'
+
+    id: Identity
+    response: str | None
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer(self.id, self.response or "")
+
+
+_CAPTION_FORMS = (_Caption, Own, _Marine, _LlavaCaption, _Deco)
+_Mapping = TypeAdapter(dict[str, str])
+
+
+class _Scored(Record):
+    """One caption of a `_chair.json`."""
+
+    image_id: Identity
+    caption: str
+
+
+class _ChairFile(Record):
+    """The original scorer's result file; its scores are not read."""
+
+    imgToEval: dict[str, _Scored]
+
+
+def _captions(path: Path, image_key_name: str | None, caption_name: str | None) -> list[Answer]:
+    """The captions of a file; the image as the file names it is the id."""
+    records = read_records(path)
+    where, first = records[0]
+    if image_key_name or caption_name:
+        names = {"image_id": image_key_name or "image_id", "caption": caption_name or "caption"}
+        for where, record in records:
+            for ours, theirs in names.items():
+                if theirs not in record:
+                    found = ", ".join(map(str, record)) or "no field"
+                    raise FileFormatError(f"{where}: field {theirs!r}, given as {ours}_key, is missing; found {found}.")
+        renamed = [(where, {ours: record[theirs] for ours, theirs in names.items()}) for where, record in records]
+        return answers_of(renamed, (_Caption,), "captions")
+    if len(records) == 1 and "imgToEval" in first:
+        scored = checked(_ChairFile, first, where).imgToEval
+        return [Answer(line.image_id, line.caption) for line in scored.values()]
+    if len(records) == 1 and first and all(re.search(r"\d", name) for name in first):
+        return [Answer(image, caption) for image, caption in checked(_Mapping, first, where).items()]
+    lengths = [name for name in first if re.fullmatch(r"caption_\w+", name)]
+    if "image_id" in first and "caption" not in first and lengths:
+        raise FileFormatError(
+            f"{where}: {len(lengths)} captions of an image ({', '.join(lengths)}); say which with -o caption_key={lengths[0]}."
+        )
+    accepted = 'captions; also one object {"42": "A dog on a sofa."} or a _chair.json with imgToEval'
+    return answers_of(records, _CAPTION_FORMS, accepted)
 
 
 # The evaluator -----------------------------------------------------------------------------------------------------
@@ -348,7 +519,8 @@ class Chair(Evaluator):
     parser: how words are found, a name of `PARSERS`. vocabulary: synonym table file, None for the emoji scenes' own.
     objects: JSON file of image id -> objects, None for the emoji scenes' truth or the answers' own labels. prompt: what
     the emoji scenes are asked. unfinished: "keep" the end of a caption that the token limit cut, or "drop" it, as
-    OPERA's 64-token table does.
+    OPERA's 64-token table does. image_id_key, caption_key: fields of a caption file that name the image and hold the
+    caption, where neither is called as in a known form ("caption_64").
 
     A method that stops early names fewer objects, so CHAIR is also counted at equal length. Captions are cut to their
     first 32, 64 and 128 tokens (`chair_s_64`; tokens before pairs are merged, so a cut is the same whatever was merged),
@@ -364,6 +536,8 @@ class Chair(Evaluator):
     objects: str | None = None
     prompt: str = PROMPT
     unfinished: str = "keep"
+    image_id_key: str | None = None
+    caption_key: str | None = None
 
     name: ClassVar[str] = "chair"
     paper: ClassVar[str] = "CHAIR (arXiv 1809.02156)"
@@ -412,30 +586,23 @@ class Chair(Evaluator):
         """
         questions = []
         for where, record in read_records(path):
-            identity = image_key(need(record, "image_id", where))
+            line = checked(_Pictured, record, where)
+            identity = image_key(line.image_id)
             name = f"COCO_val2014_{identity:0>12}.jpg" if identity.isdecimal() else identity
-            questions.append(Question(identity, self.prompt, str(record.get("image") or name)))
+            questions.append(Question(identity, self.prompt, str(line.image or name)))
         return {"captions": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Captions as JSON lines with `image_id` and `caption` (or `question_id` and `answer`)."""
-        answers = []
-        for where, record in read_records(path):
-            identity = record["image_id"] if "image_id" in record else need(record, "question_id", where)
-            caption = record["caption"] if "caption" in record else need(record, "answer", where)
-            if not isinstance(caption, str | None):
-                raise FileFormatError(f"{where}: field 'caption' must be text, found {type(caption).__name__}.")
-            image = str(record.get("image") or identity)
-            answer = Answer(
-                question_id=image_key(identity),
-                answer=caption or "",
-                text=record.get("text") or self.prompt,
-                image=image,
-                label=record.get("label"),
-                tokens=record.get("tokens"),
-                error=record.get("error"),
+        """Captions in any form of `_CAPTION_FORMS`, one JSON object of image id to caption, or a `_chair.json`."""
+        answers = [
+            replace(
+                answer,
+                question_id=image_key(answer.question_id),
+                text=answer.text or self.prompt,
+                image=answer.image or str(answer.question_id),
             )
-            answers.append(answer)
+            for answer in _captions(path, self.image_id_key, self.caption_key)
+        ]
         truths = [self._truth(answer) for answer in answers]
         if answers and all(truth is None for truth in truths):
             raise EvalError(
@@ -452,7 +619,10 @@ class Chair(Evaluator):
         if self.objects is not None:
             known = _objects(str(self.objects), self.table())
             return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
-        return answer.label if answer.label is not None else _scene_objects().get(image_key(answer.question_id))
+        if answer.label is None:
+            return _scene_objects().get(image_key(answer.question_id))
+        where = f"image {answer.question_id}, label"
+        return _known_objects(checked(_Names, answer.label, where), set(self.table().category.values()), where)
 
     def row(self, answer: Answer) -> Row:
         truth = self._truth(answer)

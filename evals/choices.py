@@ -13,7 +13,7 @@ from typing import Any
 
 from lvlm_decode.errors import FileFormatError
 
-from .answers import read_records, read_text
+from .reading import read_records, read_text
 
 # One cell of the benchmarks' sheets may hold a whole image in base64.
 _CELL = 1 << 28

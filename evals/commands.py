@@ -247,7 +247,7 @@ def score_command(
     if questions is not None:
         splits = chosen.file_questions(questions)
         asked = [question for split in splits.values() for question in split]
-        answers, contradicted = join(answers, asked, path)
+        answers, contradicted = join(chosen.matched(answers, asked, path), asked, path)
     usable, trouble = audit(answers, asked)
     trouble = replace(trouble, contradicted=contradicted)
     if not usable:

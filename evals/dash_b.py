@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import EvalError, FileFormatError
 
 from . import parsers
-from .answers import read_json, read_records
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .reading import read_json, read_records
 
 PROMPT = "Can you see a {} in this image? Please answer only with yes or no."
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import EvalError, FileFormatError
 
 from . import parsers
-from .answers import read_records
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .reading import read_records
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}

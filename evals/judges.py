@@ -26,8 +26,9 @@ from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
-from .answers import line_of, read_bytes, read_records, read_text, write_whole
+from .answers import line_of, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .reading import read_bytes, read_records, read_text
 
 RETRIES = 3
 # Where the key of an endpoint is looked for; it is sent to the endpoint and nowhere else.

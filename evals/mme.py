@@ -12,15 +12,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from . import parsers
-from .answers import read_records, read_text
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .forms import Damro, Llava, Own, TextOnly, answers_of
+from .reading import Identity, Record, checked, read_records, read_text, shown
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -91,21 +92,23 @@ class MME(Evaluator):
         asked: Counter[str] = Counter()
         questions = []
         for where, record in read_records(path):
-            image = str(need(record, "image", where))
-            task = _task(record.get("category") or image.split("/")[0], where)
+            line = checked(_Asked, record, where)
+            image = str(line.image if line.image is not None else _image_of(line, record, where))
+            task = _task(line.category or image.split("/")[0], where)
             order = asked[f"{task} {image}"]
             asked[f"{task} {image}"] += 1
-            label = _label(record.get("label", ("yes", "no")[order % 2]), where)
+            label = _label(("yes", "no")[order % 2] if line.label is None else line.label, where)
             identity = f"{image if image.startswith(task) else f'{task}/{image}'}/{order + 1}"
             cluster = f"{task}/{image.rsplit('/', 1)[-1]}"
-            text = need(record, "text", where)
-            questions.append(Question(identity, text, image, label, cluster, meta={"task": task}))
+            questions.append(Question(identity, line.text, image, label, cluster, meta={"task": task}))
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Answers of a folder of official result files (image, question, gold, answer), or JSON lines."""
+        """Answers of a folder of official result files (image, question, gold, answer), or JSON lines: of this project, or
+        as LLaVA, VCD, RITUAL, DeCo and DAMRO write them, with one id for both questions about an image.
+        """
         if not Path(path).is_dir():
-            return super().read_answers(path)
+            return _numbered(answers_of(read_records(path), _FORMS, "MME answers"))
         lines = _task_lines(path, (4,))
         pairs = Counter((line.task, line.image) for line in lines)
         for (task, image), count in pairs.items():
@@ -114,6 +117,18 @@ class MME(Evaluator):
                     f"{Path(path) / f'{task}.txt'}: image {image} has {count} lines; MME asks two questions of each."
                 )
         return [Answer.to(_question_of(line, i), line.fields[3]) for i, line in enumerate(lines)]
+
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """Answers with one id for both questions about an image meet them by task, image and text; where a file says
+        nothing about what was asked, the first is the answer to the first question.
+        """
+        places: dict[tuple[str, str], list[Question]] = {}
+        for question in questions:
+            places.setdefault(_place(question.meta.get("task"), question.image), []).append(question)
+        return [
+            _with_question(answer, places, f"{where}, answer {number}") if _SHARED in answer.meta else answer
+            for number, answer in enumerate(answers, 1)
+        ]
 
     def row(self, answer: Answer) -> Row:
         where = f"question {answer.question_id}"
@@ -180,6 +195,78 @@ class MME(Evaluator):
         return {"tasks": tasks, **totals, **counts, "missing_tasks": [task for task in TASKS if task not in tasks]}
 
 
+class _Asked(Record):
+    """A question of LLaVA's or RITUAL's file."""
+
+    image: Identity | None = None
+    question_id: Identity | None = None
+    text: str
+    category: str | None = None
+    label: str | None = None
+
+
+def _image_of(line: _Asked, record: Mapping[str, Any], where: str) -> Identity:
+    if line.question_id is None:
+        raise FileFormatError(f"{where}: field 'image' is missing; found {', '.join(map(str, record)) or 'no field'}.")
+    return line.question_id
+
+
+# In `meta` of an answer: the id that both questions about its image share, and which of the two it is, from 0.
+_SHARED, _ORDER = "shared_id", "order"
+_FORMS = (Own, Llava, Damro, TextOnly)
+# What scripts append to MME's questions or leave out of them.
+_INSTRUCTIONS = ("Answer the question using a single word or phrase.", "Please answer yes or no.")
+
+
+def _numbered(answers: Sequence[Answer]) -> list[Answer]:
+    """Answers whose id names an image ("existence/000001.jpg") with an id each, in the order of the file."""
+    seen: Counter[str] = Counter()
+    found = []
+    for answer in answers:
+        shared = str(answer.question_id)
+        task, *parts = shared.split("/")
+        # This project's own ids name the question of an image at their end.
+        own = len(parts) > 1 and (parts[-1].isdecimal() or parts[-1] in ("yes", "no"))
+        if task not in TASKS or not parts or own:
+            found.append(answer)
+            continue
+        seen[shared] += 1
+        meta = {"task": task, **answer.meta, _SHARED: shared, _ORDER: seen[shared] - 1}
+        found.append(replace(answer, question_id=f"{shared}/{seen[shared]}", image=answer.image or shared, meta=meta))
+    return found
+
+
+def _place(task: Any, image: str | None) -> tuple[str, str]:
+    """Task and bare name of an image, whatever folder and suffix a file gives it."""
+    name = str(image).replace("\\", "/").rsplit("/", 1)[-1]
+    return str(task), name.rsplit(".", 1)[0]
+
+
+def _bare(text: str) -> str:
+    """A question without instructions and with single blanks."""
+    for instruction in _INSTRUCTIONS:
+        text = text.replace(instruction, " ")
+    return " ".join(text.split()).casefold()
+
+
+def _with_question(answer: Answer, places: Mapping[tuple[str, str], list[Question]], where: str) -> Answer:
+    """The answer with the id of its question. Raises EvalError where its image or its text is not asked about."""
+    shared = answer.meta[_SHARED]
+    asked = places.get(_place(shared.split("/", 1)[0], shared), [])
+    if answer.text:
+        found = [question for question in asked if _bare(question.text) == _bare(answer.text)]
+    else:
+        found = asked[answer.meta[_ORDER] : answer.meta[_ORDER] + 1]
+    if not found:
+        known = " or ".join(shown(question.text) for question in asked) or "nothing"
+        raise EvalError(
+            f"{where}: {shared} was asked {shown(answer.text)}, and the questions ask {known} about it; give the questions "
+            "that were asked."
+        )
+    meta = {name: value for name, value in answer.meta.items() if name not in (_SHARED, _ORDER)}
+    return replace(answer, question_id=found[0].id, image=found[0].image, meta=meta)
+
+
 def _percent(part: Any, whole: Any) -> Any:
     return ratio(100 * part, whole)
 
@@ -230,14 +317,15 @@ def _question_of(line: _Line, position: int) -> Question:
     )
 
 
-def _task(name: str, where: str) -> str:
-    if name not in TASKS:
-        raise FileFormatError(f"{where}: MME has no task {name!r}; expected one of {', '.join(TASKS)}.")
+def _task(name: Any, where: str) -> str:
+    if not isinstance(name, str) or name not in TASKS:
+        raise FileFormatError(f"{where}: MME has no task {shown(name)}; expected one of {', '.join(TASKS)}.")
     return name
 
 
 def _label(label: Any, where: str) -> str:
-    word = str(label).strip().lower()
+    word = label.strip().lower() if isinstance(label, str) else label
     if word not in ("yes", "no"):
-        raise EvalError(f"{where}: the gold answer must be Yes or No, found {label!r}.")
+        remedy = "; give --questions FILE" if label is None else ""
+        raise EvalError(f"{where}: the gold answer must be Yes or No, found {shown(label)}{remedy}.")
     return word

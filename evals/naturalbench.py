@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError
 
-from .answers import read_json, read_text
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .choices import field, read_sheet, scene_contrasts, whole_number, yes_no_questions
+from .reading import read_json, read_text
 
 # Words that mean 1 and 0, by type of question.
 _WORDS = {"yes_no": ("yes", "no"), "multiple_choice": ("A", "B")}

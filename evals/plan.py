@@ -20,19 +20,10 @@ from typing import Any
 
 from lvlm_decode.errors import MissingFileError, SettingsError
 
-from .answers import (
-    Audit,
-    audit,
-    line_of,
-    read_json,
-    read_records,
-    resume_answers,
-    write_json,
-    write_rows,
-    write_whole,
-)
+from .answers import Audit, audit, line_of, resume_answers, write_json, write_rows, write_whole
 from .base import Answer, Evaluator, Question, Row
 from .joins import join
+from .reading import read_json, read_records
 
 # A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).

@@ -13,10 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter
+
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
+from .forms import Damro, Llava, Own, Pai, PopesOwn, answers_of, in_order
+from .reading import Identity, Record, checked, read_records, shown
 from .repope import DROPPED, relabel, remark
 
 STRATEGIES = ("random", "popular", "adversarial")
@@ -111,6 +115,19 @@ def build_questions(
     return questions
 
 
+class _Asked(Record):
+    """A line of a question file; see `questions_of` for the forms."""
+
+    question_id: Identity | None = None
+    image: Identity | None = None
+    image_source: Identity | None = None
+    text: str | list[str] | None = None
+    question: str | None = None
+    label: str | int | list[str | int] | None = None
+    answer: str | None = None
+    category: str | None = None
+
+
 def questions_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Question]:
     """POPE questions from (where, JSON object) pairs, in any of the released forms.
 
@@ -119,28 +136,53 @@ def questions_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Quest
     """
     questions: list[Question] = []
     for where, record in records:
-        image = str(record.get("image_source") or need(record, "image", where))
+        line = checked(_Asked, record, where)
+        image = str(line.image_source or _given(line.image, "image", record, where))
         if "image_source" in record and "." not in image:
             image += ".jpg"
-        texts = record["text"] if "text" in record else need(record, "question", where)
-        labels = record["label"] if "label" in record else need(record, "answer", where)
-        meta = {"category": record["category"]} if "category" in record else {}
+        texts = line.text if line.text is not None else _given(line.question, "text", record, where)
+        labels = line.label if line.label is not None else _given(line.answer, "label", record, where)
+        meta = {} if line.category is None else {"category": line.category}
         if isinstance(texts, list):
             if not isinstance(labels, list) or len(labels) != len(texts):
                 raise FileFormatError(f"{where}: 'text' has {len(texts)} entries and 'label' must have as many.")
             asked = [(len(questions) + 1 + i, text, label) for i, (text, label) in enumerate(zip(texts, labels))]
         else:
-            asked = [(need(record, "question_id", where), texts, labels)]
+            asked = [(_given(line.question_id, "question_id", record, where), texts, labels)]
         for identity, text, label in asked:
             questions.append(Question(identity, text, image, _label(label, where), meta=meta))
     return questions
 
 
+def _given(value: Any, name: str, record: Mapping[str, Any], where: str) -> Any:
+    if value is None:
+        raise FileFormatError(f"{where}: field {name!r} is missing; found {', '.join(map(str, record)) or 'no field'}.")
+    return value
+
+
 def _label(label: Any, where: str) -> str:
-    word = str(label).strip().lower()
+    word = label.strip().lower() if isinstance(label, str) else label
     if word not in ("yes", "no"):
-        raise FileFormatError(f"{where}: label must be yes or no, found {label!r}.")
+        raise FileFormatError(f"{where}: label must be yes or no, found {shown(label)}.")
     return word
+
+
+class _RepopeAnswer(Record):
+    """An answer in RePOPE's own file, {split: {id: this}}."""
+
+    label: str
+    response: str | None
+    text: str = ""
+
+
+_Repope = TypeAdapter(dict[str, dict[str, _RepopeAnswer]])
+_FORMS = (Own, Llava, Damro, PopesOwn, Pai)
+
+
+def _is_repope(record: Mapping[str, Any]) -> bool:
+    first = next(iter(record.values()), None)
+    answer = next(iter(first.values()), None) if isinstance(first, Mapping) else None
+    return isinstance(answer, Mapping) and "response" in answer
 
 
 @dataclass(frozen=True)
@@ -192,6 +234,31 @@ class Pope(Evaluator):
         from .loaders import pope_files
 
         return pope_files(path)
+
+    def read_answers(self, path: Path) -> list[Answer]:
+        """Answers as this project, LLaVA, VCD, RITUAL, DeCo, DAMRO, PAI, VISTA or RePOPE write them; POPE's own and PAI's
+        carry no ids (`matched`). RePOPE's ids are "split/id" where a file holds several splits.
+        """
+        records = read_records(path)
+        where, first = records[0]
+        if len(records) > 1 or not _is_repope(first):
+            return answers_of(records, _FORMS, "POPE answers")
+        splits = checked(_Repope, first, where)
+        return [
+            Answer(
+                question_id=identity if len(splits) == 1 else f"{split}/{identity}",
+                answer=said.response or "",
+                text=said.text,
+                label=said.label,
+                meta={"category": split},
+            )
+            for split, answers in splits.items()
+            for identity, said in answers.items()
+        ]
+
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """Answers without ids take the id of the question in the same place; lengths and texts must agree."""
+        return in_order(answers, questions, where)
 
     def row(self, answer: Answer) -> Row:
         if answer.label is None:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from lvlm_decode.errors import LvlmDecodeError
 
-from .answers import read_records
 from .base import Column, Evaluator
 from .metrics import REPLICATES, compare
 from .plan import TIMES, Result, is_control
+from .reading import read_records
 from .tables import Block, Method, Value, difference_value, equal_length_values, gather, matched
 
 # The first batch of a process also pays for warming up.

@@ -19,10 +19,10 @@ import yaml
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
 
 from . import evaluator
-from .answers import read_records, read_text
 from .base import Evaluator, Question
 from .chair import image_key
 from .plan import Decoding
+from .reading import read_records, read_text
 
 # The values a config may name where nobody knows how a row was measured.
 UNKNOWN = "unknown"

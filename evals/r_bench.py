@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from . import parsers
-from .answers import read_json, read_records
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .reading import read_json, read_records
 
 _TINY = 1e-5
 SUBSETS = (1, 2, 3, 4, 5)

@@ -23,7 +23,7 @@ import typer
 
 from lvlm_decode.errors import EvalError, SettingsError
 
-from .answers import read_records, write_whole
+from .answers import write_whole
 from .base import Column
 from .commands import one_sentence
 from .configs import (
@@ -44,6 +44,7 @@ from .configs import (
 from .loaders import Source
 from .metrics import REPLICATES, Interval
 from .plan import TIMES, Result, found_cells, is_control, read_cell, slug
+from .reading import read_records
 from .tables import FEW_IMAGES, Block, Value, gather, render
 
 REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN = "reproduced", "not reproduced", "protocol unknown", "not run"

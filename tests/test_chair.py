@@ -647,8 +647,8 @@ def test_score_command_on_scene_captions(tmp_path, command):
     ("content", "message"),
     [
         ('{"image_id": 1, "caption": "a"}\n{"image_id": 2, "capti', r"captions\.jsonl, line 2: broken JSON"),
-        ('{"caption": "a"}', r"captions\.jsonl, line 1: field 'question_id' is missing"),
-        ('{"image_id": 1}', r"line 1: field 'answer' is missing"),
+        ('{"caption": "a"}', r"captions\.jsonl, line 1: field 'image_id' is missing"),
+        ('{"image_id": 1}', r"line 1: field 'caption' is missing"),
         ('{"image_id": 1, "caption": 5}', r"line 1: field 'caption' must be text"),
         ("[1]", "expected a JSON object"),
         ("", "is empty"),
@@ -666,8 +666,8 @@ def test_broken_captions_are_named(files, tmp_path, content, message):
     ("content", "message"),
     [
         ('{"1": ["dragon"]}', "image 1 has object 'dragon'"),
-        ('{"1": {"seg": []}}', "image 1 must have a list"),
-        ("[]", "expected a JSON object of image id"),
+        ('{"1": {"seg": []}}', "field '1' must be a list"),
+        ("[]", "expected an object, found"),
         ('{"1": [', "broken JSON"),
     ],
 )

@@ -103,7 +103,7 @@ def test_fingerprints_ignore_compression_and_see_every_file(tmp_path):
 
 
 def test_the_legacy_file_is_another_benchmark():
-    assert len(set(POPE_FILES.values())) == len(POPE_FILES) == 10
+    assert len(set(POPE_FILES.values())) == len(POPE_FILES) == 13
     assert "coco-random-2910" in POPE_FILES.values() and "coco-random" in POPE_FILES.values()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
 from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.answers import audit, read_answers, read_records
+from lvlm_decode_evals.answers import audit, read_answers
 from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.parsers import RULES
 from lvlm_decode_evals.pope import (
@@ -24,6 +24,7 @@ from lvlm_decode_evals.pope import (
     object_frequency,
     question_text,
 )
+from lvlm_decode_evals.reading import read_records
 
 # Names of the rules in the recorded cases.
 RECORDED = {

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.answers import read_json
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.plan import GREEDY, Decoding
+from lvlm_decode_evals.reading import read_json
 from lvlm_decode_evals.runner import Options, Run, load
 from lvlm_decode_evals.tables import blocks, render
 
