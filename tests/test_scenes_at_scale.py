@@ -1,0 +1,56 @@
+"""The background run on many scenes: stopped, continued, recorded; scenes beyond the shipped ones are held out too."""
+
+import gzip
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+import lvlm_decode_data
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("scenes_run", ROOT / "benchmarks" / "scenes" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    script.main()
+
+
+def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
+    common = ("--images", 24, "--methods", "vcd", "--benchmarks", "naturalbench", "--out", tmp_path / "out", "--seed")
+    call(script, monkeypatch, *common, 0, 1, "--hours", 0)
+    assert "the time is spent; the same command goes on" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no seed is finished"):
+        call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
+    call(script, monkeypatch, *common, 0)
+    assert "naturalbench: seeds [0] are there" in capsys.readouterr().out
+    # The second seed was not asked, so what is recorded is the first.
+    call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
+    found = json.loads((tmp_path / "tiny-llava.json").read_text())
+    assert found["seeds"] == [0] and found["images"] == 24
+    assert (
+        found["cost"]["answers"] == sum(cell["summary"]["n"] for cell in found["cells"]) > 0 < found["cost"]["seconds"]
+    )
+    assert {cell["method"] for cell in found["cells"]} == {"plain", "mask", "vcd"}
+    raw = [
+        json.loads(line)
+        for line in gzip.decompress((tmp_path / "tiny-llava.answers.jsonl.gz").read_bytes()).splitlines()
+    ]
+    assert [len(line[4]) for line in raw] == [cell["summary"]["n"] for cell in found["cells"]]
+    shown = (tmp_path / "tiny-llava.md").read_text()
+    assert "What it costs: method minus the plain model" in shown
+
+
+def test_more_scenes_than_ship_are_rendered_from_their_seeds(script, tmp_path):
+    found = script.scenes(502, tmp_path)
+    assert [scene.image_id for scene in found[498:]] == [3000498, 3000499, 3000500, 3000501]
+    assert found[501].path.is_file() and found[501].split == "heldout"
+    assert found[501].objects == lvlm_decode_data.render(3000501)[1].objects
