@@ -20,11 +20,11 @@ from pathlib import Path
 import lvlm_decode_data
 from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.answers import read_records
 from lvlm_decode_evals.base import Evaluator
 from lvlm_decode_evals.loaders import Source, scene_source
 from lvlm_decode_evals.plan import TIMES, Decoding, Result, read_cell
 from lvlm_decode_evals.price import price_blocks
+from lvlm_decode_evals.reading import read_records
 from lvlm_decode_evals.runner import Options, Run, load
 from lvlm_decode_evals.tables import blocks, render
 
