@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import Field
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
 
@@ -22,15 +22,43 @@ from . import evaluator
 from .base import Evaluator, Question
 from .chair import image_key
 from .plan import Decoding
-from .reading import read_records, read_text
+from .reading import Closed, read_records, read_text, read_yaml
 
 # The values a config may name where nobody knows how a row was measured.
 UNKNOWN = "unknown"
-STATUSES = ("shipped", "candidate", UNKNOWN)
 FOLDER = Path("configs") / "protocols"
-_REQUIRED = {"paper", "benchmark", "images", "images_status", "source"}
-_OPTIONAL = {"options", "ground_truth", "prompt", "templates", "suffix", "max_new_tokens", "decoding", "seeds"}
-_OPTIONAL |= {"checkpoints", "dtype", "splits", "notes"}
+
+
+class DecodingFile(Closed):
+    """How tokens are chosen, as a file says it; see `plan.Decoding`."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    num_beams: int = 1
+
+
+class ProtocolFile(Closed):
+    """A file of `configs/protocols/`; the fields are those of `Protocol`."""
+
+    paper: str
+    benchmark: str
+    images: str
+    images_status: Literal["shipped", "candidate", "unknown"]
+    source: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    ground_truth: Literal["A", "B"] | None = None
+    prompt: str | None = None
+    templates: dict[str, str] = Field(default_factory=dict)
+    suffix: str = ""
+    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
+    decoding: DecodingFile | None = None
+    seeds: list[int] = Field(default_factory=list)
+    checkpoints: list[str] = Field(default_factory=list)
+    dtype: str | None = None
+    splits: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -182,46 +210,12 @@ def protocol(name: str) -> Protocol:
 
 
 def read_protocol(path: Path) -> Protocol:
-    """A protocol from its file. Raises FileFormatError naming the file and the field that is missing or wrong."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise FileFormatError(f"{path}: broken YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(raw, dict):
-        raise FileFormatError(f"{path}: expected a mapping of fields, found {type(raw).__name__}.")
-    for missing in sorted(_REQUIRED - raw.keys()):
-        raise FileFormatError(f"{path}: field {missing!r} is missing.")
-    for unknown in sorted(raw.keys() - _REQUIRED - _OPTIONAL):
-        known = ", ".join(sorted(_REQUIRED | _OPTIONAL))
-        raise FileFormatError(f"{path}: field {unknown!r} is unknown; known: {known}.")
-    if raw["images_status"] not in STATUSES:
-        raise FileFormatError(f"{path}: images_status is {raw['images_status']!r}; one of {', '.join(STATUSES)}.")
-    evaluator(raw["benchmark"], **(raw.get("options") or {}))
-    decoding = raw.get("decoding")
-    try:
-        decoding = None if decoding is None else Decoding(**decoding)
-    except TypeError as error:
-        raise FileFormatError(f"{path}: field 'decoding' is {decoding!r} ({error}).") from error
-    return Protocol(
-        name=path.stem,
-        paper=raw["paper"],
-        benchmark=raw["benchmark"],
-        images=raw["images"],
-        images_status=raw["images_status"],
-        source=raw["source"],
-        options=raw.get("options") or {},
-        ground_truth=raw.get("ground_truth"),
-        prompt=raw.get("prompt"),
-        templates=raw.get("templates") or {},
-        suffix=raw.get("suffix") or "",
-        max_new_tokens=raw.get("max_new_tokens"),
-        decoding=decoding,
-        seeds=tuple(raw.get("seeds") or ()),
-        checkpoints=tuple(raw.get("checkpoints") or ()),
-        dtype=raw.get("dtype"),
-        splits=tuple(raw.get("splits") or ()),
-        notes=tuple(raw.get("notes") or ()),
-    )
+    """A protocol from its file. Raises FileFormatError naming the file, line and field that is missing or wrong."""
+    found = read_yaml(path, ProtocolFile)
+    evaluator(found.benchmark, **found.options)
+    decoding = None if found.decoding is None else Decoding(**found.decoding.model_dump())
+    lists = {name: tuple(getattr(found, name)) for name in ("seeds", "checkpoints", "splits", "notes")}
+    return Protocol(**{**dict(found), "decoding": decoding, **lists}, name=path.stem)
 
 
 @dataclass(frozen=True)

@@ -206,15 +206,18 @@ def test_wrong_protocol_files_name_the_field(tmp_path):
     good = yaml.safe_load((ROOT / "configs" / "protocols" / "opera-64.yaml").read_text())
     path = tmp_path / "p.yaml"
     for change, sentence in (
-        ({"images_status": "perhaps"}, "images_status is 'perhaps'; one of shipped, candidate, unknown"),
-        ({"promt": "x"}, "field 'promt' is unknown; known: benchmark"),
-        ({"decoding": {"beams": 5}}, "field 'decoding' is"),
+        (
+            {"images_status": "perhaps"},
+            "field 'images_status' must be one of 'shipped', 'candidate' or 'unknown', found 'perhaps'",
+        ),
+        ({"promt": "x"}, "field 'promt' is unknown; did you mean 'prompt'"),
+        ({"decoding": {"beams": 5}}, "field 'beams' is unknown; did you mean 'num_beams'"),
     ):
         path.write_text(yaml.safe_dump(good | change))
         with pytest.raises(FileFormatError, match=sentence):
             read_protocol(path)
     path.write_text(yaml.safe_dump({k: v for k, v in good.items() if k != "source"}))
-    with pytest.raises(FileFormatError, match=r"p\.yaml: field 'source' is missing"):
+    with pytest.raises(FileFormatError, match=r"p\.yaml, line 1: field 'source' is missing"):
         read_protocol(path)
     with pytest.raises(UnknownNameError, match="protocol 'opera' is unknown; known: assesshal-512"):
         protocol("opera")
