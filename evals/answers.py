@@ -155,6 +155,8 @@ class Audit:
     contradicted: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     unsealed: tuple[str, ...] = ()
+    # Why the first few of the failed ones could not be asked.
+    reasons: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return any(getattr(self, kind) for kind in KINDS)
@@ -174,11 +176,12 @@ class Audit:
 
     def sentences(self) -> list[str]:
         """One sentence for each kind of trouble, naming the first few ids."""
-        return [
+        found = [
             f"{len(ids)} {text}: {', '.join(ids[:NAMED])}{', ...' if len(ids) > NAMED else ''}."
             for kind, text in KINDS.items()
             if (ids := getattr(self, kind))
         ]
+        return found + [f"Not asked, {reason}" for reason in self.reasons]
 
 
 def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None) -> tuple[list[Answer], Audit]:
@@ -200,7 +203,8 @@ def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None
         missing = [name for name in asked if name not in first]
         first = {name: first[name] for name in asked if name in first}
     failed = [name for name, answer in first.items() if answer.error is not None]
+    reasons = tuple(f"{name}: {first[name].error}" for name in failed[:NAMED])
     usable = [answer for answer in first.values() if answer.error is None]
     empty = [str(answer.question_id) for answer in usable if not answer.answer.strip()]
     repeated = [name for name, count in times.items() if count > 1]
-    return usable, Audit(tuple(repeated), tuple(unknown), tuple(missing), tuple(failed), tuple(empty))
+    return usable, Audit(tuple(repeated), tuple(unknown), tuple(missing), tuple(failed), tuple(empty), reasons=reasons)

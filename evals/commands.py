@@ -85,6 +85,9 @@ def eval_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over several cards.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images that the questions name.")] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Read images that names or links lead to outside --images.")
+    ] = False,
     questions: Annotated[
         str | None, typer.Option(help="Question file or folder of the real benchmark, or hub:NAME.")
     ] = None,
@@ -176,7 +179,7 @@ def eval_command(
     elif questions.startswith(HUB_PREFIX):
         source = hub_source(chosen, questions.removeprefix(HUB_PREFIX))
     else:
-        source = file_source(chosen, Path(questions), images)
+        source = file_source(chosen, Path(questions), images, allow_outside)
     if split:
         source = source.only(split)
 

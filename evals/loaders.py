@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError
+from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, OutsideError
 
 from .base import Evaluator, Question
 from .pope import questions_of
@@ -125,12 +125,25 @@ class ImageFiles:
             raise FileFormatError(f"image {path} cannot be read ({error})") from error
 
 
-def folder_images(folder: Path) -> ImageFiles:
-    """Images of a folder. Raises MissingFileError when there is none."""
+def folder_images(folder: Path, allow_outside: bool = False) -> ImageFiles:
+    """Images of a folder. allow_outside: also those that a name (`..`, an absolute path) or a link leads to elsewhere.
+
+    Raises MissingFileError when there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder; give the folder that holds the images the questions name.")
-    return ImageFiles(lambda name: folder / name, str(folder))
+    inside = folder.resolve()
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not allow_outside and not path.resolve().is_relative_to(inside):
+            raise OutsideError(
+                f"image {name!r} leads out of {folder}; if you trust the questions, --allow-outside lets it be read."
+            )
+        return path
+
+    return ImageFiles(find, str(folder))
 
 
 def scene_images(scenes: Sequence) -> ImageFiles:
@@ -193,14 +206,14 @@ def scene_source(evaluator: Evaluator, scenes: Sequence | None = None, seed: int
     )
 
 
-def file_source(evaluator: Evaluator, questions: Path, images: Path | None) -> Source:
-    """The real benchmark: its question files and a folder of images."""
+def file_source(evaluator: Evaluator, questions: Path, images: Path | None, allow_outside: bool = False) -> Source:
+    """The real benchmark: its question files and a folder of images (`allow_outside` as in `folder_images`)."""
     splits = evaluator.file_questions(Path(questions))
     for name, asked in splits.items():
         check_ids(asked, f"{questions}, split {name}")
     if images is None and any(question.image is not None for asked in splits.values() for question in asked):
         raise EvalError("The questions are about images; give the folder that holds them with --images FOLDER.")
-    found = folder_images(images) if images is not None else ImageFiles(Path, "no images")
+    found = folder_images(images, allow_outside) if images is not None else ImageFiles(Path, "no images")
     # The path is not a setting: the same file elsewhere gives the same answers.
     return Source(splits, found, {"questions": bare_name(Path(questions)), "questions_sha256": fingerprint(questions)})
 

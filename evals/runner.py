@@ -19,10 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import lvlm_decode
-from lvlm_decode.errors import EvalError, LockedError, LvlmDecodeError, MissingFileError, SettingsError
+from lvlm_decode.errors import (
+    DependencyError,
+    EvalError,
+    FileFormatError,
+    InputError,
+    LockedError,
+    LvlmDecodeError,
+    MissingFileError,
+    ParameterError,
+    SettingsError,
+    UnsupportedError,
+)
 
 from .answers import append_answers, line_of, remove_partials, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
@@ -42,6 +54,7 @@ from .plan import (
     split_folder,
     write_questions,
 )
+from .reading import read_json
 
 TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
 # Weights up to this size are hashed, so that answers of retrained small models cannot mix.
@@ -68,7 +81,8 @@ def load(
     """A model and its processor by `tiny`, `tiny-instructblip`, folder or hub id.
 
     dtype: a torch name; by default float32 on a CPU, and on a GPU what the checkpoint was saved in. device_map: "auto"
-    spreads a model over several cards. Raises MissingFileError when a folder or the small weights are not there.
+    spreads a model over several cards. Weights are read from safetensors alone, and no code of a checkpoint is run.
+    Raises MissingFileError when a folder or the small weights are not there, FileFormatError for a broken checkpoint.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -85,13 +99,27 @@ def load(
         chosen = getattr(torch, dtype, None)
         if not isinstance(chosen, torch.dtype):
             raise SettingsError(f"dtype {dtype!r} is not a torch type; use float32, bfloat16 or float16.")
+    if place.is_dir():
+        check_checkpoint(place)
+    # Nobody's code is run and nothing is unpickled, whatever a checkpoint asks for.
+    safely = {"trust_remote_code": False}
     try:
-        processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=chosen, device_map=device_map)
+        processor = AutoProcessor.from_pretrained(path, **safely)
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=chosen, device_map=device_map, use_safetensors=True, **safely
+        )
     except OSError as error:
-        reason = str(error).splitlines()[0]
         raise MissingFileError(
-            f"model {name!r} cannot be loaded ({reason}); give tiny, a folder or a hub id."
+            f"model {name!r} cannot be loaded ({_first_line(error)}); give tiny, a folder or a hub id."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise EvalError(
+            f"model {name!r} does not fit in memory ({_first_line(error)}); try --device-map auto."
+        ) from error
+    except Exception as error:
+        raise FileFormatError(
+            f"model {name!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}); its files do not fit each "
+            "other or this version of transformers."
         ) from error
     model = model.eval() if device_map else model.eval().to(device)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -99,6 +127,37 @@ def load(
     identity = TINY.get(name, place.name if place.is_dir() else name)
     settings = {"name": identity, "dtype": str(model.dtype).removeprefix("torch."), "weights": _weights(place, model)}
     return Loaded(model, processor, settings)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Read what a checkpoint's folder says of itself, before anything is built from it.
+
+    Raises MissingFileError without a config or without weights in safetensors, FileFormatError naming the file that is
+    broken or wants its own code to be run.
+    """
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"model {str(folder)!r} cannot be loaded (no config.json); give a checkpoint's folder.")
+    for path in sorted(folder.glob("*.json")):
+        said = read_json(path)
+        wanted = said.get("auto_map") if isinstance(said, dict) else None
+        if wanted and path.name == "config.json":
+            raise FileFormatError(
+                f"{path} wants code of the checkpoint to be run (auto_map {wanted!r}); this project runs none, so use a "
+                "checkpoint of a model that transformers knows."
+            )
+        if not isinstance(said, dict):
+            raise FileFormatError(f"{path}: expected a JSON object, found {type(said).__name__}.")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        other = next((path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth")), None)
+        found = f"; {folder / other} is a pickle, which can run code: convert it to safetensors" if other else ""
+        raise MissingFileError(f"{folder} holds no weights in safetensors{found}.")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(f"{path} is no readable safetensors file ({_first_line(error)}).") from error
 
 
 def _weights(place: Path, model: Any) -> str | None:
@@ -267,6 +326,9 @@ class Run:
     stop: Callable[[], None] | None = None
     # The published way of measuring that this run follows; None for one of its own.
     protocol: str | None = None
+    # Whether a sample of the cell at hand was answered, and what ended the device.
+    _works: bool = field(default=False, init=False, repr=False)
+    _lost: Exception | None = field(default=None, init=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -409,20 +471,27 @@ class Run:
         resume_answers(own, repair=True)
         key = self.settings(cell).key
         # An edited line is no answer of this run.
-        known = {str(a.question_id) for a in cell_answers(folder) if a.error is None and not a.edited(key)}
-        for number, batch in enumerate(batches_of(questions, size)):
-            if number % self.share.count != self.share.index:
-                continue
+        before = [a for a in cell_answers(folder) if not a.edited(key)]
+        known = {str(a.question_id) for a in before if a.error is None}
+        tried = {str(a.question_id) for a in before}
+        self._works = bool(known)
+        batches = batches_of(questions, size)[self.share.index :: self.share.count]
+        # What failed before is tried again last, so that a sample that ends the process costs the others nothing.
+        batches.sort(key=lambda batch: all(str(question.id) in tried for question in batch))
+        for batch in batches:
             # The whole batch again even if a part of it is known: the same batch gives the same answers.
             if any(str(question.id) not in known for question in batch):
-                if self.stop is not None:
-                    self.stop()
                 start = time.perf_counter()
                 answers = self._answer(cell, batch)
                 hold.check()
                 if self.options.times:
                     self._note_time(folder, answers, time.perf_counter() - start)
                 append_answers(own, (a.sealed(key) for a in answers if str(a.question_id) not in known))
+                if self._lost is not None:
+                    raise EvalError(
+                        f"The device cannot be used any more after question {batch[0].id} and those beside it "
+                        f"({_first_line(self._lost)}); start again: the run goes on, and asks them last."
+                    ) from self._lost
             bar.update(len(batch))
 
     def _note_time(self, folder: Path, answers: Sequence[Answer], seconds: float) -> None:
@@ -446,7 +515,7 @@ class Run:
         return attempt()
 
     def _answer(self, cell: Cell, batch: Sequence[Question]) -> list[Answer]:
-        """The answers of one batch; a question whose image cannot be opened gets an error instead of an answer."""
+        """The answers of one batch; a question that cannot be asked gets an error instead of an answer, whatever it is."""
         failed: dict[int, Answer] = {}
         images: list[Any] = []
         asked: list[Question] = []
@@ -455,21 +524,48 @@ class Run:
                 if question.image is not None:
                     images.append(self.source.images.open(question.image))
                 asked.append(question)
-            except LvlmDecodeError as error:
-                failed[i] = Answer.to(question, "", error=str(error))
-        answered = iter(self._generate(cell, asked, images)) if asked else iter(())
+            except Exception as error:
+                told = str(error) if isinstance(error, LvlmDecodeError) else _opening(question.image, error)
+                failed[i] = Answer.to(question, "", error=told)
+        answered = iter(self._robustly(cell, asked, images)) if asked else iter(())
         return [failed[i] if i in failed else next(answered) for i in range(len(batch))]
+
+    def _robustly(self, cell: Cell, questions: Sequence[Question], images: Sequence[Any]) -> list[Answer]:
+        """As `_generate`; where that fails each sample is asked alone, so that a bad one costs the others nothing.
+
+        What no sample of this cell can be asked with (a method that refuses the model, a missing library) is raised.
+        """
+        try:
+            answers = self._generate(cell, questions, images)
+        except torch.OutOfMemoryError:
+            if self.options.batch_size == "auto" and len(questions) > 1:
+                raise
+        except Exception as error:
+            self._lost = error if _device_lost(error) else None
+        else:
+            self._works = True
+            return answers
+        answers, errors = [], []
+        for i, question in enumerate(questions):
+            try:
+                if self._lost is not None:
+                    raise self._lost
+                answers += self._generate(cell, [question], images[i : i + 1])
+            except Exception as error:
+                errors.append(error)
+                self._lost = error if _device_lost(error) else None
+                answers.append(Answer.to(question, "", error=_reason(error)))
+        if len(errors) == len(questions) and not self._works and all(isinstance(e, _OF_THE_RUN) for e in errors):
+            raise errors[0]
+        self._works |= len(errors) < len(questions)
+        return answers
 
     def _generate(self, cell: Cell, questions: Sequence[Question], images: Sequence[Any]) -> list[Answer]:
         processor, model = self.loaded.processor, self.loaded.model
         try:
             inputs = self._inputs(questions, images)
         except (ValueError, TypeError, OSError) as error:
-            # One sample that the processor cannot take must not cost the others their answers.
-            if len(questions) == 1:
-                return [Answer.to(questions[0], "", error=f"the processor cannot take this sample ({error})")]
-            alone = [images[i : i + 1] for i in range(len(questions))]
-            return [answer for q, image in zip(questions, alone) for answer in self._generate(cell, [q], image)]
+            raise InputError(f"the processor cannot take this sample ({error})") from error
         inputs = inputs.to(model.device)
         with torch.inference_mode():
             generated = model.generate(
@@ -514,6 +610,29 @@ class Run:
 
 def _scored(plan: Sequence[Cell], folders: Mapping[Cell, Path]) -> list[Result]:
     return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+
+# Errors about the method, the model and the settings; any other error is about the sample.
+_OF_THE_RUN = (UnsupportedError, ParameterError, DependencyError, SettingsError)
+
+
+def _device_lost(error: Exception) -> bool:
+    """Whether the accelerator answers nothing more in this process (a device-side assertion, a lost card)."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _opening(image: str | None, error: Exception) -> str:
+    return f"image {image} cannot be opened ({type(error).__name__}: {_first_line(error)})"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, LvlmDecodeError):
+        return str(error)
+    return f"the model cannot answer this sample ({type(error).__name__}: {_first_line(error)})"
 
 
 def new_tokens(generated: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:

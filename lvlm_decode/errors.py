@@ -65,3 +65,7 @@ class OutputError(EvalError):
         return cls(
             f"{path} cannot be written ({reason}); what is there stays, so mend that and start again, or write elsewhere."
         )
+
+
+class OutsideError(EvalError):
+    """A name in a file that leads out of the folder it belongs to."""

@@ -122,7 +122,7 @@ class Batch:
 
             path = getattr(self.family.model, "name_or_path", "")
             try:
-                self._processor = AutoProcessor.from_pretrained(path)
+                self._processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
             except (OSError, ValueError, TypeError) as error:
                 raise InputError(
                     f"this method tokenizes text and no processor could be loaded from {path!r}; pass it: "
