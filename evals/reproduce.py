@@ -69,6 +69,14 @@ class Verdict:
     ours: Interval | None
     word: str
     why: str = ""
+    # What our interval is held against: the printed value, or zero where ours is a gain.
+    target: float = 0.0
+
+    def sentence(self, tiny: bool) -> str:
+        """The verdict as a table says it: on a small model it says that it is one in miniature, and why it is none."""
+        decided = self.word in (REPRODUCED, NOT_REPRODUCED)
+        word = f"{self.word} in miniature" if tiny and decided else self.word
+        return word + (f": {self.why}" if self.why else "")
 
 
 def half_unit(value: float) -> float:
@@ -125,7 +133,8 @@ def verdicts(config: PaperTable, results: Sequence[Result], tiny: bool, replicat
                 images = min((len({r.cluster for r in rows}) for rows in _rows_of(found, row, split)), default=0)
                 if word == REPRODUCED and images < FEW_IMAGES:
                     word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
-                made.append(Verdict(config.title, row, split, column, shown, interval, word, why))
+                target = 0.0 if tiny else printed / unit
+                made.append(Verdict(config.title, row, split, column, shown, interval, word, why, target))
     return made
 
 
@@ -279,8 +288,8 @@ def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], tiny: bo
         if verdict.ours is not None:
             bound = verdict.ours
             ours = Value(bound.value, verdict.column.kind, bound.low, bound.high, signed=tiny, trusted=False)
-        word = verdict.word + (f": {verdict.why}" if verdict.why else "")
-        lines.append((verdict.row.name, verdict.split, verdict.column.title, verdict.published, ours, word))
+        said = verdict.sentence(tiny)
+        lines.append((verdict.row.name, verdict.split, verdict.column.title, verdict.published, ours, said))
     titles = ("Row", "Split", "Metric", "Published", "Our gain" if tiny else "Ours", "Verdict")
     return Block(title, titles, tuple(lines), tuple(notes))
 
@@ -292,11 +301,12 @@ def notes_of(config: PaperTable, made: Sequence[Verdict], results: Sequence[Resu
     measured = config.protocol
     said.append(f"Protocol: {measured.name if measured else 'unknown'}. {config.paper}. Values: {config.source}")
     answers = [len(result.rows) for result in results if not is_control(result.method)] or [0]
-    said.append(f"Model: {model}; {min(answers)} to {max(answers)} answers a row and split.")
+    number = f"{min(answers)}" if len(set(answers)) == 1 else f"{min(answers)} to {max(answers)}"
+    said.append(f"Model: {model}; {number} answers a row and split.")
     if is_tiny(model):
         said.append(
             f"In miniature: {Path(model).name} on emoji scenes. Ours is the gain over {config.baseline or 'no baseline'}, "
-            "and a verdict is about the sign of the printed gain, not about the value."
+            "and a verdict in miniature is about the sign of the printed gain alone: it says nothing about the printed value."
         )
     else:
         said.append(
@@ -338,8 +348,7 @@ def _drawn(verdict: Verdict) -> str:
     ours = verdict.ours
     if ours is None:
         return ""
-    target = 0.0 if verdict.word != NOT_RUN and ours.low < 0 < ours.high else verdict.published.value
-    target = 0.0 if abs(target - ours.value) > 20 * (ours.high - ours.low + 1e-9) else target
+    target = verdict.target
     low, high = min(ours.low, target), max(ours.high, target)
     room = (high - low) or 1.0
 

@@ -124,6 +124,17 @@ def test_verdicts_in_miniature_are_about_gains():
     assert words(worse, "VCD") == {NOT_REPRODUCED}
 
 
+def test_a_verdict_on_the_small_model_says_that_it_is_one_in_miniature():
+    config = on_scenes(read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml"))
+    made = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), True, 400)
+    decided = next(v for v in made if v.word == REPRODUCED)
+    assert decided.sentence(tiny=True) == "reproduced in miniature" and decided.sentence(tiny=False) == "reproduced"
+    assert decided.target == 0 and decided.column.better
+    real = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
+    value = verdicts(real, results_of(real, {"Regular": 8, "VCD": 2}), False, 400)[0]
+    assert value.target == pytest.approx(value.published.value)
+
+
 def test_what_nobody_knows_is_not_judged():
     vista = on_scenes(read_config(ROOT / "configs" / "chair-vista-512-llava-1.5.yaml"))
     assert {v.word for v in verdicts(vista, [], True, 400)} == {UNKNOWN}
@@ -170,6 +181,8 @@ def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_p
         "| VCD     | adversarial | Accuracy  | 80.88     |" in shown and "In miniature: tiny on emoji scenes." in shown
     )
     assert "Protocol: pope-vcd." in shown
+    # 48 questions are about 8 images: whatever the interval says, that decides nothing in favour.
+    assert "| reproduced" not in shown
     lines = list(csv.DictReader((tmp_path / "whole" / "verdicts.csv").read_text().splitlines()))
     assert {"VCD; adversarial; Accuracy" in line["line"] for line in lines} == {True, False}
     page = (tmp_path / "whole" / "verdicts.html").read_text()
