@@ -57,7 +57,7 @@ class Attached:
     @property
     def __wrapped__(self) -> Any:
         # What documents and inspects generate() finds the model's own.
-        return type(self.model).generate
+        return getattr(type(self.model), "generate")  # noqa: B009  (torch's type of a module knows no generate)
 
     @property
     def family(self) -> Family:

@@ -41,7 +41,7 @@ def parameter_notes(cls: type[Method]) -> dict[str, str]:
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
             if token.type == tokenize.COMMENT
         }
-        for node in ast.parse(source).body[0].body:
+        for node in next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.lineno in comments:
                 notes[node.target.id] = comments[node.lineno]
         for name, text in re.findall(r"^ +(\w+): (.+?)(?=^ +\w+: |\n\s*\n|\Z)", base.__doc__ or "", re.M | re.S):

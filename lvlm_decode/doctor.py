@@ -57,7 +57,7 @@ def examine() -> Report:
         extra = str(requirement.marker).partition("extra == ")[2].strip("\"'") if requirement.marker else ""
         wanted.setdefault(extra, []).append(requirement)
     names = [*_FIRST, *(r.name for r in wanted[""] if r.name not in _FIRST)]
-    found = {"lvlm-decode": __version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"lvlm-decode": __version__, "python": platform.python_version()}
     found.update({name: installed(name) for name in names})
     trouble = [
         f"{r.name} {have or 'is missing'}: lvlm-decode needs {r.name}{r.specifier}; run: pip install '{r.name}{r.specifier}'"

@@ -53,7 +53,7 @@ class View:
 
     sample: Sample
     weight: float = 0.0
-    patch: Callable[[torch.nn.Module], AbstractContextManager] | None = None
+    patch: Callable[[torch.nn.Module], AbstractContextManager[Any]] | None = None
     module: torch.nn.Module | None = None
     mark: str = ""
 
@@ -71,6 +71,15 @@ class Probes:
 
     def __or__(self, other: Probes) -> Probes:
         return Probes(hidden=tuple(sorted(set(self.hidden) | set(other.hidden))))
+
+
+def no_projection(hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
+    """What a step made without a model projects with.
+
+    Raises:
+        UnsupportedError: always.
+    """
+    raise UnsupportedError("this step has no model behind it, so hidden states cannot be projected; pass project=.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Step:
     positions: Tensor
     weights: tuple[float, ...] = ()
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
-    project: Callable[..., Tensor] | None = None
+    project: Callable[..., Tensor] = no_projection
 
     def of_views(self, start: int, stop: int) -> Step:
         """The step with view 0 and the extra views ``start..stop-1`` (counted from 0) alone."""
@@ -102,7 +111,7 @@ class Step:
             logits=self.logits[rows],
             weights=self.weights[start:stop],
             hidden={layer: states[rows] for layer, states in self.hidden.items()},
-            project=self.project and (lambda x, normed=True, view=0: self.project(x, normed, rows[view])),
+            project=lambda x, normed=True, view=0: self.project(x, normed, rows[view]),
         )
 
 
@@ -157,7 +166,7 @@ class Method:
         """The hidden layers this method reads from ``model``."""
         return Probes()
 
-    def patch(self, run: Run) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager[Any]:
         """A change of the model for the length of one call, for instance of the attention of view 0's rows.
 
         The change must be undone on exit, and must not touch other calls of the model: edits of attention go through

@@ -544,7 +544,9 @@ class Recorder(Edit):
         self._last = last
         self._rows: Tensor | None = None
 
-    def output(self, layer, query, key, value, mask, scaling, out):
+    def output(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
+    ) -> Tensor:
         if self.on and layer == self._last:
             seen = visible(query.shape[2], key.shape[2], mask, key.device)
             self._rows = probabilities(query, key, seen, scaling).amax(1)

@@ -36,7 +36,9 @@ class Rows:
     """
 
     def __init__(self, prepared: Prepared, pad_token_id: int = 0, edits: Sequence[Edit] = ()):
-        self.module, self.edits, self.owner = prepared.module, edits, self
+        self.module: Any = prepared.module
+        self.edits: Sequence[Edit] = edits
+        self.owner: object = self
         self._window, self._kinds = _attention_of(self.module)
         self._pad = pad_token_id
         lane = Lane([prepared], (0,), kv=KV.branching(), pad_token_id=pad_token_id, edits=edits)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -41,7 +41,15 @@ class Edit:
         return out
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
     runner = current()
     edits = () if runner is None else runner.edits
     if not edits:
@@ -75,6 +83,10 @@ def visible(queries: int, slots: int, mask: Tensor | None, device: torch.device)
     return mask[..., :slots] if mask.dtype == torch.bool else mask[..., :slots] > torch.finfo(mask.dtype).min / 2
 
 
+@overload
+def rows_of(mask: Tensor, rows: slice, queries: slice) -> Tensor: ...
+@overload
+def rows_of(mask: None, rows: slice, queries: slice) -> None: ...
 def rows_of(mask: Tensor | None, rows: slice, queries: slice) -> Tensor | None:
     """The part of an attention mask that belongs to some rows and queries."""
     if mask is None:

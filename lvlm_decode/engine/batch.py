@@ -22,7 +22,6 @@ from ..method import Method, Sum, View
 from . import sampling
 from .attention import Edit, image_slots, probabilities, routed, rows_of, visible
 from .hf import Encoded, Prepared, left_pad
-from .running import current
 from .samples import Sample
 from .stack import Lane
 
@@ -81,7 +80,8 @@ class Batch:
             if (value := inputs.get(key)) is not None
         }
         self._placeholders = (ids_tensor == family.image_token_id).sum(1).tolist()
-        self._images: list[tuple[Encoded, ...]] | None = None
+        self._images: list[tuple[Encoded, ...]] = []
+        self._encoded = False
         self._images_at: list[int] = []
         if features is not None:
             self._assign(list(features))
@@ -93,7 +93,7 @@ class Batch:
                     f"row {row} has {self._placeholders[row]} image placeholders and no pixel_values were given; pass "
                     "the image to the processor together with the text."
                 )
-            self._images = [()] * len(self._placeholders)
+            self._images, self._encoded = [()] * len(self._placeholders), True
             self._images_at = [0] * (len(self._placeholders) + 1)
         elif not any(self._placeholders):
             raise InputError(
@@ -199,26 +199,26 @@ class Batch:
     def _assign(self, encoded: list[Encoded]) -> None:
         counts = self._count([len(image.features) for image in encoded])
         self._images_at = [0]
-        self._images = []
+        self._images, self._encoded = [], True
         for count in counts:
             at = self._images_at[-1]
             self._images.append(tuple(encoded[at : at + count]))
             self._images_at.append(at + count)
 
     def images_of(self, sample: Sample) -> tuple[Encoded, ...]:
-        if self._images is None:
+        if not self._encoded:
             self._encode([])
         return self._images[sample.index]
 
     def image_slice(self, sample: Sample) -> slice:
-        if self._images is None:
+        if not self._encoded:
             self._encode([])
         return slice(self._images_at[sample.index], self._images_at[sample.index + 1])
 
     def _encode(self, others: list[Sample]) -> list[tuple[Encoded, ...]]:
         """Encode the batch, if it was not yet, together with ``others`` in one vision pass; the images of ``others``."""
         parts = [sample.vision for sample in others]
-        whole = self._images is None
+        whole = not self._encoded
         if whole:
             parts.insert(0, self.vision)
         if not parts:
@@ -271,7 +271,7 @@ class Batch:
         """The samples with their images encoded; what is not encoded yet is encoded in one vision pass."""
         pending = [s for s in samples if s.own_images is None and s.vision is not self.samples[s.index].vision]
         pending = [s for s in pending if s.has_image]
-        fresh = self._encode(pending) if pending or self._images is None else []
+        fresh = self._encode(pending) if pending or not self._encoded else []
         encoded = {id(sample): images for sample, images in zip(pending, fresh)}
         out = []
         for sample in samples:
@@ -334,16 +334,17 @@ def views_of(method: Method, batch: Batch, seed: int) -> tuple[Method, list[list
 
 
 class _LastRow(Edit):
-    """Records how the last token of every row attends, mean over heads."""
+    """Records how the last token of every row attends to the ``length`` slots in use, mean over heads."""
 
-    def __init__(self) -> None:
-        self.layers: dict[int, Tensor] = {}
+    def __init__(self, length: int) -> None:
+        self.length, self.layers = length, dict[int, Tensor]()
 
-    def output(self, layer, query, key, value, mask, scaling, out):
+    def output(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
+    ) -> Tensor:
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), slice(None), slice(-1, None))
         attention = probabilities(query[:, :, -1:], key, seen, scaling).mean(1)[:, 0]
-        length = current().length
-        self.layers[layer] = left_pad(attention[:, :length], length, 0.0)
+        self.layers[layer] = left_pad(attention[:, : self.length], self.length, 0.0)
         return out
 
 
@@ -353,8 +354,10 @@ def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor]:
     Returns:
         (L, B, T) attention, mean over heads, and (B, T) bool, which of the T slots hold image tokens.
     """
-    recorder = _LastRow()
-    lane = Lane([batch.prepare(batch.samples)], (0,), pad_token_id=batch.family.pad_token_id, edits=(recorder,))
+    edits: list[Edit] = []
+    lane = Lane([batch.prepare(batch.samples)], (0,), pad_token_id=batch.family.pad_token_id, edits=edits)
+    recorder = _LastRow(lane.length)
+    edits.append(recorder)
     with torch.no_grad(), routed(lane.module):
         lane.prefill(1)
     rows = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])

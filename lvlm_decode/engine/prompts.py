@@ -43,8 +43,9 @@ def question_of(sample: Sample) -> Asked:
     cue = cue_of(sample.batch.processor, tail)
     body = tail[: len(tail) - len(cue)]
     special = "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
-    lead = re.match(rf"(?:\s|{special})*" if special else r"\s*", body).group()
-    text = body[len(lead) :].rstrip()
+    pattern = rf"(?:\s|{special})*" if special else r"\s*"
+    text = re.sub(f"^{pattern}", "", body)
+    lead, text = body[: len(body) - len(text)], text.rstrip()
     if not text:
         raise InputError(
             f"sample {sample.id!r} has no question after its image; put the image first: apply_chat_template with the "
@@ -61,7 +62,8 @@ def cue_of(processor: Any, tail: str) -> str:
         cue = rendered.rpartition(_MARK)[2]
         if tail.endswith(cue):
             return cue
-    return re.search(r"(\s*ASSISTANT:\s*)?$", tail).group()
+    found = re.search(r"\s*ASSISTANT:\s*$", tail)
+    return found.group() if found else ""
 
 
 def asking(sample: Sample, text: str, qformer: bool = True) -> Sample:

@@ -43,14 +43,14 @@ class Lane:
         views: Sequence[int],
         *,
         kv: KV | None = None,
-        patch: Callable[[torch.nn.Module], AbstractContextManager] | None = None,
+        patch: Callable[[torch.nn.Module], AbstractContextManager[Any]] | None = None,
         forward: Callable[..., Any] | None = None,
         pad_token_id: int = 0,
         owner: object = None,
         edits: Sequence[Edit] = (),
     ):
         self.prepared, self.views = list(prepared), tuple(views)
-        self.module = prepared[0].module
+        self.module: Any = prepared[0].module
         self.kv = KV.growing(self.module) if kv is None else kv
         self.rows = len(prepared[0].input_ids)
         self.owner, self.edits = owner, edits
@@ -221,6 +221,7 @@ class Lanes:
         positions = self.generated[:, None] - torch.arange(first - 1, -1, -1, device=self.generated.device)
         scores, out = self._score(outputs, positions.clamp(min=0)), outputs[0]
         if q:
+            assert tail is not None
             more, out = self.extend(tail, min(q, keep), **call)
             scores = torch.cat([scores, more], 1)[:, -keep:]
         return scores, out
@@ -257,14 +258,14 @@ class Lanes:
         if len(outputs) == 1:
             logits = outputs[0].logits.float().view(views, rows, *outputs[0].logits.shape[1:])
         else:
-            parts: list[Tensor | None] = [None] * views
+            parts: list[Tensor] = [outputs[0].logits] * views
             for lane, output in zip(self.lanes, outputs):
                 for view, own in zip(lane.views, output.logits.float().split(rows)):
                     parts[view] = own.to(outputs[0].logits.device)
             logits = torch.stack(parts)
         hidden = {}
         for layer in self.probes.hidden:
-            states: list[Tensor | None] = [None] * views
+            states: list[Tensor] = [logits] * views
             for lane, output in zip(self.lanes, outputs):
                 kept = output.hidden_states[layer][:, -logits.shape[2] :]
                 for view, own in zip(lane.views, kept.split(rows)):

@@ -37,9 +37,10 @@ def decode(run: Run, call: Call, strategy: Strategy | None = None) -> Any:
         UnsupportedError: a mode, a cache or a setting that the method or the engine cannot honour.
     """
     call = checked(run, call, None if strategy is None else strategy.name)
-    if strategy is None:
-        strategy = run.method if hasattr(run.method, "decode") else Stacked()
-    return strategy.decode(run, call)
+    if strategy is not None:
+        return strategy.decode(run, call)
+    search = getattr(run.method, "decode", None)
+    return Stacked().decode(run, call) if search is None else search(run, call)
 
 
 def checked(run: Run, call: Call, drafter: str | None) -> Call:

@@ -34,9 +34,9 @@ class Family:
     #: A Q-Former reads the prompt, so there is a second slot for it.
     has_qformer: bool = False
 
-    def __init__(self, model: torch.nn.Module):
-        self.model = model
-        self.config = model.config
+    def __init__(self, model: Any):
+        self.model: Any = model
+        self.config: Any = model.config
         self._encode_keys = tuple(
             name
             for name, parameter in inspect.signature(type(model).get_image_features).parameters.items()
@@ -116,7 +116,7 @@ class Family:
         Args:
             loop: see :func:`lvlm_decode.engine.hf.generate`.
         """
-        inputs = dict(text)
+        inputs: dict[str, Any] = dict(text)
         # Position ids of families with image grids need the grid, not the pixels.
         inputs.update({key: value for key, value in vision.items() if key.endswith("grid_thw")})
         packed = hf.with_images(self.pack(images) if images else None)
@@ -174,7 +174,7 @@ class Family:
     def has_experts(self) -> bool:
         return bool(self.routers())
 
-    def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
+    def decoding_module(self, model: Any) -> Any:
         """The part of ``model``, one of this family, whose loop decodes."""
         return model
 
@@ -186,14 +186,14 @@ class Family:
         """The modules whose outputs, kept, let the images be projected again without encoding them again."""
         return [self.model.get_encoder(modality="image")]
 
-    def cls_layer(self) -> torch.nn.Module:
+    def cls_layer(self) -> Any:
         """The self-attention of the encoder layer that produces the features."""
         layer = self.config.vision_feature_layer
         layer = layer if isinstance(layer, int) else layer[-1]
         # hidden_states[0] are the embeddings.
         return self.model.get_encoder(modality="image").encoder.layers[layer - (layer > 0)].self_attn
 
-    def cls_query_and_keys(self, attention: torch.nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+    def cls_query_and_keys(self, attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         """(M, D) query of the CLS token and (M, 1 + P, D) keys, heads side by side, from states (M, 1 + P, D)."""
         return attention.q_proj(states[:, 0]), attention.k_proj(states)
 

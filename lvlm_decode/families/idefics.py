@@ -58,5 +58,5 @@ class Idefics(Family):
         return out
 
     @property
-    def pixel_statistics(self):
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         return (0.5,) * 3, (0.5,) * 3

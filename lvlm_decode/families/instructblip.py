@@ -31,7 +31,7 @@ class InstructBlip(Family):
     pixels_per_row = True
     has_qformer = True
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: Any):
         super().__init__(model)
         if self.config.get_text_config().is_encoder_decoder:
             raise UnsupportedError(
@@ -43,7 +43,8 @@ class InstructBlip(Family):
     def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """As the base, with each picture once; ``picture`` (rows,) says which one each row looks at."""
         known: dict[tuple[int, torch.Size], int] = {}
-        pictures, index = [], []
+        pictures: list[Tensor] = []
+        index: list[int] = []
         for part in parts:
             for picture in part["pixel_values"]:
                 # Views without edits hold the very memory of the batch's pixels.
@@ -87,7 +88,7 @@ class InstructBlip(Family):
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
         return hf.generate(self.model, loop, own={"get_image_features": given}, **inputs, **kwargs)
 
-    def decoding_module(self, model: torch.nn.Module) -> torch.nn.Module:
+    def decoding_module(self, model: Any) -> Any:
         return model.language_model
 
     def projector(self) -> torch.nn.Module:
@@ -97,14 +98,14 @@ class InstructBlip(Family):
         return [self.model.get_encoder(modality="image"), self._whole.qformer]
 
     @property
-    def _whole(self) -> torch.nn.Module:
+    def _whole(self) -> Any:
         """The module that owns the Q-Former."""
         return self.model if hasattr(self.model, "qformer") else self.model.model
 
-    def cls_layer(self) -> torch.nn.Module:
+    def cls_layer(self) -> Any:
         return self.model.get_encoder(modality="image").encoder.layers[-2].self_attn
 
-    def cls_query_and_keys(self, attention: torch.nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+    def cls_query_and_keys(self, attention: Any, states: Tensor) -> tuple[Tensor, Tensor]:
         query, key, _ = attention.qkv(states).chunk(3, -1)
         return query[:, 0], key
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .base import Family
 
 #: What its processor normalises by: ImageNet's statistics.
@@ -17,5 +19,5 @@ class InternVL(Family):
     has_cls = False
 
     @property
-    def pixel_statistics(self):
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         return MEAN, STD

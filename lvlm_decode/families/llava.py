@@ -46,6 +46,6 @@ class LlavaOnevision(LlavaNext):
     count_keys = ("batch_num_images",)
 
     @property
-    def pixel_statistics(self):
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         # Its vision tower is SigLIP's, its processor CLIP's.
         return OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

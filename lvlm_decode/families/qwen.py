@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class QwenVL(Family):
         return noise(frames[:, :, :1]).expand(shape[0], 3, shape[2], -1).reshape(pixels.shape)
 
     @property
-    def pixel_statistics(self):
+    def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:
         if self.config.model_type.startswith("qwen3"):
             return (0.5,) * 3, (0.5,) * 3
         return super().pixel_statistics

@@ -59,9 +59,9 @@ class CODE(Method):
         asked = [asking(sample, self.prompt) if sample.has_image else None for sample in batch.samples]
         # Questions about one image ask for one description, unless more than the question differs.
         keys = [None if own is None else (own.image_key, tuple(own.input_ids.tolist())) for own in asked]
-        new = {key: own for key, own in zip(keys, asked) if key is not None}
+        new = {key: own for key, own in zip(keys, asked) if key is not None and own is not None}
         written = dict(zip(new, batch.answers(list(new.values()), self.max_description)))
-        return [written.get(key) for key in keys]
+        return [None if key is None else written[key] for key in keys]
 
     def _divergence(self, step: Step) -> Tensor:
         """(B, T, 1) D."""

@@ -67,7 +67,7 @@ class DAMRO(Contrast):
         heads = (self.attention or authors(family)[2]) == "mean_heads"
         seen: dict[str, Tensor] = {}
 
-        def attend(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        def attend(module: Any, args: Any, kwargs: Any) -> None:
             states = args[0] if args else kwargs["hidden_states"]
             query, key = family.cls_query_and_keys(module, states)
             seen["attention"] = cls_row(query, key, module.num_heads if heads else 1)

@@ -81,6 +81,7 @@ class DCD(Contrast):
 
     def _project(self, batch: Any, sample: Any) -> list[Any]:
         """All images of the batch through the negative projector, on what the encoder said the first time."""
+        assert self.negative is not None
         outputs = sample.observed_by(self.name)
         recorded = {module: lambda *a, output=output, **k: output for module, output in outputs.items()}
         with replaced(recorded), projecting(batch.family.projector(), self.negative):

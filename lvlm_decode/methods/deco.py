@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..engine.hf import decoder
 from ..errors import UnsupportedError
 from ..method import Method, Probes, Step
 
@@ -54,7 +55,7 @@ class DeCo(Method):
         self.check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
 
     def probes(self, model: torch.nn.Module) -> Probes:
-        count = model.config.get_text_config().num_hidden_layers
+        count = decoder.layer_count(model)
         if self.layers is None:
             first, last = round(20 / 32 * count), round(28 / 32 * count)
             return Probes(hidden=tuple(range(max(first, 1), min(last, count - 1) + 1)))

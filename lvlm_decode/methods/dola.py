@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..engine.hf import decoder
 from ..errors import UnsupportedError
 from ..method import Method, Probes, Step
 
@@ -60,7 +61,7 @@ class DoLa(Method):
         return self.beta
 
     def probes(self, model: torch.nn.Module) -> Probes:
-        config = model.config.get_text_config()
+        config = decoder.text_config(model)
         count = config.num_hidden_layers
         if isinstance(self.layers, tuple):
             if not all(0 <= layer < count for layer in self.layers):

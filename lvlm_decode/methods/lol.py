@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..engine import hf
+from ..engine.hf import decoder
 from ..engine.hooks import replaced
 from ..engine.run import Run
 from ..engine.samples import Sample
@@ -79,7 +80,7 @@ class LOL(Method):
         return [amateur, sample.with_prefix(self.guide)] if self.refocus else [amateur]
 
     def probes(self, model: torch.nn.Module) -> Probes:
-        count = model.config.get_text_config().num_hidden_layers
+        count = decoder.layer_count(model)
         layer = max(1, count // 2) if self.layer is None else self.layer
         if layer >= count:
             raise UnsupportedError(
@@ -87,17 +88,17 @@ class LOL(Method):
             )
         return Probes(hidden=(layer,))
 
-    def patch(self, run: Run) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager[Any]:
         return nullcontext() if self.adapter is None else without_adapter(run.model, self.adapter)
 
-    def observe(self, family: Family) -> AbstractContextManager:
+    def observe(self, family: Family) -> AbstractContextManager[Any]:
         # The images are those of the model, encoded once; the amateur differs in what it makes of them.
         return nullcontext() if self.adapter is None else without_adapter(family.model, self.adapter)
 
     @cached_property
-    def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager]:
+    def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager[Any]]:
         # One object for all samples: views that share a patch run in one forward.
-        return lambda module: only_adapter(module, self.adapter)
+        return functools.partial(only_adapter, name=str(self.adapter))
 
     def combine(self, step: Step) -> Tensor:
         model, amateur = step.logits[:2].log_softmax(-1)
@@ -140,7 +141,7 @@ def adapters(module: torch.nn.Module, name: str, choose: Callable[[list[str]], l
             f"the model has no adapter {name!r} ({', '.join(known) or 'none is loaded'}); load it first with "
             "model.load_adapter(path, adapter_name=...)."
         )
-    forwards = {}
+    forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
     for layer in layers:
         active = [] if layer.disable_adapters else list(layer.active_adapters)
         chosen = [own for own in choose(active) if own in _names(layer)]

@@ -57,7 +57,7 @@ class PAI(Contrast):
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
 
-    def patch(self, run: Run) -> AbstractContextManager:
+    def patch(self, run: Run) -> AbstractContextManager[Any]:
         return run.editing(_Boost(self, run))
 
 
@@ -65,7 +65,9 @@ class _Boost(Edit):
     def __init__(self, method: PAI, run: Run):
         self.method, self.run, self.image_token_id = method, run, run.family.image_token_id
 
-    def output(self, layer, query, key, value, mask, scaling, out):
+    def output(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
+    ) -> Tensor:
         lane = running_lane(self.run)
         rows = lane.rows_of(0)
         late = self.method.gamma is not None and self.method.first_token == "code"

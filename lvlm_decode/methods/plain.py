@@ -30,7 +30,7 @@ class Mask(Method):
 
     beta: float | None = 0.1  # (0, 1]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check_beta()
 
     @property

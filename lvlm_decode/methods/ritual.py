@@ -16,6 +16,7 @@ A row of a batch without an image has nothing to transform: both views are the s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,16 +57,18 @@ def rotation(pixels: Tensor, rng: torch.Generator) -> Tensor:
     return F.rotate(pixels, _uniform(rng, -180, 180), fill=0.0)
 
 
+def _adjusted(adjust: Callable[[Tensor, float], Tensor], factor: float, pixels: Tensor) -> Tensor:
+    return adjust(pixels, factor)
+
+
 def color_jitter(pixels: Tensor, rng: torch.Generator) -> Tensor:
     """Brightness, contrast, saturation by U(0, 2) and hue by U(-0.5, 0.5), in random order."""
     from torchvision.transforms.v2 import functional as F
 
     steps: list[Callable[[Tensor], Tensor]] = []
     for adjust in (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation):
-        factor = _uniform(rng, 0, 2)
-        steps.append(lambda x, adjust=adjust, factor=factor: adjust(x, factor))
-    hue = _uniform(rng, -0.5, 0.5)
-    steps.append(lambda x: F.adjust_hue(x, hue))
+        steps.append(functools.partial(_adjusted, adjust, _uniform(rng, 0, 2)))
+    steps.append(functools.partial(_adjusted, F.adjust_hue, _uniform(rng, -0.5, 0.5)))
     for i in torch.randperm(len(steps), generator=rng).tolist():
         pixels = steps[i](pixels)
     return pixels
@@ -121,7 +124,7 @@ class RITUAL(Contrast):
     beta: float | None = 0.1  # plausibility threshold, (0, 1]
     transform: str = "random"  # or one of TRANSFORMS
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")
         self.check(
             self.transform == "random" or self.transform in TRANSFORMS,

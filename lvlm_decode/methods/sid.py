@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible
 from ..engine.hf import left_pad
@@ -55,8 +56,8 @@ class SID(Contrast):
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         return [sample.as_view(weight=-self.alpha, mark=self.name)]
 
-    def patch(self, run: Run) -> AbstractContextManager:
-        count = run.model.config.get_text_config().num_hidden_layers
+    def patch(self, run: Run) -> AbstractContextManager[Any]:
+        count = run.family.config.get_text_config().num_hidden_layers
         if self.rank_layer >= count - 1:
             raise UnsupportedError(
                 f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to "
@@ -71,7 +72,7 @@ class _Prune(Edit):
         self.image_token_id = run.family.image_token_id
         self.hidden = torch.empty(0)
 
-    def mask(self, layer, query, key, mask, scaling):
+    def mask(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
         lane = running_lane(self.run)
         rows = lane.rows_of(self.view)
         if rows is None or layer < self.method.rank_layer:
@@ -91,7 +92,7 @@ class _Prune(Edit):
         seen[rows] = torch.where(blind, seen[rows], pruned)
         return seen
 
-    def _least(self, attention: torch.Tensor, lane: Any, rows: slice) -> torch.Tensor:
+    def _least(self, attention: Tensor, lane: Any, rows: slice) -> Tensor:
         """(B, q, S) bool: the image tokens that each query's ranking hides."""
         images = image_slots(lane, self.image_token_id)[rows][:, None]
         keep = (images.sum(-1, keepdim=True) * self.method.share).round().clamp(min=1)

@@ -54,7 +54,7 @@ class VCD(Contrast):
     noise_step: int = 500  # of 1000
     schedule: Literal["code", "paper"] = "code"  # sigmoid (authors' code) or constant 0.1 a step (paper)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")
         self.check(0 <= self.noise_step < STEPS, "noise_step", f"from 0 to {STEPS - 1}")
         self.check(self.schedule in ("code", "paper"), "schedule", "'code' or 'paper'")

@@ -1,4 +1,8 @@
-"""The parts of a decoder: layers, final norm, head, experts, attention. Edited attention is registered here."""
+"""The parts of a decoder: layers, final norm, head, experts, attention. Edited attention is registered here.
+
+Models are ``Any`` here and in the families: torch types every attribute of a module as tensor or module, and what a model of
+transformers has beside that is known to it alone.
+"""
 
 from __future__ import annotations
 
@@ -19,41 +23,41 @@ _LOCK = threading.Lock()
 _ROUTED: dict[int, tuple[int, str | None]] = {}
 
 
-def text_config(module: nn.Module) -> Any:
+def text_config(module: Any) -> Any:
     """The configuration of the language model that decodes."""
     return module.config.get_text_config(decoder=True)
 
 
-def decoder_of(module: nn.Module) -> nn.Module:
+def decoder_of(module: Any) -> nn.Module:
     """The decoder alone, without the language head."""
     return module.get_decoder()
 
 
-def layers(module: nn.Module) -> list[nn.Module]:
+def layers(module: Any) -> list[nn.Module]:
     """The decoder layers of ``module``, the first one first."""
     return list(module.get_decoder().layers)
 
 
-def layer_number(attention: nn.Module) -> int:
+def layer_number(attention: Any) -> int:
     """Which decoder layer an attention module belongs to, 0 for the first."""
     return attention.layer_idx
 
 
-def layer_count(module: nn.Module) -> int:
+def layer_count(module: Any) -> int:
     return text_config(module).num_hidden_layers
 
 
-def embeddings(module: nn.Module) -> nn.Module:
+def embeddings(module: Any) -> nn.Module:
     """Token ids -> embeddings (..., D)."""
     return module.get_decoder().get_input_embeddings()
 
 
-def head(module: nn.Module) -> nn.Module | None:
+def head(module: Any) -> nn.Module:
     """The language head: hidden states (..., D) -> logits (..., N)."""
     return module.get_output_embeddings()
 
 
-def logits_of(module: nn.Module, hidden: Tensor, normed: bool = True) -> Tensor:
+def logits_of(module: Any, hidden: Tensor, normed: bool = True) -> Tensor:
     """(..., N) float32 logits of hidden states (..., D) of an intermediate layer, through final norm and head.
 
     Args:
@@ -72,7 +76,7 @@ def states_of(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
-def kinds_of(module: nn.Module) -> tuple[set[str], int | None]:
+def kinds_of(module: Any) -> tuple[set[str], int | None]:
     """The kinds of layers a decoder tells apart (none, where all are alike), and how far its sliding layers see.
 
     Decoders that tell none apart (Mistral) have one mask for all layers, and their window, where they have one, is all
@@ -85,7 +89,7 @@ def kinds_of(module: nn.Module) -> tuple[set[str], int | None]:
     return kinds, None
 
 
-def routers(module: nn.Module) -> list[nn.Module]:
+def routers(module: Any) -> list[nn.Module]:
     """The decoder's top-k routers, each of which puts out (logits, weights, experts) per token."""
     return [part for part in module.get_decoder().modules() if type(part).__name__.endswith("TopKRouter")]
 
@@ -101,7 +105,7 @@ def attention_of(config: Any) -> str | None:
 
 
 @contextmanager
-def routed(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+def routed(module: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Let the decoder of ``module`` attend through ``function``, which gets sdpa's masks, for the length of the block.
 
     Several blocks may be open at once, also in several threads; the last one to leave puts back what was before. Other

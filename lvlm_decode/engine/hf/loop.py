@@ -36,7 +36,7 @@ class Proxy:
     What a loop assigns stays on the stand-in.
     """
 
-    def __init__(self, module: torch.nn.Module, **own: Any):
+    def __init__(self, module: Any, **own: Any):
         self.__dict__.update(own, _module=module)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,7 +46,7 @@ class Proxy:
                 return value.__func__.__get__(self)
         return value
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._module)
 
@@ -114,8 +114,8 @@ def given(
 
 
 def generate(
-    module: torch.nn.Module, loop: Callable[[Call], Any] | None, *, own: dict[str, Any] | None = None, **kwargs: Any
-):
+    module: Any, loop: Callable[[Call], Any] | None, *, own: dict[str, Any] | None = None, **kwargs: Any
+) -> Any:
     """``generate()`` of the module's own class, which calls ``loop`` where it would have started a loop of its own.
 
     Args:
@@ -131,7 +131,15 @@ def generate(
         criteria = module._get_stopping_criteria
         own["_get_stopping_criteria"] = lambda *a, **k: criteria(*a, **{**k, "tokenizer": tokenizer})
 
-    def called(_, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def called(
+        _: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        assert loop is not None
         return loop(given(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs))
 
     if loop is not None:
@@ -155,7 +163,14 @@ def prepare(
     """
     box: dict[str, Any] = {}
 
-    def stop(module, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def stop(
+        module: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
         box.update(module=module, input_ids=input_ids, kwargs=model_kwargs)
         return input_ids
 

@@ -54,7 +54,7 @@ def _check(model: LlamaForCausalLM) -> list[str]:
         return call.input_ids
 
     settings: dict[str, Any] = dict(max_new_tokens=_TOKENS, do_sample=False)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     steps = [
         ("the arguments of a loop", lambda: loop.generate(model, keep, **inputs, **settings)),
         ("the arguments of the first forward", lambda: _prepared(model, inputs)),
@@ -76,11 +76,11 @@ def _check(model: LlamaForCausalLM) -> list[str]:
     return failed
 
 
-def _prepared(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> Prepared:
+def _prepared(model: LlamaForCausalLM, inputs: dict[str, Any]) -> Prepared:
     return loop.prepare(lambda **more: loop.generate(model, None, **inputs, **more), inputs["attention_mask"], (), ())
 
 
-def _prefilled(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> tuple[KV, Any]:
+def _prefilled(model: LlamaForCausalLM, inputs: dict[str, Any]) -> tuple[KV, Any]:
     kv = KV.growing(model)
     out = kwargs.run(model.forward, kwargs.first_forward([_prepared(model, inputs)], 0), kv.cache, 1)
     return kv, out
@@ -91,7 +91,7 @@ def _next(model: LlamaForCausalLM, kv: KV, tokens: Tensor, at: int) -> Tensor:
     return kwargs.run(model.forward, kwargs.further_forward(tokens, positions, None), kv.cache, 1).logits[:, -1]
 
 
-def _forward(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
+def _forward(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
     kv, out = _prefilled(model, inputs)
     if kv.length != inputs["input_ids"].shape[1]:
         return f"the cache holds {kv.length} of {inputs['input_ids'].shape[1]} tokens"
@@ -100,7 +100,7 @@ def _forward(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
     return None if kwargs.cache_in(out) is not None else "the output holds no cache"
 
 
-def _rollback(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
+def _rollback(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
     kv, _ = _prefilled(model, inputs)
     width = inputs["input_ids"].shape[1]
     tokens = torch.tensor([[3], [2]])
@@ -112,7 +112,7 @@ def _rollback(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
     return None if torch.allclose(want, got, atol=1e-5) else "the token run again has other logits"
 
 
-def _reorder(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
+def _reorder(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
     width, tokens = inputs["input_ids"].shape[1], torch.tensor([[3], [3]])
     kv, _ = _prefilled(model, inputs)
     want = _next(model, kv, tokens, width)
@@ -124,7 +124,7 @@ def _reorder(model: LlamaForCausalLM, inputs: dict[str, Tensor]) -> str | None:
     return None if not torch.allclose(want, got, atol=1e-5) else "the rows cannot be told apart"
 
 
-def _loop(model: LlamaForCausalLM, call: loop.Call, inputs: dict[str, Tensor], settings: dict[str, Any]) -> str | None:
+def _loop(model: LlamaForCausalLM, call: loop.Call, inputs: dict[str, Any], settings: dict[str, Any]) -> str | None:
     forwards = []
 
     def forward(*args: Any, **given: Any) -> Any:
