@@ -1,0 +1,108 @@
+"""The structure that design and reviews ask for: imports point down, none hides in a function, one room per thing."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGES = {"lvlm_decode": ROOT / "lvlm_decode", "lvlm_decode_evals": ROOT / "evals"}
+#: Rooms from the ground up; a file imports from its own room and from those before it.
+FLOORS = ["errors", "plugins", "engine.hf", "engine.hooks", "families", "method", "engine", "methods", "controllers"]
+CORE = (
+    "lvlm_decode.engine",
+    "lvlm_decode.methods",
+    "lvlm_decode.families",
+    "lvlm_decode.controllers",
+    "lvlm_decode.method",
+)
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(p for p in parts if p != "__init__")))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def target(module: str, path: Path, node: ast.ImportFrom) -> list[str]:
+    """The modules of this repository that an import names."""
+    if node.level:
+        base = module.split(".")
+        base = base if path.name == "__init__.py" else base[:-1]
+        base = base[: len(base) - node.level + 1]
+        name = ".".join([*base, *([node.module] if node.module else [])])
+    else:
+        name = node.module or ""
+    inner = [f"{name}.{alias.name}" for alias in node.names if f"{name}.{alias.name}" in MODULES]
+    if inner and len(inner) == len(node.names):
+        return inner
+    return [name, *inner] if name in MODULES else inner
+
+
+def imports(module: str, inside_functions: bool = False) -> set[str]:
+    """What a module imports when it is imported (or, instead, inside its functions); what is for a type checker is left out."""
+    path = MODULES[module]
+    found: set[str] = set()
+
+    def walk(node: ast.AST, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and inside == inside_functions:
+                found.update(target(module, path, child))
+            walk(child, inside or isinstance(child, ast.FunctionDef | ast.Lambda))
+
+    walk(ast.parse(path.read_text()), False)
+    return found - {module}
+
+
+def test_no_module_imports_itself_by_a_detour():
+    graph = {module: imports(module) for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        if module in way:
+            pytest.fail(" -> ".join([*way[way.index(module) :], module]))
+        if module in done:
+            return
+        for other in sorted(graph[module]):
+            # A package's own __init__ is imported before its parts whatever they do.
+            if not module.startswith(other + "."):
+                visit(other, (*way, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(CORE)])
+def test_no_import_hides_in_a_function_of_the_core(module):
+    assert imports(module, inside_functions=True) == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(CORE)])
+def test_the_core_imports_downwards(module):
+    def floor(name: str) -> int:
+        rest = name.removeprefix("lvlm_decode.")
+        rooms = [room for room in FLOORS if rest == room or rest.startswith(room + ".")]
+        return FLOORS.index(max(rooms, key=len)) if rooms else len(FLOORS)
+
+    above = [other for other in imports(module) if other != "lvlm_decode" and floor(other) > floor(module)]
+    assert above == []
+
+
+def test_scorers_import_no_model_code():
+    """Only the bridges to models import torch: their names are known."""
+    allowed = {"runner", "run"}
+    found = set()
+    for module, path in MODULES.items():
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if module.startswith("lvlm_decode_evals.") and any("torch" in ast.dump(node) for node in top):
+            found.add(module.rpartition(".")[2])
+    assert found <= allowed, found
