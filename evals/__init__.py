@@ -45,12 +45,19 @@ def evaluator_class(name: str) -> type:
 def evaluator(name: str, **options: Any):
     """An evaluator with its options, e.g. `evaluator("pope", rule="opera")`; unknown options are named."""
     from dataclasses import fields
+    from typing import get_type_hints
+
+    from pydantic import TypeAdapter
+
+    from .reading import checked
 
     cls = evaluator_class(name)
     known = [option.name for option in fields(cls)]
-    for option in options:
+    types = get_type_hints(cls)
+    for option, value in options.items():
         if option not in known:
             raise UnknownNameError.of(f"option of {name}", option, known)
+        checked(TypeAdapter(types[option]), value, f"option {option} of {name}")
     return cls(**options)
 
 

@@ -20,13 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter, model_validator
+from pydantic_core import PydanticCustomError
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, UnknownNameError
 
 from . import chair, parsers
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .reading import read_json, read_records, read_text
+from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .forms import ANSWER_FORMS, Form, read_forms
+from .reading import Identity, Record, checked, read_json, read_records, read_text, shown
 from .words import singular, tokenize
 
 PROMPT = "Describe this image."
@@ -139,13 +143,56 @@ class Knowledge:
 @functools.lru_cache(maxsize=4)
 def knowledge(folder: str) -> Knowledge:
     """AMBER's `data` folder: annotations.json, relation.json and safe_words.txt, each gzip or not."""
-    annotations = read_json(_find(folder, "annotations.json"))
-    relation = read_json(_find(folder, "relation.json"))
+    place = _find(folder, "annotations.json")
+    annotations = checked(_Annotations, read_json(place), str(place))
+    place = _find(folder, "relation.json")
+    relation = checked(_Relation, read_json(place), str(place))
     safe = read_text(_find(folder, "safe_words.txt")).split()
-    if not isinstance(relation, dict) or not isinstance(annotations, list):
-        raise FileFormatError(f"{folder}: relation.json must be an object and annotations.json an array, as in AMBER.")
-    items = {str(need(item, "id", f"{folder}/annotations.json")): item for item in annotations}
+    items = {str(item.id): item.model_dump() for item in annotations}
     return Knowledge({word: tuple(others) for word, others in relation.items()}, frozenset(safe), items)
+
+
+class Item(Record):
+    """One annotation. truth: the words of a description's image, or the answer yes or no."""
+
+    id: Identity
+    type: Literal[("generative", *TYPES)]
+    truth: list[str] | Literal["yes", "no"]
+    hallu: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Item:
+        if (self.type == "generative") != isinstance(self.truth, list):
+            raise PydanticCustomError(
+                "lacking", "field 'truth' must be a list of words where 'type' is generative, else yes or no"
+            )
+        return self
+
+
+_Annotations = TypeAdapter(list[Item])
+_Relation = TypeAdapter(dict[str, list[str]])
+_Words = TypeAdapter(list[str])
+
+
+class _Query(Record):
+    """A line of a query file."""
+
+    id: Identity
+    image: Identity
+    query: str
+
+
+class _Response(Form):
+    """`id` is AMBER's; the text in `response`."""
+
+    by = "AMBER, AvisC, DeCo, VDGD"
+    example = '{"id": 1, "response": "A dog on a sofa."}'
+
+    id: Identity
+    response: str | None
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer(self.id, self.response or "")
 
 
 def _find(folder: str, name: str) -> Path:
@@ -274,24 +321,23 @@ class Amber(Evaluator):
         found: dict[str, list[Question]] = {"generative": [], "discriminative": []}
         for file in files:
             for where, record in read_records(file):
-                identity = need(record, "id", where)
-                label, meta = self._annotation(identity, where)
-                image = str(need(record, "image", where))
+                line = checked(_Query, record, where)
+                label, meta = self._annotation(line.id, where)
                 half = "generative" if meta["type"] == "generative" else "discriminative"
-                found[half].append(Question(identity, need(record, "query", where), image, label, meta=meta))
+                found[half].append(Question(line.id, line.query, str(line.image), label, meta=meta))
         return {half: questions for half, questions in found.items() if questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Answers as AMBER wants them (`id`, `response`), or JSON lines with `question_id` and `answer`."""
-        records = read_records(path)
-        if "response" not in records[0][1]:
-            return super().read_answers(path)
+        found = read_forms(path, (_Response, *ANSWER_FORMS), "AMBER answers")
         answers = []
-        for where, record in records:
-            identity = need(record, "id", where)
-            answer = Answer(identity, str(need(record, "response", where) or ""))
+        for answer in found:
+            identity = answer.question_id
+            if "type" in answer.meta:
+                answers.append(answer)
+                continue
             if str(identity) in self._annotations():
-                label, meta = self._annotation(identity, where)
+                label, meta = self._annotation(identity, f"{path}, id {identity}")
                 # The first 1,004 items are one description an image; which image the others ask about is in the queries.
                 image = f"AMBER_{identity}.jpg" if meta["type"] == "generative" else None
                 answer = replace(answer, label=label, meta=meta, image=image)
@@ -310,20 +356,19 @@ class Amber(Evaluator):
         if str(identity) not in self._annotations():
             raise FileFormatError(f"{where}: AMBER has no annotation for id {identity}.")
         item = self._annotations()[str(identity)]
-        kind = need(item, "type", f"annotation {identity}")
-        if kind != "generative" and kind not in TYPES:
-            raise FileFormatError(f"annotation {identity}: unknown type {kind!r}.")
-        meta = {"type": kind} | ({"hallu": item["hallu"]} if kind == "generative" else {})
-        return item["truth"], meta
+        kind = item["type"]
+        return item["truth"], {"type": kind} | ({"hallu": item["hallu"]} if kind == "generative" else {})
 
     def row(self, answer: Answer) -> Row:
         kind = answer.meta.get("type")
         if kind == "generative":
             return self._description(answer)
-        if kind not in TYPES:
-            raise EvalError(f"Question {answer.question_id}: field 'type' must be one of AMBER's, found {kind!r}.")
+        if not isinstance(kind, str) or kind not in TYPES:
+            raise EvalError(f"Question {answer.question_id}: field 'type' must be one of AMBER's, found {shown(kind)}.")
         read = amber_exact if self.rule == "amber-exact" else parsers.rule(self.rule)
-        label = str(answer.label).lower()
+        label = answer.label.lower() if isinstance(answer.label, str) else answer.label
+        if label not in ("yes", "no"):
+            raise EvalError(f"Question {answer.question_id}: the gold answer must be yes or no, found {shown(label)}.")
         verdict, clear = read(answer.answer, label)
         return Row.of(
             answer, parsed=verdict, correct=verdict == label, rule=self.rule, clear=clear, type=kind, text=answer.text
@@ -336,7 +381,9 @@ class Amber(Evaluator):
             nouns = chair.Chair().table().objects(chair.PARSERS["pattern"].reduce(answer.answer))[1]
         else:
             nouns = NOUNS[self.parser](answer.answer, tables.vocabulary)
-        truth, hallu = list(answer.label), list(answer.meta.get("hallu", ()))
+        where = f"question {answer.question_id}"
+        truth = checked(_Words, answer.label, f"{where}, label")
+        hallu = checked(_Words, answer.meta.get("hallu", []), f"{where}, hallu")
         scored = score_nouns(nouns, truth, hallu, tables, SIMILARITY[self.similarity]())
         return Row.of(
             answer,

@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import Field
 
-from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode.errors import EvalError, FileFormatError, LvlmDecodeError, MissingFileError
 
 from . import evaluator
 from .base import Column, Evaluator
 from .loaders import Source, file_source, protocol_source, scene_source
 from .metrics import REPLICATES, Interval, compare, intervals
-from .plan import Decoding, Result, found_cells, read_cell, slug
+from .plan import Decoding, DecodingShape, Result, found_cells, read_cell, slug
 from .pope import STRATEGIES
 from .protocols import UNKNOWN, Protocol, protocol, read_protocol
+from .reading import Closed, nearest, read_yaml
 from .tables import Block, Method, Value, difference_value, gather
 
 # Mean of a metric over the splits of a table; some papers print nothing else.
@@ -81,58 +82,92 @@ class PaperTable:
         return evaluator(self.benchmark, **self.options)
 
 
-_REQUIRED = {"title", "paper", "source", "benchmark", "model", "splits", "images", "rows"}
-_OPTIONAL = {"options", "template", "suffix", "max_new_tokens", "decoding", "seeds", "baseline", "notes", "protocol"}
-_ROW = {"protocol", "name", "method", "decoding", "published", "unverified", "why"}
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _RowShape(Closed):
+    """A row of a file."""
+
+    name: str
+    method: str | None
+    decoding: DecodingShape | None = None
+    published: dict[str, dict[str, _Number]] | None = None
+    unverified: bool | None = None
+    why: str | None = None
+    protocol: str | None = None
+
+
+class _TableShape(Closed):
+    """A file of `configs/`."""
+
+    title: str
+    paper: str
+    source: str
+    benchmark: str
+    model: str | None
+    splits: list[str]
+    images: str
+    rows: list[_RowShape]
+    options: dict[str, Any] | None = None
+    template: str | None = None
+    suffix: str | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    decoding: DecodingShape | None = None
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] | None = None
+    baseline: str | None = None
+    notes: list[str] | None = None
+    protocol: str = UNKNOWN
 
 
 def read_config(path: Path) -> PaperTable:
-    """A table from its file. Raises FileFormatError naming the file and the field that is missing, unknown or wrong."""
+    """A table from its file. Raises FileFormatError naming file, line and field of what is missing, unknown or wrong."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path} is not a file; the papers' tables are in configs/.")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise FileFormatError(f"{path}: broken YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(raw, dict):
-        raise FileFormatError(f"{path}: expected a mapping of fields, found {type(raw).__name__}.")
-    _check_fields(raw, _REQUIRED, _REQUIRED | _OPTIONAL, str(path))
-    measured = _protocol(raw.get("protocol", UNKNOWN), path)
-    options = raw.get("options") or {}
-    columns = {column.key for column in evaluator(raw["benchmark"], **options).columns}
-    splits = tuple(raw["splits"])
-    default = raw.get("decoding") or {}
+    raw = read_yaml(path, _TableShape)
+    measured = _protocol(raw.protocol, path)
+    options = raw.options or {}
+    columns = {column.key for column in _evaluator(raw.benchmark, options, path).columns}
+    splits = tuple(raw.splits)
+    default = raw.decoding or DecodingShape()
     rows = tuple(
-        _row(entry, default, splits, columns, f"{path}, row {number}") for number, entry in enumerate(raw["rows"], 1)
+        _row(entry, default, splits, columns, f"{path}, row {number}") for number, entry in enumerate(raw.rows, 1)
     )
     names = [row.name for row in rows]
     if len(set(names)) < len(names):
         raise FileFormatError(f"{path}: two rows have the same name; every row needs its own.")
-    baseline = raw.get("baseline")
+    baseline = raw.baseline
     if baseline is not None and baseline not in names:
         raise FileFormatError(f"{path}: baseline {baseline!r} is no row; rows: {', '.join(names)}.")
-    template = measured.templates.get(raw["model"]) if measured else None
-    tokens = measured.max_new_tokens if measured else None
+    template = measured.templates.get(raw.model) if measured and raw.model else None
+    given = raw.model_fields_set
     return PaperTable(
         path=path,
-        title=raw["title"],
-        paper=raw["paper"],
-        source=raw["source"],
-        benchmark=raw["benchmark"],
+        title=raw.title,
+        paper=raw.paper,
+        source=raw.source,
+        benchmark=raw.benchmark,
         options=options,
-        model=raw["model"],
-        template=raw.get("template", template),
-        suffix=raw.get("suffix", measured.suffix if measured else ""),
-        max_new_tokens=raw.get("max_new_tokens", tokens),
-        seeds=tuple(raw.get("seeds") or (measured.seeds if measured else ()) or (0,)),
+        model=raw.model,
+        template=raw.template if "template" in given else template,
+        suffix=(raw.suffix if "suffix" in given else measured.suffix if measured else "") or "",
+        max_new_tokens=raw.max_new_tokens if "max_new_tokens" in given or not measured else measured.max_new_tokens,
+        seeds=tuple(raw.seeds or (measured.seeds if measured else ()) or (0,)),
         splits=splits,
-        images=raw["images"],
+        images=raw.images,
         baseline=baseline,
         rows=rows,
-        notes=tuple(raw.get("notes") or ()),
+        notes=tuple(raw.notes or ()),
         protocol=measured,
     )
+
+
+def _evaluator(benchmark: str, options: Mapping[str, Any], path: Path) -> Evaluator:
+    """The evaluator of a table. Raises FileFormatError naming the file where there is none of that name or option."""
+    try:
+        return evaluator(benchmark, **options)
+    except LvlmDecodeError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 def _protocol(name: str, path: Path) -> Protocol | None:
@@ -143,30 +178,18 @@ def _protocol(name: str, path: Path) -> Protocol | None:
     return read_protocol(beside) if beside.is_file() else protocol(name)
 
 
-def _row(raw: Any, default: Mapping[str, Any], splits: Sequence[str], columns: set[str], where: str) -> PaperRow:
-    if not isinstance(raw, dict):
-        raise FileFormatError(f"{where}: expected a mapping of fields, found {type(raw).__name__}.")
-    _check_fields(raw, {"name", "method"}, _ROW, where)
-    published = raw.get("published") or {}
+def _row(raw: _RowShape, default: DecodingShape, splits: Sequence[str], columns: set[str], where: str) -> PaperRow:
+    published = raw.published or {}
     for split, values in published.items():
         if split not in (*splits, MEAN):
             raise FileFormatError(f"{where}: split {split!r} is not among the table's splits {', '.join(splits)}.")
         for metric in values:
             if metric not in columns:
-                raise FileFormatError(f"{where}: metric {metric!r} is unknown; known: {', '.join(sorted(columns))}.")
-    if raw["method"] is None and not raw.get("why"):
+                raise FileFormatError(f"{where}: metric {metric!r} is unknown{nearest(metric, columns)}.")
+    if raw.method is None and not raw.why:
         raise FileFormatError(f"{where}: a row without a method needs `why`.")
-    decoding = Decoding(**(raw["decoding"] if "decoding" in raw else default))
-    seen = Published(published, bool(raw.get("unverified")))
-    return PaperRow(raw["name"], raw["method"], decoding, seen, raw.get("why"), raw.get("protocol"))
-
-
-def _check_fields(raw: Mapping[str, Any], required: set[str], known: set[str], where: str) -> None:
-    missing, unknown = sorted(required - set(raw)), sorted(map(str, set(raw) - known))
-    if missing:
-        raise FileFormatError(f"{where}: field {missing[0]!r} is missing.")
-    if unknown:
-        raise FileFormatError(f"{where}: field {unknown[0]!r} is unknown; known: {', '.join(sorted(known))}.")
+    decoding = (raw.decoding or default).to_decoding(where)
+    return PaperRow(raw.name, raw.method, decoding, Published(published, bool(raw.unverified)), raw.why, raw.protocol)
 
 
 def scene_split(benchmark: str, split: str) -> str:

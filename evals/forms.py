@@ -7,7 +7,7 @@ record must fit that form. What fits none is refused with the accepted forms and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,6 +42,11 @@ class Form(Record):
     def lacking(cls, record: dict[str, Any]) -> list[str]:
         """The required fields that a record does not have."""
         return [name for name, field in cls.model_fields.items() if field.is_required() and name not in record]
+
+    @classmethod
+    def size(cls) -> int:
+        """How many fields are required."""
+        return len(cls.lacking({}))
 
     def to_answer(self, number: int) -> Answer:
         """The answer. number: of the record in its file, from 1."""
@@ -199,8 +204,9 @@ def form_of(record: dict[str, Any], where: str, forms: Sequence[type[Form]], wha
         if form.fits(record):
             return form
     known = "; ".join(f"{form.by}: {form.example}" for form in forms)
-    nearest = min((form.lacking(record) for form in forms if not form.fits(record)), key=len)
-    missing = nearest[0] if nearest else "question_id"
+    lacking = [(form.lacking(record), form) for form in forms]
+    lacking = [(names, form) for names, form in lacking if names]
+    missing = min(lacking, key=lambda pair: len(pair[0]) / pair[1].size())[0][0] if lacking else "question_id"
     found = ", ".join(map(str, list(record)[:12])) or "no field"
     raise FileFormatError(
         f"{where}: field {missing!r} is missing; found {found}. That is no accepted form of {what}. Accepted, each with an "
@@ -242,8 +248,3 @@ def in_order(answers: Sequence[Answer], questions: Sequence[Question], where: st
         meta = {name: value for name, value in answer.meta.items() if name != BY_PLACE}
         named.append(replace(answer, question_id=question.id, meta=meta))
     return named
-
-
-def each_of(values: Sequence[tuple[str, Any]], schema: Any, make: Callable[[Any, str], Any]) -> list[Any]:
-    """`make(shape, where)` of every value of a file."""
-    return [make(checked(schema, value, where), where) for where, value in values]

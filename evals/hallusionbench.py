@@ -15,16 +15,19 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode.errors import EvalError
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .reading import read_records
+from .forms import ANSWER_FORMS, Form, read_forms
+from .reading import Identity, checked, read_records, shown
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}
+# What the authors' own script may write as an answer.
+_DIGITS = {"0": "No", "1": "Yes", "2": "Uncertain"}
 
 
 @dataclass(frozen=True)
@@ -76,23 +79,22 @@ class HallusionBench(Evaluator):
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """Questions of HallusionBench.json; those without a figure have no image."""
-        return {"all": [_question_of(record, where) for where, record in read_records(path)]}
+        return {"all": [checked(_Asked, record, where).to_question() for where, record in read_records(path)]}
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """The question file with the answer in `model_prediction`, as its authors want it, or JSON lines of answers."""
-        records = read_records(path)
-        if "model_prediction" not in records[0][1]:
-            return super().read_answers(path)
-        return [
-            Answer.to(_question_of(record, where), str(need(record, "model_prediction", where) or ""))
-            for where, record in records
-        ]
+        """The question file with the answer in `model_prediction`, as its authors want it, or JSON lines of answers.
+
+        The authors' form may say "0", "1" or "2" for no, yes and undecided, and may leave out `gt_answer`; then the
+        question file is needed.
+        """
+        return read_forms(path, (*ANSWER_FORMS, _Predicted), "HallusionBench answers")
 
     def row(self, answer: Answer) -> Row:
-        label = str(answer.label).lower()
+        label = answer.label.lower() if isinstance(answer.label, str) else answer.label
         if label not in ("yes", "no"):
+            remedy = "; give --questions FILE" if label is None else ""
             raise EvalError(
-                f"Question {answer.question_id}: the gold answer must be yes or no, found {answer.label!r}."
+                f"Question {answer.question_id}: the gold answer must be yes or no, found {shown(answer.label)}{remedy}."
             )
         verdict, clear = parsers.rule(self.rule)(answer.answer, label)
         keys = {name: str(need(answer.meta, name, f"question {answer.question_id}")) for name in _KEYS}
@@ -142,16 +144,57 @@ def _without_figure(keys: Mapping[str, str]) -> bool:
     return keys["category"] == "VS" and keys["visual_input"] == "0"
 
 
-def _question(keys: Sequence[str], text: str, image: str | None, label: str) -> Question:
+def _question(keys: Sequence[str], text: str, image: str | None, label: str | None) -> Question:
     """A question; its cluster is the set, within which figures and questions are counted together."""
     meta = dict(zip(_KEYS, keys))
     return Question("/".join(keys[:5]), text, image, label, cluster="/".join(keys[:3]), meta=meta)
 
 
-def _question_of(record: Mapping[str, Any], where: str) -> Question:
-    keys = [str(need(record, name, where)) for name in _KEYS]
-    gold = str(need(record, "gt_answer", where))
-    if gold not in _GOLD:
-        raise FileFormatError(f"{where}: field 'gt_answer' must be 0 or 1, found {gold!r}.")
-    image = record.get("filename")
-    return _question(keys, need(record, "question", where), image.removeprefix("./") if image else None, _GOLD[gold])
+class _Placed(Form):
+    """Where a question stands in the benchmark."""
+
+    category: str
+    subcategory: str
+    set_id: Identity
+    figure_id: Identity
+    question_id: Identity
+    visual_input: Identity
+    filename: str | None = None
+
+    @property
+    def keys(self) -> list[str]:
+        return [str(getattr(self, name)) for name in _KEYS]
+
+    @property
+    def picture(self) -> str | None:
+        return self.filename.removeprefix("./") if self.filename else None
+
+
+class _Asked(_Placed):
+    """A record of HallusionBench.json."""
+
+    question: str
+    gt_answer: Literal["0", "1", 0, 1]
+
+    def to_question(self) -> Question:
+        return _question(self.keys, self.question, self.picture, _GOLD[str(self.gt_answer)])
+
+
+class _Predicted(_Placed):
+    """A record of HallusionBench_result.json."""
+
+    by = "HallusionBench"
+    example = (
+        '{"category": "VD", "subcategory": "chart", "set_id": "0", "figure_id": "1", "question_id": "0", '
+        '"visual_input": "1", "question": "Is it?", "gt_answer": "1", "model_prediction": "Yes"}'
+    )
+
+    question: str = ""
+    gt_answer: Literal["0", "1", 0, 1] | None = None
+    model_prediction: str | int | None
+
+    def to_answer(self, number: int) -> Answer:
+        gold = None if self.gt_answer is None else _GOLD[str(self.gt_answer)]
+        question = _question(self.keys, self.question, self.picture, gold)
+        said = "" if self.model_prediction is None else str(self.model_prediction)
+        return Answer.to(question, _DIGITS.get(said, said))

@@ -28,7 +28,8 @@ from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from .answers import line_of, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .reading import read_bytes, read_records, read_text
+from .forms import ANSWER_FORMS, Form, Own, read_forms
+from .reading import Identity, Record, checked, read_bytes, read_records, read_text, shown
 
 RETRIES = 3
 # Where the key of an endpoint is looked for; it is sent to the endpoint and nowhere else.
@@ -57,11 +58,24 @@ def read_replies(path: Path) -> dict[str, str]:
     """Recorded replies: JSON lines with `id` and `reply`. Raises FileFormatError for an id that occurs twice."""
     replies: dict[str, str] = {}
     for where, record in read_records(path):
-        identity = str(need(record, "id", where))
-        if identity in replies:
-            raise FileFormatError(f"{where}: a second reply for id {identity}; keep one.")
-        replies[identity] = str(need(record, "reply", where) or "")
+        line = checked(_Reply, record, where)
+        if str(line.id) in replies:
+            raise FileFormatError(f"{where}: a second reply for id {line.id}; keep one.")
+        replies[str(line.id)] = line.reply or ""
     return replies
+
+
+class _Reply(Record):
+    """What a judge said about one answer."""
+
+    id: Identity
+    reply: str | None
+
+
+class _Recorded(_Reply):
+    """A reply that an endpoint gave to a prompt."""
+
+    prompt_sha256: str
 
 
 @dataclass(frozen=True)
@@ -128,8 +142,9 @@ def ask(prompts: Sequence[Prompt], judge: Callable[[Prompt], str], record: Path)
     """
     known: dict[tuple[str, str], str] = {}
     if record.exists() and record.stat().st_size:
-        for where, line in read_records(record):
-            known[str(need(line, "id", where)), str(need(line, "prompt_sha256", where))] = need(line, "reply", where)
+        for where, found in read_records(record):
+            line = checked(_Recorded, found, where)
+            known[str(line.id), line.prompt_sha256] = line.reply or ""
     replies: dict[str, str] = {}
     for prompt in prompts:
         digest = hashlib.sha256(prompt.text.encode()).hexdigest()
@@ -190,6 +205,13 @@ def _object(text: str) -> dict[Any, Any] | None:
 
 
 # Evaluators --------------------------------------------------------------------------------------------------------
+
+
+def _reply_to(answer: Answer) -> str:
+    reply = need(answer.meta, "reply", f"answer {answer.question_id}")
+    if not isinstance(reply, str):
+        raise FileFormatError(f"answer {answer.question_id}: field 'reply' must be text, found {shown(reply)}.")
+    return reply
 
 
 @dataclass(frozen=True)
@@ -304,17 +326,12 @@ class MMHal(Judged):
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """The 96 questions of MMHal's response file."""
-        return {"all": [_mmhal_question(n, record, where) for n, (where, record) in enumerate(read_records(path))]}
+        lines = enumerate(read_records(path))
+        return {"all": [checked(_MMHalLine, record, where).question_of(n) for n, (where, record) in lines]}
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Answers in MMHal's response file, its questions with `model_answer` filled in; or JSON lines of a run."""
-        records = read_records(path)
-        if "model_answer" not in records[0][1]:
-            return super().read_answers(path)
-        return [
-            Answer.to(_mmhal_question(number, record, where), str(need(record, "model_answer", where) or ""))
-            for number, (where, record) in enumerate(records)
-        ]
+        return read_forms(path, (_MMHalAnswer, *ANSWER_FORMS), "MMHal answers")
 
     def prompt(self, answer: Answer) -> Prompt:
         values = {
@@ -326,7 +343,7 @@ class MMHal(Judged):
         return Prompt(str(answer.question_id), self._fill(MMHAL_PROMPT, values))
 
     def row(self, answer: Answer) -> Row:
-        reply = need(answer.meta, "reply", f"answer {answer.question_id}")
+        reply = _reply_to(answer)
         rating = mmhal_rating(reply)
         return Row.of(
             answer,
@@ -334,7 +351,7 @@ class MMHal(Judged):
             correct=(rating or 0) >= 3,
             rule="rating",
             clear=rating is not None,
-            type=answer.meta.get("type", "other"),
+            type=str(answer.meta.get("type", "other")),
             reply=reply,
         )
 
@@ -355,15 +372,37 @@ class MMHal(Judged):
         return {"score": score, "hallucination": ratio(totals.get("hallucinated", 0), totals["n"]), **means}
 
 
-def _mmhal_question(number: int, record: Mapping[str, Any], where: str) -> Question:
-    """A question of the file; its type goes by position (eight in turn) where the file does not say."""
-    contents = record.get("image_content") or []
-    image = str(record.get("image_src") or record.get("image_id") or number).rsplit("/", 1)[-1]
-    meta = {
-        "type": str(record.get("question_type") or MMHAL_TYPES[number % 8]),
-        "contents": contents if isinstance(contents, str) else ", ".join(contents),
-    }
-    return Question(number, need(record, "question", where), image, need(record, "gt_answer", where), meta=meta)
+class _MMHalLine(Form):
+    """A question of MMHal's response file; its type goes by place (eight in turn) where the file does not say."""
+
+    question: str
+    gt_answer: str
+    image_src: str | None = None
+    image_id: Identity | None = None
+    question_type: str | None = None
+    image_content: str | list[str] | None = None
+
+    def question_of(self, number: int) -> Question:
+        image = self.image_src or self.image_id
+        contents = self.image_content or []
+        meta = {
+            "type": self.question_type or MMHAL_TYPES[number % 8],
+            "contents": contents if isinstance(contents, str) else ", ".join(contents),
+        }
+        name = str(number if image is None else image).rsplit("/", 1)[-1]
+        return Question(number, self.question, name, self.gt_answer, meta=meta)
+
+
+class _MMHalAnswer(_MMHalLine):
+    """The same with the answer filled in."""
+
+    by = "MMHal-Bench"
+    example = '{"question": "Is it?", "gt_answer": "Yes.", "image_src": "a.jpg", "model_answer": "Yes, it is."}'
+
+    model_answer: str | None
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer.to(self.question_of(number - 1), self.model_answer or "")
 
 
 VALLU_PROMPT = """You are an impartial judge of what an assistant said about the image.
@@ -401,17 +440,11 @@ class VaLLu(Judged):
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """Questions as JSON lines with `question_id`, `prompt`, `image`."""
-        return {"all": [_vallu_question(record, where) for where, record in read_records(path)]}
+        return {"all": [checked(_VaLLuLine, record, where).to_question() for where, record in read_records(path)]}
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Answers as the authors' scripts write them: the questions with the answer in `text`; or JSON lines of a run."""
-        records = read_records(path)
-        if "answer" in records[0][1]:
-            return super().read_answers(path)
-        return [
-            Answer.to(_vallu_question(record, where), str(need(record, "text", where) or ""))
-            for where, record in records
-        ]
+        return read_forms(path, (Own, _VaLLuAnswer), "VaLLu answers")
 
     def prompt(self, answer: Answer) -> Prompt:
         image = None
@@ -423,7 +456,7 @@ class VaLLu(Judged):
         return Prompt(str(answer.question_id), text, image)
 
     def row(self, answer: Answer) -> Row:
-        reply = need(answer.meta, "reply", f"answer {answer.question_id}")
+        reply = _reply_to(answer)
         ratings = vallu_ratings(reply)
         return Row.of(
             answer,
@@ -443,6 +476,24 @@ class VaLLu(Judged):
         return {aspect: ratio(totals[f"{aspect}.sum"], totals["rated"]) for aspect in ASPECTS}
 
 
-def _vallu_question(record: Mapping[str, Any], where: str) -> Question:
-    text = need(record, "prompt", where).replace("<image>", "").strip()
-    return Question(need(record, "question_id", where), text, str(need(record, "image", where)))
+class _VaLLuLine(Form):
+    """A question."""
+
+    question_id: Identity
+    prompt: str
+    image: Identity
+
+    def to_question(self) -> Question:
+        return Question(self.question_id, self.prompt.replace("<image>", "").strip(), str(self.image))
+
+
+class _VaLLuAnswer(_VaLLuLine):
+    """The same with the answer."""
+
+    by = "VDGD"
+    example = '{"question_id": 1, "prompt": "<image> What is it?", "image": "a.jpg", "text": "A dog."}'
+
+    text: str | None
+
+    def to_answer(self, number: int) -> Answer:
+        return Answer.to(self.to_question(), self.text or "")

@@ -16,14 +16,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from lvlm_decode.errors import MissingFileError, SettingsError
+from pydantic import Field
+
+from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
 
 from .answers import Audit, audit, line_of, resume_answers, write_json, write_rows, write_whole
 from .base import Answer, Evaluator, Question, Row
 from .joins import join
-from .reading import read_json, read_records
+from .reading import Closed, Identity, Record, checked, read_json, read_records
 
 # A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).
@@ -83,6 +85,55 @@ class Decoding:
 
 
 GREEDY = Decoding()
+
+
+class DecodingShape(Closed):
+    """`Decoding` as files hold it."""
+
+    do_sample: bool = False
+    temperature: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    top_p: float | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    num_beams: Annotated[int, Field(lt=2**15)] = 1
+
+    def to_decoding(self, where: str) -> Decoding:
+        """The decoding. Raises FileFormatError naming the file where its values contradict each other."""
+        try:
+            return Decoding(**self.model_dump())
+        except SettingsError as error:
+            raise FileFormatError(f"{where}: field 'decoding': {error}") from error
+
+
+class _MethodShape(Record):
+    """The method of a run: its name as on the command line, and its parameters."""
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class SettingsShape(Record):
+    """settings.json of a cell: what reading it back needs; everything else in it is compared as it stands."""
+
+    evaluator: str
+    split: str
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    method: _MethodShape
+    decoding: DecodingShape
+    scoring: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    protocol: str | None = None
+
+
+class _QuestionShape(Closed):
+    """A line of questions.jsonl, which a run wrote."""
+
+    id: Identity
+    text: str
+    image: str | None
+    label: Any = None
+    cluster: str | None = None
+    meta: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -195,7 +246,7 @@ def claim(folder: Path, settings: Settings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, settings.record())
         return
-    found = read_json(path)
+    found = read_settings(folder)[0]
     before = _flat({name: value for name, value in found.items() if name not in NOT_DECIDING})
     now = _flat(dict(settings.decides))
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -232,7 +283,10 @@ def write_questions(folder: Path, questions: Sequence[Question]) -> None:
 def read_questions(folder: Path) -> list[Question] | None:
     """The questions of a split folder; None when there is no such file."""
     path = Path(folder) / "questions.jsonl"
-    return [Question(**record) for _, record in read_records(path)] if path.exists() else None
+    if not path.exists():
+        return None
+    found = [checked(_QuestionShape, record, where) for where, record in read_records(path)]
+    return [Question(**{name: getattr(line, name) for name in _QuestionShape.model_fields}) for line in found]
 
 
 @dataclass(frozen=True)
@@ -264,6 +318,13 @@ def found_cells(out: Path) -> list[Path]:
     return found
 
 
+def read_settings(folder: Path) -> tuple[dict[str, Any], SettingsShape]:
+    """settings.json of a cell: as it stands, and what reading needs of it. Raises FileFormatError naming the field."""
+    path = Path(folder) / "settings.json"
+    found = read_json(path)
+    return found, checked(SettingsShape, found, str(path))
+
+
 def read_cell(folder: Path, **options: Any) -> Result:
     """Read one cell and score it by the questions it asked; `options` change the evaluator's (another rule, say).
 
@@ -271,8 +332,8 @@ def read_cell(folder: Path, **options: Any) -> Result:
     """
     from . import evaluator
 
-    settings = read_json(folder / "settings.json")
-    scorer = evaluator(settings["evaluator"], **(settings.get("scoring") or {}) | options)
+    settings, shape = read_settings(folder)
+    scorer = evaluator(shape.evaluator, **(shape.scoring or {}) | options)
     answers = cell_answers(folder)
     key = settings_key(settings)
     edited = tuple(str(answer.question_id) for answer in answers if answer.edited(key))
@@ -284,10 +345,10 @@ def read_cell(folder: Path, **options: Any) -> Result:
     usable, trouble = audit(answers, questions)
     return Result(
         scorer,
-        settings["split"],
-        settings["method"]["name"],
-        Decoding(**settings["decoding"]),
-        settings["seed"],
+        shape.split,
+        shape.method.name,
+        shape.decoding.to_decoding(str(folder / "settings.json")),
+        shape.seed,
         scorer.rows(usable),
         replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed),
         settings,

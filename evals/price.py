@@ -11,13 +11,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from lvlm_decode.errors import LvlmDecodeError
 
 from .base import Column, Evaluator
 from .metrics import REPLICATES, compare
 from .plan import TIMES, Result, is_control
-from .reading import read_records
+from .reading import Count, Record, checked, read_records
 from .tables import Block, Method, Value, difference_value, equal_length_values, gather, matched
 
 # The first batch of a process also pays for warming up.
@@ -64,22 +67,30 @@ def figures(evaluator: Evaluator, split: str) -> list[Figure]:
     return found + [Figure("caption", columns[key].title, columns[key]) for key in captions if key in columns]
 
 
+class _Batch(Record):
+    """A line of times.jsonl."""
+
+    answers: Annotated[int, Field(ge=1, lt=2**31)]
+    tokens: Count
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 def pace(method: Method) -> tuple[float, float] | None:
     """(tokens an answer, milliseconds a token) of a method, both medians over batches; None without recorded times.
 
     Over all its seeds, without the first batch of each.
     """
-    batches: list[dict] = []
+    batches: list[_Batch] = []
     for result in method.results:
         path = Path(result.folder) / TIMES
         if path.is_file():
-            batches += [record for _, record in read_records(path)][1:]
-    batches = [batch for batch in batches if batch["tokens"]]
+            batches += [checked(_Batch, record, where) for where, record in read_records(path)][1:]
+    batches = [batch for batch in batches if batch.tokens]
     if len(batches) < _FEWEST_BATCHES:
         return None
     return (
-        statistics.median(batch["tokens"] / batch["answers"] for batch in batches),
-        statistics.median(1000 * batch["seconds"] / batch["tokens"] for batch in batches),
+        statistics.median(batch.tokens / batch.answers for batch in batches),
+        statistics.median(1000 * batch.seconds / batch.tokens for batch in batches),
     )
 
 

@@ -16,27 +16,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
+from lvlm_decode.errors import FileFormatError, LvlmDecodeError, MissingFileError, SettingsError, UnknownNameError
 
 from . import evaluator
 from .base import Evaluator, Question
 from .chair import image_key
-from .plan import Decoding
-from .reading import Closed, read_records, read_text, read_yaml
+from .plan import Decoding, DecodingShape
+from .reading import Closed, Identity, Record, checked, read_records, read_text, read_yaml
 
 # The values a config may name where nobody knows how a row was measured.
 UNKNOWN = "unknown"
 FOLDER = Path("configs") / "protocols"
-
-
-class DecodingFile(Closed):
-    """How tokens are chosen, as a file says it; see `plan.Decoding`."""
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float | None = None
-    top_k: int | None = None
-    num_beams: int = 1
 
 
 class ProtocolFile(Closed):
@@ -52,9 +42,9 @@ class ProtocolFile(Closed):
     prompt: str | None = None
     templates: dict[str, str] = Field(default_factory=dict)
     suffix: str = ""
-    max_new_tokens: Annotated[int, Field(gt=0)] | None = None
-    decoding: DecodingFile | None = None
-    seeds: list[int] = Field(default_factory=list)
+    max_new_tokens: Annotated[int, Field(gt=0, lt=2**31)] | None = None
+    decoding: DecodingShape | None = None
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(default_factory=list)
     checkpoints: list[str] = Field(default_factory=list)
     dtype: str | None = None
     splits: list[str] = Field(default_factory=list)
@@ -96,15 +86,23 @@ def key_of(ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
+class _Listed(Record):
+    """A line of a list of images."""
+
+    image_id: Identity | None = None
+    image: Identity | None = None
+
+
 def read_ids(path: Path) -> list[int]:
     """Image ids of a list file, in order, each once: a number a line, or JSON with `image_id` or `image`."""
     text = read_text(path)
-    if re.fullmatch(r"[\d\s]+", text):
+    if re.fullmatch(r"\s*([0-9]{1,12}\s+)*[0-9]{1,12}\s*", text):
         return list(dict.fromkeys(int(line) for line in text.split()))
     found = []
     for where, record in read_records(path):
-        name = image_key(record.get("image_id", record.get("image")))
-        if not name.isdecimal():
+        line = checked(_Listed, record, where)
+        name = image_key(line.image_id if "image_id" in record else line.image)
+        if not name.isdecimal() or len(name) > 12:
             raise FileFormatError(f"{where}: expected `image_id` or `image` of COCO, found {', '.join(record)}.")
         found.append(int(name))
     return list(dict.fromkeys(found))
@@ -212,8 +210,11 @@ def protocol(name: str) -> Protocol:
 def read_protocol(path: Path) -> Protocol:
     """A protocol from its file. Raises FileFormatError naming the file, line and field that is missing or wrong."""
     found = read_yaml(path, ProtocolFile)
-    evaluator(found.benchmark, **found.options)
-    decoding = None if found.decoding is None else Decoding(**found.decoding.model_dump())
+    try:
+        evaluator(found.benchmark, **found.options)
+    except LvlmDecodeError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    decoding = None if found.decoding is None else found.decoding.to_decoding(str(path))
     lists = {name: tuple(getattr(found, name)) for name in ("seeds", "checkpoints", "splits", "notes")}
     return Protocol(**{**dict(found), "decoding": decoding, **lists}, name=path.stem)
 

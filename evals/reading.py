@@ -260,8 +260,8 @@ def parse_yaml(text: str, where: str) -> tuple[Any, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        place = f", line {mark.line + 1}" if mark else ""
-        raise FileFormatError(f"{where}{place}: broken YAML ({reason}).") from error
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise FileFormatError(f"{where}: broken YAML ({place}{reason}).") from error
     except (RecursionError, ValueError, TypeError, AttributeError, LookupError, OverflowError) as error:
         # What PyYAML's constructors raise for dates, numbers and tags that are none.
         reason = "nested too deeply" if isinstance(error, RecursionError) else shown(str(error))
@@ -339,7 +339,7 @@ def checked(
         return schema.model_validate(value)
     except ValidationError as error:
         place, reason = _first(error.errors(include_url=False), value)
-        number = line(place) if line is not None else None
+        number = line(place) if line is not None and place else None
         named = _named(place)
         raise FileFormatError(
             f"{where}{f', line {number}' if number else ''}: {f'{named} ' if named else ''}{reason}."
@@ -406,11 +406,10 @@ def _at(value: Any, place: Sequence[str | int]) -> Any:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'? Known: ..." for a name that is not among the known ones."""
+    """How a sentence about an unknown name ends: the known ones, and the nearest of them."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{meant} known: {', '.join(names)}" if names else ""
+    return (f"; known: {', '.join(names)}" if names else "") + (f"; the nearest is {close[0]!r}" if close else "")
 
 
 # To disk -----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_answers_in_the_authors_form(tmp_path):
     (row,) = scorer.rows(scorer.read_answers(path))
     assert row.correct and row.cluster == "VD/math/0"
     path.write_text(json.dumps([record | {"gt_answer": "2"}]))
-    with pytest.raises(FileFormatError, match="entry 1: field 'gt_answer' must be 0 or 1"):
+    with pytest.raises(FileFormatError, match="entry 1: field 'gt_answer' must be one of '0', '1'"):
         scorer.read_answers(path)
     del record["set_id"]
     path.write_text(json.dumps([record]))
