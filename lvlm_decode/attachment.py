@@ -97,6 +97,7 @@ class Attached:
             raise UnsupportedError(
                 f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
             )
+        hf.check_empty(kwargs.values())
         if kwargs.get("inputs_embeds") is not None:
             raise UnsupportedError(
                 "inputs_embeds hide the image placeholders; pass input_ids and pixel_values instead."

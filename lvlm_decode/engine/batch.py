@@ -79,6 +79,8 @@ class Batch:
             for key in family.vision_keys
             if (value := inputs.get(key)) is not None
         }
+        #: Of the caller's prompts, padding included.
+        self.width = ids_tensor.shape[1]
         self._placeholders = (ids_tensor == family.image_token_id).sum(1).tolist()
         self._images: list[tuple[Encoded, ...]] = []
         self._encoded = False
@@ -285,13 +287,15 @@ class Batch:
                 )
         return out
 
-    def prepare(self, samples: Sequence[Sample]) -> Prepared:
-        """The rows of ``samples`` as the model's own ``generate()`` prepares them, left-padded to the longest."""
-        return self.family.prepare(*self.rows(samples))
+    def prepare(self, samples: Sequence[Sample], width: int = 0) -> Prepared:
+        """The rows of ``samples`` as the model's own ``generate()`` prepares them; see :meth:`rows`."""
+        return self.family.prepare(*self.rows(samples, width))
 
-    def rows(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Encoded]]:
-        """Text, vision inputs and images of ``samples`` as one batch, left-padded to the longest."""
-        width = max(sample.text["input_ids"].shape[1] for sample in samples)
+    def rows(
+        self, samples: Sequence[Sample], width: int = 0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Encoded]]:
+        """Text, vision inputs and images of ``samples`` as one batch, left-padded to the longest, or to ``width``."""
+        width = max(width, *(sample.text["input_ids"].shape[1] for sample in samples))
         text: dict[str, Tensor] = {}
         for name in samples[0].text:
             fill = self.family.pad_token_id if name == "input_ids" else 0

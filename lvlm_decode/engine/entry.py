@@ -60,6 +60,7 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
     Raises:
         UnsupportedError: a language model inside an LVLM, to which pixels and other prompts never get.
     """
+    hf.check_empty([call.cache])
     if call.inputs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             f"{method.name} got the embeddings of the language model inside an LVLM, in which the image is already mixed; "
@@ -115,6 +116,7 @@ class ViewsProcessor(LogitsProcessor):
         family: type[Family] | None = None,
     ):
         check_modes(method, ["processor"])
+        hf.check_empty(inputs.values())
         if any(type(part).patch is not Method.patch for part in method.parts()):
             raise UnsupportedError(
                 f"{method.name} changes the model's forward, which a LogitsProcessor cannot; use lvlm_decode.attach."

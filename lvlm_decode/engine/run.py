@@ -125,8 +125,11 @@ class Run:
 
     def prepare(self, rows_per_sample: int) -> list[Prepared]:
         """Per view the prepared rows, each sample ``rows_per_sample`` times."""
+        # The samples themselves keep the caller's padding, so that states have the caller's shape.
+        widths = [self.batch.width, *[0] * len(self.views)]
         return [
-            self.batch.prepare([sample for sample in column for _ in range(rows_per_sample)]) for column in self.samples
+            self.batch.prepare([sample for sample in column for _ in range(rows_per_sample)], width)
+            for column, width in zip(self.samples, widths)
         ]
 
     @property
@@ -179,6 +182,12 @@ class Run:
             # Another model is not edited: methods read and change the attention of the one they are attached to.
             edits=self.edits if module is None else (),
         )
+
+    def keys_for(self, cache: Any) -> KV:
+        """Keys and values of the lane of view 0, where a loop was given ``cache``: that one, unless its size is fixed."""
+        kv = KV(cache)
+        # The loop's has the size of view 0's prompt and answer, and maybe its rows.
+        return kv if kv.capacity is None else KV.fixed(self.module, kv.capacity + self.extra_width)
 
     def open(self, kv: KV | None = None, record: bool = False) -> Lanes:
         """The lanes of this run; view 0's uses ``kv``.

@@ -222,7 +222,8 @@ class Lanes:
         scores, out = self._score(outputs, positions.clamp(min=0)), outputs[0]
         if q:
             assert tail is not None
-            more, out = self.extend(tail, min(q, keep), **call)
+            more, further = self.extend(tail, min(q, keep), **call)
+            out = hf.joined(out, further)
             scores = torch.cat([scores, more], 1)[:, -keep:]
         return scores, out
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from . import hf, sampling
-from .hf import KV, Call
+from .hf import Call
 from .modes import check_modes
 from .run import Run
 from .stack import Lanes
@@ -87,8 +87,6 @@ def checked(run: Run, call: Call, drafter: str | None) -> Call:
     if hf.is_fixed(call.cache):
         if run.execution != "stacked":
             raise UnsupportedError(f"execution={run.execution!r} needs a dynamic cache; leave out the static one.")
-        # The loop sized it for view 0's prompt, and it holds the rows of all views.
-        call = dataclasses.replace(call, cache=KV.fixed(run.module, config.max_length + run.extra_width).cache)
     return call
 
 
@@ -103,14 +101,15 @@ class Stacked:
             if images:
                 packed = hf.with_images(run.family.pack(images))
                 call = dataclasses.replace(call, inputs={**call.inputs, **packed})
-        kv = KV(call.cache)
+        given, kv = call.cache, run.keys_for(call.cache)
+        call = dataclasses.replace(call, cache=kv.cache)
         with run.method.patch(run):
             lanes = run.open(kv, record=assisted)
             with kv.led(lanes.reorder, lanes.drop):
                 out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length))
-        if len(run.samples) > 1:
-            # Its rows are those of every view; a caller who continues from it would continue all of them.
-            hf.drop_cache(out)
+        # Its rows are those of every view; the caller is given those of the samples.
+        own = kv.give(given, lanes.main.rows, run.extra_width)
+        hf.give_cache(out, given if own else None)
         return out
 
 
@@ -121,6 +120,20 @@ def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
         prompt_length: tokens beyond it in the first call are a draft.
     """
     started = False
+    # Slots that the longest view's prompt has before those of the caller's.
+    lead = run.extra_width
+
+    def own(states: Any, name: str, first: bool) -> Any:
+        """Of one layer's hidden states or attentions: the caller's rows, queries and slots."""
+        if not isinstance(states, Tensor):
+            return states
+        states = states[: lanes.main.rows]
+        if name == "hidden_states":
+            return states[:, lead:] if first else states
+        # A fixed cache is attended to in its whole size, other states in their length, or that of a sliding window.
+        have, capacity = states.shape[-1], lanes.main.kv.capacity
+        slots = (have if have == capacity else lanes.main.length) - lead
+        return states[:, :, lead if first else 0 :, max(0, have - slots) :]
 
     @functools.wraps(run.module.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -129,6 +142,7 @@ def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
         keep = hf.kept_of(kwargs)
         wanted = ("hidden_states", "output_hidden_states"), ("attentions", "output_attentions")
         call = {option: kwargs[option] for _, option in wanted if kwargs.get(option) is not None}
+        first = not started
         if started:
             scores, out = lanes.extend(tokens, keep, **call)
         else:
@@ -141,7 +155,7 @@ def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
             if not kwargs.get(option):
                 setattr(out, name, None)
             elif states is not None:
-                setattr(out, name, tuple(s[: lanes.main.rows] if isinstance(s, Tensor) else s for s in states))
+                setattr(out, name, tuple(own(layer, name, first) for layer in states))
         return out
 
     return forward

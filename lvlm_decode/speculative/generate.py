@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from ..engine.hf import KV, Call
+from ..engine import hf
+from ..engine.hf import Call
 from ..engine.run import Run
 from ..errors import UnsupportedError
 from .cache_ops import accept_paths
@@ -55,6 +56,7 @@ class Speculative:
             UnsupportedError: beams, recorded attentions or hidden states, or a cache that drafts cannot be taken back from.
         """
         check(call.config)
+        hf.check_own(call.cache, self.name)
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(run.method.patch(run))
             watcher = None
@@ -83,7 +85,7 @@ class _Loop:
     def __init__(self, run: Run, drafter: Drafter, call: Call):
         self.run, self.drafter, self.config, self.streamer = run, drafter, call.config, call.streamer
         self.input_ids = input_ids = call.input_ids
-        self.lanes = run.open(None if call.cache is None else KV(call.cache))
+        self.lanes = run.open(None if call.cache is None else run.keys_for(call.cache))
         config = call.config
         record = bool(config.return_dict_in_generate and (config.output_scores or config.output_logits))
         self.chooser = Chooser(call.processors, input_ids, bool(config.do_sample), record)

@@ -5,13 +5,14 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 norm, head, attention.
 """
 
-from .cache import KV, check_plain, is_fixed
+from .cache import KV, check_empty, check_own, check_plain, is_fixed
 from .kwargs import (
     Prepared,
     cache_in,
-    drop_cache,
     first_forward,
     further_forward,
+    give_cache,
+    joined,
     kept_of,
     left_pad,
     run,
@@ -31,13 +32,16 @@ __all__ = [
     "Prepared",
     "Proxy",
     "cache_in",
+    "check_empty",
+    "check_own",
     "check_plain",
-    "drop_cache",
     "first_forward",
     "further_forward",
     "generate",
+    "give_cache",
     "given",
     "is_fixed",
+    "joined",
     "kept_of",
     "left_pad",
     "prepare",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache, cache_utils
@@ -13,6 +14,13 @@ from transformers import DynamicCache, StaticCache, cache_utils
 from ...errors import DependencyError, UnsupportedError
 from .decoder import text_config
 
+#: Layers that hold keys and values by position and nothing else.
+_POSITIONAL = (
+    cache_utils.DynamicLayer,
+    cache_utils.DynamicSlidingWindowLayer,
+    cache_utils.StaticLayer,
+    cache_utils.StaticSlidingWindowLayer,
+)
 #: Slots that a branching cache gets beyond those it needs, so that it need not be copied for every token.
 ROOM = 16
 
@@ -76,6 +84,12 @@ class KV:
         return int(self.cache.get_seq_length())
 
     @property
+    def rows(self) -> int | None:
+        """Rows of the first layer; ``None`` for a layer that is empty or holds no keys."""
+        keys = getattr(self.cache.layers[0], "keys", None) if self.cache.layers else None
+        return None if keys is None else len(keys)
+
+    @property
     def stored(self) -> int:
         """Slots that the first layer's tensors hold."""
         return self.cache.layers[0].keys.shape[2]
@@ -83,8 +97,9 @@ class KV:
     @property
     def capacity(self) -> int | None:
         """The most slots there can be; ``None`` for a cache that grows."""
-        layer = self.cache.layers[0] if self.cache.layers else None
-        return layer.max_cache_len if isinstance(layer, cache_utils.StaticLayer) else None
+        # A fixed layer with a sliding window is shorter than the others.
+        sizes = [layer.max_cache_len for layer in self.cache.layers if isinstance(layer, cache_utils.StaticLayer)]
+        return max(sizes, default=None)
 
     def check_length(self, length: int) -> None:
         """Raise unless ``length`` slots are in use: a forward that did not write into this cache is found out here.
@@ -210,6 +225,43 @@ class KV:
             out.cache.update(layer.keys[:, :, :length][list(rows)], layer.values[:, :, :length][list(rows)], number)
         return out
 
+    def give(self, target: Any, rows: int, lead: int) -> bool:
+        """Put what the first ``rows`` rows hold into the cache ``target``, without their first ``lead`` slots.
+
+        Args:
+            target: a cache of the caller's shape; it may be the one that is read.
+            lead: slots of padding that these rows have beyond the caller's prompt.
+
+        Returns:
+            whether that could be done; ``target`` is empty where it could not.
+        """
+        layers, capacity = self.cache.layers, self.capacity
+        if target is self.cache and lead == 0 and self.rows == rows:
+            return True
+        if not all(type(layer) in _POSITIONAL and layer.is_initialized for layer in layers):
+            target.reset()
+            return False
+        for layer in layers:
+            length = int(layer.get_seq_length())
+            held = min(length, layer.keys.shape[2])
+            # A layer with a window holds the newest slots alone, so those in front may be gone already.
+            size = layer.keys.shape[2] if capacity is None else min(layer.max_cache_len, capacity - lead)
+            take = min(length - lead, held, size)
+            for name in ("keys", "values"):
+                # Copies, so that the other views' memory is free again.
+                states = getattr(layer, name)[:rows, :, held - take : held].clone()
+                fill = 0 if capacity is None else size - take
+                setattr(layer, name, torch.nn.functional.pad(states, (0, 0, 0, fill)))
+            if capacity is not None:
+                layer.max_cache_len, layer.batch_size = size, rows
+                layer.cumulative_length.fill_(length - lead)
+                if hasattr(layer, "cumulative_length_int"):
+                    layer.cumulative_length_int = length - lead
+            elif hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = length - lead
+        target.layers = layers
+        return True
+
     def first_layers(self, count: int, rows: int, length: int) -> KV:
         """A growing view of what the first ``count`` layers hold of the first ``rows`` rows."""
         out = KV(DynamicCache())
@@ -223,12 +275,37 @@ def is_fixed(cache: Any) -> bool:
     return isinstance(cache, StaticCache)
 
 
+def check_empty(values: Iterable[Any]) -> None:
+    """Raise if one of ``values``, the arguments of a call, is a cache that holds tokens.
+
+    Raises:
+        UnsupportedError: such a cache. Views are read from the whole prompt, so its tokens would be read twice.
+    """
+    for value in values:
+        if isinstance(value, transformers.Cache) and (length := int(value.get_seq_length())) > 0:
+            raise UnsupportedError(
+                f"the cache given to generate() holds {length} tokens already, and the views of a sample start from its whole "
+                "prompt; leave out the cache and pass the whole conversation with its images."
+            )
+
+
+def check_own(cache: Any, name: str) -> None:
+    """Raise if ``cache`` is the caller's own, which would come back empty or with the rows of other views.
+
+    Raises:
+        UnsupportedError: names what cannot fill it.
+    """
+    if getattr(cache, "_is_user_defined", False):
+        raise UnsupportedError(f"{name} keeps keys and values of its own and cannot fill a cache; leave it out.")
+
+
 def check_plain(cache: Any, method: str) -> None:
     """Raise unless ``cache`` is the empty dynamic one that ``generate()`` makes by itself.
 
     Raises:
-        UnsupportedError: a cache that is quantised, offloaded, static, or holds tokens already.
+        UnsupportedError: a cache of the caller's, or one that is quantised, offloaded or static.
     """
+    check_own(cache, method)
     if cache is None:
         return
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
@@ -236,5 +313,3 @@ def check_plain(cache: Any, method: str) -> None:
             f"{method} keeps keys and values in a dynamic cache of its own, and {type(cache).__name__} was asked "
             "for; leave out cache_implementation and the cache."
         )
-    if cache.get_seq_length() > 0:
-        raise UnsupportedError(f"{method} starts from the whole prompt; leave out the cache, which holds tokens.")

@@ -55,11 +55,32 @@ def cache_in(output: Any) -> Any:
     return getattr(output, _CACHE, None)
 
 
-def drop_cache(output: Any) -> None:
-    """Take the cache out of what a loop returned, also out of its keys and of its tuple."""
-    if not isinstance(output, Tensor) and getattr(output, _CACHE, None) is not None:
-        setattr(output, _CACHE, None)
+def give_cache(output: Any, cache: Any) -> None:
+    """Let what a loop returned hold ``cache`` where it holds one; ``None`` takes it out, also of its keys and its tuple."""
+    if isinstance(output, Tensor) or getattr(output, _CACHE, None) is None:
+        return
+    setattr(output, _CACHE, cache)
+    if cache is None:
         OrderedDict.pop(output, _CACHE, None)
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The output of two forwards, one after the other, with the states that one forward over both would have put out.
+
+    Returns:
+        ``second``; its hidden states are (R, T1 + T2, D) and its attentions (R, H, T1 + T2, S), where both have them.
+    """
+    for name in ("hidden_states", "attentions"):
+        before, after = getattr(first, name, None), getattr(second, name, None)
+        if before is None or after is None:
+            continue
+        whole = []
+        for a, b in zip(before, after):
+            if a is not None and name == "attentions":
+                a = torch.nn.functional.pad(a, (0, b.shape[-1] - a.shape[-1]))
+            whole.append(a if a is None else torch.cat([a, b], -2))
+        setattr(second, name, tuple(whole))
+    return second
 
 
 def with_images(images: Any) -> dict[str, Any]:
