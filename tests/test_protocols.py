@@ -214,7 +214,7 @@ def test_wrong_protocol_files_name_the_field(tmp_path):
         with pytest.raises(FileFormatError, match=sentence):
             read_protocol(path)
     path.write_text(yaml.safe_dump({k: v for k, v in good.items() if k != "source"}))
-    with pytest.raises(FileFormatError, match=r"p\.yaml, line 1: field 'source' is missing"):
+    with pytest.raises(FileFormatError, match=r"p\.yaml: field 'source' is missing"):
         read_protocol(path)
     with pytest.raises(UnknownNameError, match="protocol 'opera' is unknown; known: assesshal-512"):
         protocol("opera")
