@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -13,10 +11,7 @@ from typing import Any
 
 from lvlm_decode.errors import FileFormatError
 
-from .reading import read_records, read_text
-
-# One cell of the benchmarks' sheets may hold a whole image in base64.
-_CELL = 1 << 28
+from .reading import read_records, read_table
 
 
 def read_sheet(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -25,25 +20,8 @@ def read_sheet(path: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises FileFormatError for a sheet without lines, or with a line that has more or fewer cells than the header.
     """
     name = Path(path).name.removesuffix(".gz")
-    if not name.endswith((".csv", ".tsv")):
-        return read_records(path)
-    before = csv.field_size_limit(_CELL)
-    try:
-        reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t" if name.endswith("tsv") else ",")
-        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error as error:
-        raise FileFormatError(f"{path}: broken table ({error}); export the sheet again.") from error
-    finally:
-        csv.field_size_limit(before)
-    if len(lines) < 2:
-        raise FileFormatError(f"{path} holds no line below its header; expected one line for each question.")
-    header = [cell.strip() for cell in lines[0][1]]
-    for number, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise FileFormatError(
-                f"{path}, line {number}: {len(cells)} cells, the header has {len(header)} ({', '.join(header)})."
-            )
-    return [(f"{path}, line {number}", dict(zip(header, cells))) for number, cells in lines[1:]]
+    delimiter = {"csv": ",", "tsv": "\t"}.get(name.rpartition(".")[2])
+    return read_records(path) if delimiter is None else [*read_table(path, delimiter)]
 
 
 def field(record: Mapping[str, Any], where: str, *names: str) -> Any:

@@ -66,13 +66,15 @@ class DashB(Evaluator):
         return {"all": questions}
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
-        """The authors' two lists, {source: {object: [file]}}: a folder that holds both, or one of them.
+        """The authors' two lists, {source: {object: [file]}}: a folder that holds both, or one of them; or the hub's rows.
 
-        Images lie as in the authors' archives: `neg/SOURCE/OBJECT/FILE` and `pos/...`.
+        The hub's rows (YanNeu/DASH-B) have question_id, object, answer and image. Otherwise images lie as in the authors' archives: `neg/SOURCE/OBJECT/FILE` and `pos/...`.
         """
         path = Path(path)
         files = sorted(path.glob("dash_benchmark_*.json*")) if path.is_dir() else [path]
         sides = {side: file for file in files for side in ("neg", "pos") if f"_{side}." in file.name}
+        if not sides and path.is_file() and "object" in (rows := read_records(path))[0][1]:
+            return {"all": [_of_row(record, where) for where, record in rows]}
         if not sides:
             raise FileFormatError(f"{path}: expected dash_benchmark_neg.json and dash_benchmark_pos.json.")
         questions = []
@@ -156,6 +158,14 @@ class DashB(Evaluator):
             sides[row.label][0] += bool(row.correct)
             sides[row.label][1] += 1
         return self.summary(rows) | {"objects": objects}
+
+
+def _of_row(record: Mapping[str, Any], where: str) -> Question:
+    label = str(record["label"] if "label" in record else need(record, "answer", where)).lower()
+    if label not in ("yes", "no"):
+        raise FileFormatError(f"{where}: field 'answer' must be yes or no, found {label!r}.")
+    name, identity = str(record["object"]), need(record, "question_id", where)
+    return Question(identity, PROMPT.format(name), str(need(record, "image", where)), label, meta={"object": name})
 
 
 def _question(label: str, source: str, name: str, file: str, image: str) -> Question:

@@ -249,7 +249,7 @@ def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
             "Reading hub data sets needs the datasets library; install it with: pip install 'lvlm-decode[eval]'."
         ) from error
     loaded = datasets.load_dataset(name, split=split)
-    pictures = [column for column in loaded.column_names if column.startswith("image") and column != "image_source"]
+    pictures = [c for c in loaded.column_names if c.lower().startswith("image") and c != "image_source"]
     records, place = [], {}
     for i, row in enumerate(loaded.remove_columns(pictures)):
         record = dict(row)

@@ -107,7 +107,8 @@ class MMStar(Evaluator):
         if answer.label is None:
             raise FileFormatError(f"{where} has no label; put `label` into the answers, or give --questions FILE.")
         label = str(answer.label) if choices else letter(answer.label, where, LETTERS)
-        found = {named_choice(answer.answer, choices)} - {None} if choices else answer_letters(answer.answer)
+        named = named_choice(answer.answer, choices) if choices else None
+        found = ({named} if named else set()) if choices else answer_letters(answer.answer)
         category = str(field(answer.meta, f"{where} (give --questions FILE)", "category"))
         return Row.of(
             replace(answer, label=label),

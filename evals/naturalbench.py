@@ -13,6 +13,7 @@ the other way round; the authors' scorer relies on that and reads no answer colu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import FileFormatError
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .choices import field, read_sheet, scene_contrasts, whole_number, yes_no_questions
+from .choices import TASKS, field, read_sheet, scene_contrasts, whole_number, yes_no_questions
 from .reading import read_json, read_text
 
 # Words that mean 1 and 0, by type of question.
@@ -55,6 +56,7 @@ class NaturalBench(Evaluator):
         Column("q_acc", "qAcc", better=+1, paired=True, of=("groups",)),
         Column("i_acc", "iAcc", better=+1, paired=True, of=("groups",)),
         Column("accuracy", "Accuracy", better=+1, paired=True),
+        *(Column(f"{task}_acc", f"gAcc {task}", better=+1, of=(f"{task}_groups",)) for task in TASKS),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),
         Column("groups", "Groups", "count"),
@@ -124,6 +126,7 @@ class NaturalBench(Evaluator):
             group=group,
             place=place,
             positive=said == 1,
+            task=answer.meta.get("task"),
             text=answer.text,
         )
         # The four calls of a group are counted together, whatever images their files name.
@@ -133,8 +136,16 @@ class NaturalBench(Evaluator):
         groups: dict[Any, dict[int, bool]] = {}
         for row in rows:
             groups.setdefault(row.evidence["group"], {})[row.evidence["place"]] = bool(row.correct)
-        whole = [[calls[place] for place in range(4)] for calls in groups.values() if len(calls) == 4]
+        complete = {group: [calls[place] for place in range(4)] for group, calls in groups.items() if len(calls) == 4}
+        whole = list(complete.values())
+        task_of = {row.evidence["group"]: row.evidence["task"] for row in rows if row.evidence["task"]}
+        by_task: Counter[str] = Counter()
+        for group, calls in complete.items():
+            if group in task_of:
+                by_task[f"{task_of[group]}_groups"] += 1
+                by_task[f"{task_of[group]}_correct"] += all(calls)
         return {
+            **by_task,
             "n": len(rows),
             "correct": sum(bool(row.correct) for row in rows),
             "positive": sum(bool(row.evidence["positive"]) for row in rows),
@@ -146,7 +157,9 @@ class NaturalBench(Evaluator):
         }
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
+        tasks = [task for task in TASKS if f"{task}_groups" in totals]
         return {
+            **{f"{task}_acc": ratio(totals[f"{task}_correct"], totals[f"{task}_groups"]) for task in tasks},
             "g_acc": ratio(totals["groups_correct"], totals["groups"]),
             "q_acc": ratio(totals["questions_correct"], 2 * totals["groups"]),
             "i_acc": ratio(totals["images_correct"], 2 * totals["groups"]),

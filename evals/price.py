@@ -98,7 +98,7 @@ def reference(method: Method, methods: Sequence[Method]) -> Method | None:
     """What the price is counted against: the plain model, under the same decoding where it was run that way."""
     plain = [other for other in matched(method, methods) if other.name == "plain"]
     same = [other for other in plain if other.decoding == method.decoding]
-    return (same or plain or [None])[0]
+    return next(iter(same or plain), None)
 
 
 def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]:
@@ -122,7 +122,8 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
             if evaluator.equal_columns:
                 equal = equal_length_values(evaluator, method, control, replicates)
                 column = evaluator.equal_columns[0]
-                line.differences[Figure("equal", column.title, column)] = equal[0]
+                if isinstance(equal[0], Value):
+                    line.differences[Figure("equal", column.title, column)] = equal[0]
             line.time(method, control)
     return list(found.values())
 
@@ -165,8 +166,11 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     for line in found:
         cells: list[str | Value] = [line.differences.get(figure, "–") for figure in shown]
         if timed:
-            ours, theirs = line.times or (None, None)
-            cells += ["–"] * 3 if ours is None else [Value(ours), Value(theirs), Value(ours / theirs, digits=2)]
+            if line.times is None:
+                cells += ["–"] * 3
+            else:
+                ours, theirs = line.times
+                cells += [Value(ours), Value(theirs), Value(ours / theirs, digits=2)]
         made.append((line.label, line.control, *cells))
     titles = ["Method", "Control", *(f"Δ {figure.title}{_arrow(figure.column)}" for figure in shown)]
     titles += ["ms a token", "ms a token, control", "Ratio"] if timed else []

@@ -55,6 +55,17 @@ def test_lists_of_the_authors(tmp_path):
     assert half == questions[:2]
 
 
+def test_rows_of_the_hub(tmp_path):
+    (tmp_path / "DASH-B.jsonl").write_text(
+        '{"question_id": 4, "object": "bed", "answer": "No", "image": "9", "question": "?"}\n'
+    )
+    (question,) = BENCH.file_questions(tmp_path / "DASH-B.jsonl")["all"]
+    assert (question.id, question.label, question.image, question.meta) == (4, "no", "9", {"object": "bed"})
+    (tmp_path / "DASH-B.jsonl").write_text('{"question_id": 4, "object": "bed", "answer": "maybe", "image": "9"}\n')
+    with pytest.raises(FileFormatError, match="field 'answer' must be yes or no, found 'maybe'"):
+        BENCH.file_questions(tmp_path / "DASH-B.jsonl")
+
+
 @pytest.mark.parametrize(
     ("said", "accuracy", "tnr", "tpr", "harmonic"),
     [("Yes", 0.5, 0, 1, 0), ("No", 0.5, 1, 0, 0), ("", 0, 0, 0, 0), ("a bed", 0, 0, 0, 0)],

@@ -124,6 +124,15 @@ def test_scene_groups_are_true_of_one_image_and_false_of_the_other():
         assert truth == (question.label == "yes"), question
 
 
+def test_scenes_say_what_is_seen_by_task():
+    (questions,) = BENCH.scene_questions(lvlm_decode_data.load_scenes("heldout")).values()
+    said = [Answer.to(q, q.label if q.meta["task"] == "color" else "Yes") for q in questions]
+    result = BENCH.summary(BENCH.rows(said))
+    assert (result["color_acc"], result["count_acc"], result["position_acc"]) == (1, 0, 0)
+    assert sum(result[f"{task}_groups"] for task in ("color", "count", "position")) == result["groups"]
+    assert result["g_acc"] == result["color_groups"] / result["groups"]
+
+
 def _count_question(name, number):
     from lvlm_decode_data.texts import count_question
 
