@@ -264,8 +264,6 @@ def score_command(
         typer.echo(json.dumps(report, indent=1))
     else:
         typer.echo(_line(chosen, scored_rows))
-    for sentence in chosen.remarks(scored_rows):
-        typer.echo(sentence, err=True)
     for sentence in trouble.sentences():
         typer.echo(f"warning: {sentence}", err=True)
     if trouble.incomplete:

@@ -68,7 +68,8 @@ class DashB(Evaluator):
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """The authors' two lists, {source: {object: [file]}}: a folder that holds both, or one of them; or the hub's rows.
 
-        The hub's rows (YanNeu/DASH-B) have question_id, object, answer and image. Otherwise images lie as in the authors' archives: `neg/SOURCE/OBJECT/FILE` and `pos/...`.
+        With the lists, images lie as in the authors' archives: `neg/SOURCE/OBJECT/FILE` and `pos/...`. The hub's rows
+        (YanNeu/DASH-B) have question_id, object, answer and image.
         """
         path = Path(path)
         files = sorted(path.glob("dash_benchmark_*.json*")) if path.is_dir() else [path]
