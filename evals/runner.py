@@ -481,6 +481,8 @@ class Run:
         for batch in batches:
             # The whole batch again even if a part of it is known: the same batch gives the same answers.
             if any(str(question.id) not in known for question in batch):
+                if self.stop is not None:
+                    self.stop()
                 start = time.perf_counter()
                 answers = self._answer(cell, batch)
                 hold.check()
