@@ -20,13 +20,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode.errors import EvalError
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
-from .reading import read_records
+from .reading import Identity, Record, checked, read_records
 
 # Correctness and verdict before and after -> group.
 _GROUPS = {("tp", "tn"): "tu", ("fn", "fp"): "ig", ("tp", "fp"): "sb_plus", ("fn", "tn"): "sb_minus"}
@@ -102,7 +102,8 @@ class BEAF(Evaluator):
         records = read_records(path)
         if "id" not in records[0][1]:
             return super().read_answers(path)
-        return [Answer(need(record, "id", where), str(need(record, "answer", where))) for where, record in records]
+        said = [checked(_Said, record, where) for where, record in records]
+        return [Answer(answer.id, answer.answer) for answer in said]
 
     def row(self, answer: Answer) -> Row:
         label = str(answer.label).lower()
@@ -169,17 +170,30 @@ def _kind(row: Row) -> str:
     return next((name for name, count in confusion([row]).items() if count), "")
 
 
+class _Asked(Record):
+    """A question of beaf_qna.json."""
+
+    id: Identity
+    image: str
+    question: str
+    orig_img: bool
+    removed_q: bool
+    gt: Literal["yes", "no"]
+
+
+class _Said(Record):
+    """An answer as the authors' files have it."""
+
+    id: Identity
+    answer: str
+
+
 def _question_of(record: Mapping[str, Any], where: str) -> Question:
-    image, label = str(need(record, "image", where)), str(need(record, "gt", where)).lower()
-    if label not in ("yes", "no"):
-        raise FileFormatError(f"{where}: field 'gt' must be yes or no, found {record['gt']!r}.")
-    flags = {name: need(record, name, where) for name in ("orig_img", "removed_q")}
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise FileFormatError(f"{where}: field {name!r} must be true or false, found {value!r}.")
+    found = checked(_Asked, record, where)
+    flags = {"orig_img": found.orig_img, "removed_q": found.removed_q}
     # COCO_val2014_000000000042_01.png is an edit of COCO_val2014_000000000042.jpg.
-    original = image if flags["orig_img"] else f"{image[:-7]}.jpg"
-    return Question(need(record, "id", where), need(record, "question", where), image, label, original, flags)
+    original = found.image if found.orig_img else f"{found.image[:-7]}.jpg"
+    return Question(found.id, found.question, found.image, found.gt, original, flags)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ def field(record: Mapping[str, Any], where: str, *names: str) -> Any:
     raise FileFormatError(f"{where}: field {names[0]!r} is missing; found {', '.join(map(str, record)) or 'no field'}.")
 
 
+def text_field(record: Mapping[str, Any], where: str, *names: str) -> str:
+    """As `field`, for one that must be text."""
+    value = field(record, where, *names)
+    if not isinstance(value, str):
+        raise FileFormatError(f"{where}: field {names[0]!r} must be text, found {value!r}.")
+    return value
+
+
 def whole_number(value: Any, where: str, name: str) -> int:
     """An integer field, also as text ("12") or as a spreadsheet writes it (12.0)."""
     try:

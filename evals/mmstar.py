@@ -17,7 +17,17 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import FileFormatError
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .choices import TASKS, field, letter, named_choice, open_question, read_sheet, scene_contrasts, whole_number
+from .choices import (
+    TASKS,
+    field,
+    letter,
+    named_choice,
+    open_question,
+    read_sheet,
+    scene_contrasts,
+    text_field,
+    whole_number,
+)
 
 CATEGORIES = (
     "coarse perception",
@@ -80,9 +90,9 @@ class MMStar(Evaluator):
         questions = []
         for where, record in read_sheet(path):
             index = whole_number(field(record, where, "index"), where, "index")
-            meta = {name: str(field(record, where, name)) for name in ("category", "l2_category")}
+            meta = {name: text_field(record, where, name) for name in ("category", "l2_category")}
             label = letter(field(record, where, "answer", "label"), where, LETTERS)
-            questions.append(Question(index, str(field(record, where, "question")), f"{index}.jpg", label, meta=meta))
+            questions.append(Question(index, text_field(record, where, "question"), f"{index}.jpg", label, meta=meta))
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:

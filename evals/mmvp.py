@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import FileFormatError, UnknownNameError
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, whole_number
+from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, text_field, whole_number
 from .reading import read_records
 
 # Index (from 1) -> the authors' label; the corrected one is the other letter.
@@ -90,7 +90,7 @@ class MMVP(Evaluator):
             index = whole_number(field(record, where, "Index", "idx"), where, "Index")
             options = _options(field(record, where, "Options"), where)
             lettered = "\n".join(f"{'AB'[i]}. {option}" for i, option in enumerate(options))
-            text = f"{field(record, where, 'Question')}\n{lettered}{SUFFIX}"
+            text = f"{text_field(record, where, 'Question')}\n{lettered}{SUFFIX}"
             label = letter(field(record, where, "Correct Answer", "answer", "label"), where, "AB")
             questions.append(Question(index, text, f"{index}.jpg", label, cluster=f"pair {_pair(index)}"))
         return {"all": questions}

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import FileFormatError
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .choices import TASKS, field, read_sheet, scene_contrasts, whole_number, yes_no_questions
+from .choices import TASKS, read_sheet, scene_contrasts, text_field, whole_number, yes_no_questions
 from .reading import read_json, read_text
 
 # Words that mean 1 and 0, by type of question.
@@ -85,19 +85,19 @@ class NaturalBench(Evaluator):
         if not grouped and len(sheet) % 4:
             raise FileFormatError(f"{path}: {len(sheet)} lines; a group has four, so one is missing or too many.")
         for number, (where, record) in enumerate(sheet):
-            kind = _kind(field(record, where, "Question_Type", "type"), where)
+            kind = _kind(text_field(record, where, "Question_Type", "type"), where)
             names = {str(name).lower(): value for name, value in record.items()}
             if grouped:
                 group = whole_number(names.get("index", number), where, "Index")
                 for place in range(4):
-                    text = field(record, where, f"Question_{place // 2}")
+                    text = text_field(record, where, f"Question_{place // 2}")
                     image = _file_name(names.get(f"image_{place % 2}"), f"{group}_{place % 2}.jpg")
                     questions.append(_question(group, place, f"{text}{SUFFIXES[kind]}", image, kind))
             else:
                 index = whole_number(names.get("index", number), where, "Index")
                 group, place = divmod(index, 4)
                 image = _file_name(names.get("image"), f"{group}_{place % 2}.jpg")
-                text = f"{field(record, where, 'Question')}{SUFFIXES[kind]}"
+                text = f"{text_field(record, where, 'Question')}{SUFFIXES[kind]}"
                 questions.append(_question(group, place, text, image, kind))
         return {"all": questions}
 
@@ -111,7 +111,7 @@ class NaturalBench(Evaluator):
 
     def row(self, answer: Answer) -> Row:
         where = f"question {answer.question_id}"
-        kind = _kind(field(answer.meta, f"{where} (give --questions FILE)", "type", "Question_Type"), where)
+        kind = _kind(text_field(answer.meta, f"{where} (give --questions FILE)", "type", "Question_Type"), where)
         group, place = answer.meta.get("group"), answer.meta.get("place")
         if group is None or place is None:
             group, place = divmod(whole_number(answer.question_id, where, "question_id"), 4)

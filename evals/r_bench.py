@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
-from .reading import read_json, read_records
+from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
+from .reading import Identity, Record, checked, read_json, read_records
 
 _TINY = 1e-5
 SUBSETS = (1, 2, 3, 4, 5)
@@ -79,13 +79,11 @@ class RBench(Evaluator):
         member = _members(path)
         splits: dict[str, list[Question]] = {}
         for where, record in read_records(path):
-            identity = need(record, "question_id", where)
-            meta = {"subsets": member[str(identity)]} if str(identity) in member else {}
-            image, text = str(need(record, "image", where)), str(need(record, "text", where))
-            label = "no" if "no" in str(need(record, "label", where)).lower() else "yes"
-            splits.setdefault(str(record.get("type", "all")), []).append(
-                Question(identity, text, image, label, meta=meta)
-            )
+            found = checked(_Asked, record, where)
+            meta = {"subsets": member[str(found.question_id)]} if str(found.question_id) in member else {}
+            label = "no" if "no" in found.label.lower() else "yes"
+            question = Question(found.question_id, found.text, found.image, label, meta=meta)
+            splits.setdefault(found.type, []).append(question)
         if member and not any(question.meta for questions in splits.values() for question in questions):
             raise FileFormatError(f"{path}: none of its ids is in the lists of ids beside it; they belong together.")
         return splits
@@ -144,6 +142,16 @@ class RBench(Evaluator):
         """The five subsets' mean, on how many answers, and of how many subsets (0: all questions are one set)."""
         named = {subset for row in rows for subset in row.evidence["subsets"]}
         return super().summary(rows) | {"subsets": len(named), "n": len(rows)}
+
+
+class _Asked(Record):
+    """A question; the web data's have a type."""
+
+    question_id: Identity
+    image: str
+    text: str
+    label: str
+    type: str = "all"
 
 
 def _members(path: Path) -> dict[str, list[int]]:

@@ -101,7 +101,10 @@ def test_edited_images_open_and_differ_from_their_original():
 
 def test_broken_files(tmp_path):
     record = pair(1, "TP", "TN", True)[0][0]
-    for change, sentence in (({"gt": "maybe"}, "field 'gt' must be yes or no"), ({"removed_q": "no"}, "true or false")):
+    for change, sentence in (
+        ({"gt": "maybe"}, "field 'gt' must be one of 'yes' or 'no', found 'maybe'"),
+        ({"removed_q": "no"}, "field 'removed_q' must be true or false"),
+    ):
         (tmp_path / "qna.json").write_text(json.dumps([record | change]))
         with pytest.raises(FileFormatError, match=sentence):
             BENCH.file_questions(tmp_path / "qna.json")
