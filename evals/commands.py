@@ -126,7 +126,7 @@ def eval_command(
     from .runner import Options, Run, Share, check_parameters, decoding_for, failures, load, processes
     from .tables import blocks, render
 
-    shown = None
+    shown, decided = None, {}
     if protocol is not None:
         from .configs import is_tiny
         from .protocols import protocol as protocol_named
@@ -137,14 +137,14 @@ def eval_command(
         given |= {"--do-sample": do_sample, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
         shown = protocol_named(protocol)
         fixed = setup(shown, benchmark, model, is_tiny(model), given | {"--num-beams": num_beams})
-        option = [*(option or ()), *(f"{name}={value}" for name, value in fixed.options.items())]
+        decided = fixed.options
         max_new_tokens, suffix, template, seed = (
             fixed.max_new_tokens,
             fixed.suffix,
             fixed.template,
             list(fixed.seeds) or seed,
         )
-    chosen = evaluator_from(benchmark, option, rule=rule)
+    chosen = evaluator_from(benchmark, option, **{"rule": rule, **decided})
     size = int(batch_size) if batch_size.isdecimal() else batch_size
     options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"), times)
     share, state = processes()

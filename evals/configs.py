@@ -361,9 +361,10 @@ def paper_blocks(
             published = row.published.values.get(split, {})
             if split == MEAN and not published:
                 continue
-            ours: Mapping[str, Interval | float] = our_values(chosen, row, split, found, replicates)
+            values = our_values(chosen, row, split, found, replicates)
+            ours: Mapping[str, Interval | float] = values
             if split == MEAN:
-                ours = {key: interval.value for key, interval in ours.items()}
+                ours = {key: interval.value for key, interval in values.items()}
             keys = list(published) or [c.key for c in chosen.columns if c.paired]
             for key in keys:
                 lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
@@ -443,7 +444,7 @@ def _line(
         return (*head, "–", theirs, "–")
     bound = ours if isinstance(ours, Interval) else None
     value = ours.value if isinstance(ours, Interval) else ours
-    shown = Value(value, column.kind, bound and bound.low, bound and bound.high)
+    shown = Value(value, column.kind, *((bound.low, bound.high) if bound else (None, None)))
     if published is None:
         return (*head, shown, theirs, "–")
     target = published / scale

@@ -147,6 +147,17 @@ def test_a_run_by_protocol_on_the_small_model_says_so(command, tmp_path):
         assert done.exit_code == 1 and sentence in done.output
 
 
+def test_a_protocol_of_ones_own_may_ask_anything(command, tmp_path):
+    raw = yaml.safe_load((ROOT / "configs" / "protocols" / "marine-short.yaml").read_text())
+    raw |= {"prompt": "Task: describe, {briefly}.", "max_new_tokens": 4}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+    done = command("eval", "chair", "--protocol", tmp_path / "mine.yaml", "--limit", 2, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    (asked,) = (tmp_path / "out").rglob("questions.jsonl")
+    assert {json.loads(line)["text"] for line in asked.open()} == {"Task: describe, {briefly}."}
+    assert "Protocol: mine on emoji scenes." in done.output
+
+
 def test_two_protocols_in_one_table_are_told_apart(command, tmp_path):
     for name in ("sid-512", "pai-512"):
         out = tmp_path / name
