@@ -632,7 +632,10 @@ class Chair(Evaluator):
         reduced = parser_named(self.parser).reduce(caption)
         present = set(truth)
         found = self._found(reduced, present)
-        cuts = {str(length): self._found(reduced[:length], present) for length in CUTS}
+        # A caption that ends before a cut is its own.
+        cuts = {
+            str(length): found if len(reduced) <= length else self._found(reduced[:length], present) for length in CUTS
+        }
         return Row.of(
             answer,
             parsed=sorted(set(found["objects"])),

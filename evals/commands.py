@@ -136,7 +136,8 @@ def eval_command(
         given |= {"--suffix": suffix or None, "--template": template, "--questions": questions}
         given |= {"--do-sample": do_sample, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
         shown = protocol_named(protocol)
-        fixed = setup(shown, benchmark, model, is_tiny(model), given | {"--num-beams": num_beams})
+        fixed = setup(shown, benchmark, model, is_tiny(model), given | {"--num-beams": num_beams, "--dtype": dtype})
+        dtype = dtype or fixed.dtype
         decided = fixed.options
         max_new_tokens, suffix, template, seed = (
             fixed.max_new_tokens,

@@ -230,6 +230,7 @@ class Setup:
     template: str | None
     decoding: Decoding | None
     seeds: tuple[int, ...]
+    dtype: str | None
 
 
 def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: Mapping[str, Any]) -> Setup:
@@ -242,7 +243,7 @@ def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: M
     if found.benchmark != benchmark:
         raise SettingsError(f"protocol {found.name} is of {found.benchmark}, not of {benchmark}.")
     decided: dict[str, Any] = {name: True for name in found.evaluator_options}
-    decided |= {"--max-new-tokens": found.max_new_tokens, "--seed": found.seeds or None}
+    decided |= {"--max-new-tokens": found.max_new_tokens, "--seed": found.seeds or None, "--dtype": found.dtype}
     decided |= {"--suffix": True, "--template": True, "--questions": True}
     decided |= dict.fromkeys(("--do-sample", "--temperature", "--top-p", "--top-k", "--num-beams"), found.decoding)
     for name, value in given.items():
@@ -257,4 +258,5 @@ def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: M
         template=None if on_scenes else found.templates.get(model),
         decoding=found.decoding,
         seeds=found.seeds,
+        dtype=None if on_scenes else found.dtype,
     )

@@ -79,11 +79,11 @@ class RBench(Evaluator):
         member = _members(path)
         splits: dict[str, list[Question]] = {}
         for where, record in read_records(path):
-            found = checked(_Asked, record, where)
-            meta = {"subsets": member[str(found.question_id)]} if str(found.question_id) in member else {}
-            label = "no" if "no" in found.label.lower() else "yes"
-            question = Question(found.question_id, found.text, found.image, label, meta=meta)
-            splits.setdefault(found.type, []).append(question)
+            asked = checked(_Asked, record, where)
+            meta = {"subsets": member[str(asked.question_id)]} if str(asked.question_id) in member else {}
+            label = "no" if "no" in asked.label.lower() else "yes"
+            question = Question(asked.question_id, asked.text, asked.image, label, meta=meta)
+            splits.setdefault(asked.type, []).append(question)
         if member and not any(question.meta for questions in splits.values() for question in questions):
             raise FileFormatError(f"{path}: none of its ids is in the lists of ids beside it; they belong together.")
         return splits

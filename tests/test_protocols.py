@@ -116,6 +116,10 @@ def test_what_a_protocol_decides_cannot_be_given_beside_it():
     assert (fixed.max_new_tokens, fixed.seeds, fixed.decoding.do_sample) == (64, (42,), True)
     assert fixed.template == found.templates[LLAVA] and fixed.label == "ritual-64"
     assert setup(found, "chair", "another/model", False, {}).template is None
+    damro = protocol("damro-1024")
+    assert setup(damro, "chair", LLAVA, False, {}).dtype == "float32"
+    with pytest.raises(SettingsError, match="protocol damro-1024 decides --dtype"):
+        setup(damro, "chair", LLAVA, False, {"--dtype": "float16"})
     for given in (
         {"--max-new-tokens": 512},
         {"--seed": [1]},
