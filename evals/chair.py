@@ -204,13 +204,24 @@ class Vocabulary:
         found = [word for word in merged if word in self.category]
         return found, [self.category[word] for word in found], tokens
 
+    @functools.cached_property
+    def _first_words(self) -> frozenset[str]:
+        """Words that begin a pair: few words do, so few pairs need to be looked up."""
+        return frozenset(pair.partition(" ")[0] for pair in self.pairs)
+
     def _merge(self, words: Sequence[str]) -> list[str]:
         """Left to right, pairs of the table become one word."""
+        first_words = self._first_words
+        if first_words.isdisjoint(words):
+            return list(words)
         merged: list[str] = []
         position = 0
         while position < len(words):
-            pair = self.pairs.get(f"{words[position]} {words[position + 1]}") if position + 1 < len(words) else None
-            merged.append(words[position] if pair is None else pair)
+            word = words[position]
+            pair = None
+            if word in first_words and position + 1 < len(words):
+                pair = self.pairs.get(f"{word} {words[position + 1]}")
+            merged.append(word if pair is None else pair)
             position += 1 if pair is None else 2
         return merged
 
