@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import io
 import re
-import textwrap
-import tokenize
 from typing import Any
 
 from .engine.modes import MODES
@@ -30,24 +26,21 @@ COSTS = {
 
 
 def parameter_notes(cls: type[Method]) -> dict[str, str]:
-    """Field -> what its line's comment, or the ``Args`` of a docstring, says about it."""
+    """Field -> what ``metadata["help"]`` of the field, or else the ``Args`` of its class's docstring, says about it."""
     notes: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base) or base is Method:
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        comments = {
-            token.start[0]: token.string.lstrip("# ").strip()
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT
-        }
-        for node in next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)).body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.lineno in comments:
-                notes[node.target.id] = comments[node.lineno]
-        for name, text in re.findall(r"^ +(\w+): (.+?)(?=^ +\w+: |\n\s*\n|\Z)", base.__doc__ or "", re.M | re.S):
-            if name in base.__dataclass_fields__:
-                notes.setdefault(name, " ".join(text.split()))
-    return notes
+        if dataclasses.is_dataclass(base) and base is not Method:
+            notes |= documented(inspect.cleandoc(base.__doc__ or ""))
+    fields = dataclasses.fields(cls)
+    notes |= {field.name: field.metadata["help"] for field in fields if "help" in field.metadata}
+    return {field.name: notes[field.name] for field in fields if field.name in notes}
+
+
+def documented(docstring: str) -> dict[str, str]:
+    """Name -> text from the ``Args`` section of a docstring in Google style."""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.M | re.S)
+    found = re.findall(r"^ {4}(\w+): (.+?)(?=^ {4}\w+: |\Z)", section[1] if section else "", re.M | re.S)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -102,20 +95,16 @@ def broken() -> dict[str, str]:
 
 
 def markdown() -> str:
-    """The table of methods in the README."""
-    lines = [
-        "| method | paper | parameters (default) | costs beside plain decoding | cannot do |",
-        "|---|---|---|---|---|",
-    ]
+    """The table of methods in the README: what each does, and the paper it is from."""
+    lines = ["| method | what it does | paper |", "|---|---|---|"]
     for method in map(describe, METHODS):
-        paper = f"[{method['paper']}](https://arxiv.org/abs/{method['arxiv']})" if method["arxiv"] else method["paper"]
-        values = ", ".join(f"`{p['name']}`{_short(p['default'])}" for p in method["parameters"])
-        cannot = ", ".join(method["refuses"]) or "–"
-        lines.append(f"| `{method['name']}` | {paper} | {values or '–'} | {method['cost']} | {cannot} |")
+        lines.append(f"| `{method['name']}` | {method['summary']} | {citation(method)} |")
     return "\n".join(lines)
 
 
-def _short(value: Any) -> str:
-    """The default in brackets where it fits a table: numbers and single words."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f" ({text})" if re.fullmatch(r"[\w.-]{1,12}", text) and value is not None else ""
+def citation(method: dict[str, Any]) -> str:
+    """Venue and year of a method's paper as a Markdown link to arXiv."""
+    if not method["arxiv"]:
+        return "–"
+    venue = re.search(r"\((?:[^()]*, )?(?:Findings of )?([^(),]*\d{4})\)", method["paper"])
+    return f"[{venue[1] if venue else 'arXiv'}](https://arxiv.org/abs/{method['arxiv']})"

@@ -37,13 +37,17 @@ from lvlm_decode.method import Contrast
 
 @dataclass(frozen=True)
 class Toy(Contrast):
-    """scores = l(image) + alpha * l(no image)"""
+    """Adds the predictions without the image.
+
+    Args:
+        alpha: Weight of the view without the image.
+    """
 
     name: ClassVar[str] = "toy"
     paper: ClassVar[str] = "none"
     costs: ClassVar[tuple[str, ...]] = ("text",)
 
-    alpha: float = 0.5  # weight of the image-free view
+    alpha: float = 0.5
 
     def views(self, sample, rng):
         return [sample.without_image(weight=self.alpha)]
@@ -62,5 +66,5 @@ def test_a_new_file_and_a_new_line_inherit_the_contract(tmp_path, monkeypatch):
         test_contract.test_verifying_a_draft_equals_decoding_it("toy", family)
         test_contract.test_beams_follow("toy", family)
         test_contract.test_prompt_lookup_follows("toy", family)
-    assert catalogue.describe("toy")["parameters"][0]["description"] == "weight of the image-free view"
+    assert catalogue.describe("toy")["parameters"][0]["description"] == "Weight of the view without the image."
     test_contract.cell.cache_clear()

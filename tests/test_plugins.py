@@ -29,12 +29,16 @@ from lvlm_decode_evals.pope import Pope
 
 @dataclass(frozen=True)
 class Toy(Contrast):
-    """Averages the image-free answer in."""
+    """Averages the image-free answer in.
+
+    Args:
+        alpha: Weight of the view without the image.
+    """
 
     name: ClassVar[str] = "toy"
     paper: ClassVar[str] = "none"
     costs: ClassVar[tuple[str, ...]] = ("text",)
-    alpha: float = 0.5  # weight of the image-free view
+    alpha: float = 0.5
 
     def views(self, sample, rng):
         return [sample.without_image(weight=self.alpha)]
@@ -101,7 +105,8 @@ def test_a_method_of_another_package_is_used_like_any_other(site):
         assert not base.equal(zoo.model.generate(**inputs, **how))
     found = catalogue.describe("toy")
     assert (
-        found["package"] == "toy-package" and found["parameters"][0]["description"] == "weight of the image-free view"
+        found["package"] == "toy-package"
+        and found["parameters"][0]["description"] == "Weight of the view without the image."
     )
     assert catalogue.describe("vcd")["package"] is None and "toy" not in catalogue.markdown()
 

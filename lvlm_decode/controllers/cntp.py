@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CNTP(Controller):
-    """Several tries where the model is unsure, the most fluent one kept.
+    """Draws several continuations where the model is uncertain and keeps the most fluent.
 
     With ``do_sample=False`` certain steps take the likeliest token and only trials are drawn, as in the authors' code; then
     neither entropy nor trials know ``temperature``, ``top_p`` or ``top_k``, which ``generate()`` applies when sampling alone.
@@ -42,13 +42,13 @@ class CNTP(Controller):
     Draws are keyed by (seed, sample id, start of the trials, trial, position): the batch never changes an answer.
 
     Args:
-        min_entropy: nats; below it there is one trial, >= 0.
-        max_entropy: nats; above it there are ``max_trials``, > ``min_entropy``.
-        max_trials: N_max, >= 1.
-        punctuation: characters that end a trial.
-        max_segment: the longest trial in tokens, >= 1.
-        form: "code" N = int(1 + (N_max - 1) x), "paper" N = max(1, floor(N_max x)), x in [0, 1] the place of H between
-            the two entropies.
+        min_entropy: Entropy in nats, at least 0, below which one trial is drawn.
+        max_entropy: Entropy in nats, above ``min_entropy``, from which ``max_trials`` are drawn.
+        max_trials: Maximum number of trials (N_max), at least 1.
+        punctuation: Characters that end a trial.
+        max_segment: Maximum length of a trial in tokens, at least 1.
+        form: How the number of trials is rounded: ``code`` is int(1 + (N_max - 1) x), ``paper`` is max(1, floor(N_max
+            x)), where x in [0, 1] is the place of the entropy between the two bounds.
     """
 
     name: ClassVar[str] = "cntp"

@@ -39,27 +39,27 @@ REMEMBERED = 4096
 
 @dataclass(frozen=True)
 class MVP(Controller):
-    """The answer that most views and paths are certain of.
+    """Takes the answer that several captions and several paths are most certain of.
 
     What ``generate()`` returns is the path that contributed most to the answer, up to the answer's word. Where no path says
     one, it is the likeliest path of the heaviest view.
 
     Args:
-        answers: the words an answer can be, in lower case.
-        bottom_up: asks for the caption that goes from details to the whole; words of this library's own.
-        top_down: asks for the caption that goes from the whole to details; words of this library's own.
-        regular: asks for a plain caption, as the authors do.
-        weights: of the three views, >= 0.
-        caption_temperature: captions are drawn at it, > 0.
-        caption_top_p: and from this nucleus, (0, 1].
-        caption_tokens: the longest caption, >= 1.
-        prompt: the question under a caption; ``{caption}`` and ``{question}``.
-        lower: put the question in lower case, as the authors' code does.
-        paths: first tokens tried per view, >= 1; 3 in the authors' POPE setting.
-        min_probability: first tokens less likely than this start no path.
-        path_temperature: paths are drawn at it, > 0.
-        path_tokens: the longest path after its first token, >= 1.
-        form: how a path that begins with the answer counts.
+        answers: Words that an answer can be, in lower case.
+        bottom_up: Request for the caption that goes from details to the whole; the wording is this library's own.
+        top_down: Request for the caption that goes from the whole to details; the wording is this library's own.
+        regular: Request for a plain caption, as the authors ask.
+        weights: Weights of the three views, at least 0.
+        caption_temperature: Sampling temperature of the captions, above 0.
+        caption_top_p: Nucleus of the captions, in (0, 1].
+        caption_tokens: Maximum length of a caption in tokens, at least 1.
+        prompt: The question under a caption, with ``{caption}`` and ``{question}``.
+        lower: Whether the question is put in lower case, as in the authors' code.
+        paths: Number of first tokens tried per view, at least 1; 3 in the authors' POPE setting.
+        min_probability: First tokens that are less probable than this start no path.
+        path_temperature: Sampling temperature of the paths, above 0.
+        path_tokens: Maximum length of a path after its first token, at least 1.
+        form: How a path that begins with the answer counts: as in the authors' ``code`` or as in the ``paper``.
     """
 
     name: ClassVar[str] = "mvp"

@@ -65,7 +65,7 @@ _FORMS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class OPERA(Controller):
-    """Beam search with over-trust penalty and rollback.
+    """Beam search that penalises tokens which lean on an earlier token, and goes back when it repeats.
 
     Candidates are the likeliest tokens of the model itself, before the caller's processors; these see the log-probabilities
     among candidates, as in the authors' code, so a processor that bans all candidates of a beam leaves tokens at ``fill``.
@@ -74,30 +74,32 @@ class OPERA(Controller):
     transformers gives it the prompt and does not pass it on, so it never sees the answer.
 
     Args:
-        num_beams: N_beam, >= 1. ``generate()``'s own ``num_beams`` stays 1.
-        num_attn_candidates: N_can, candidates per beam whose attention is looked at, >= 1. 1 is greedy search with rollback.
-        scale_factor: sigma, multiplies the attention before the column product, > 0; 40 to 60 is useful.
-        threshold: r, how often a token must be leant on before the beams go back to it; more than r times in the code,
+        num_beams: Number of beams (N_beam), at least 1. ``generate()``'s own ``num_beams`` stays 1.
+        num_attn_candidates: Number of candidates per beam whose attention is read (N_can), at least 1; 1 is greedy
+            search with rollback.
+        scale_factor: Factor (sigma), above 0, of the attention before the column product; 40 to 60 is useful.
+        threshold: How often (r) beams must lean on a token before they go back to it: more than r times in the code,
             at least r times in the paper.
-        penalty_weights: alpha, >= 0.
-        form: the authors' code or the paper; sets every parameter below that is ``None``.
-        window_size: code: positions and steps that can be gone back to; paper: k, the response tokens looked at.
-        penalty_scale: factor inside the penalty: 1e-7 in the code, 1 in the paper.
-        score_dtype: precision of the column products: float16 in the code (below 0.298 / 1e-7 they vanish).
-        image_bonus_tokens: so many first tokens are scored by attention to the image: 10 in the code, 0 in the paper.
-        min_rollback_index: earlier response tokens are never gone back to: 10 in the code, 0 in the paper.
-        max_rollbacks: beta, rollbacks per position: ``num_attn_candidates`` in the code, 5 in the paper.
-        fill: score of tokens that are out of the question, before normalisation.
-        prompt_length: prompt tokens that count when a finished answer's score is divided by length ** length_penalty.
-            ``None``: the prompt with one token per run of image tokens for models fed by ids, as the authors' LLaVA (two
-            images with nothing between them count once); 1 for models fed by embeddings, as their InstructBLIP. 1 is also
-            what Hugging Face 5 does, where the end token counts.
+        penalty_weights: Weight of the penalty (alpha), at least 0.
+        form: Whether the authors' ``code`` or the ``paper`` is followed; sets every parameter below that is ``None``.
+        window_size: In the code, the positions and steps that can be gone back to; in the paper, the number k of
+            response tokens that are read.
+        penalty_scale: Factor inside the penalty: 1e-7 in the code, 1 in the paper.
+        score_dtype: Precision of the column products: float16 in the code, in which products below 0.298 / 1e-7
+            vanish.
+        image_bonus_tokens: Number of first tokens that are scored by their attention to the image: 10 in the code, 0
+            in the paper.
+        min_rollback_index: First response token that can be gone back to: 10 in the code, 0 in the paper.
+        max_rollbacks: Rollbacks per position (beta): ``num_attn_candidates`` in the code, 5 in the paper.
+        fill: Score of excluded tokens, before normalisation.
+        prompt_length: Number of prompt tokens that count when the score of a finished answer is divided by length **
+            length_penalty. ``None`` takes the prompt with one token per run of image tokens for models fed by ids, as
+            the authors' LLaVA (two images with nothing between them count once), and 1 for models fed by embeddings,
+            as their InstructBLIP. 1 is also what Hugging Face 5 does, where the end token counts.
     """
 
     name: ClassVar[str] = "opera"
-    paper: ClassVar[str] = (
-        "OPERA: Alleviating Hallucination in MLLMs via Over-Trust Penalty and Retrospection-Allocation"
-    )
+    paper: ClassVar[str] = "OPERA (Huang et al., CVPR 2024)"
     arxiv: ClassVar[str] = "2311.17911"
     aliases: ClassVar[dict[str, str]] = {
         "alpha": "penalty_weights",

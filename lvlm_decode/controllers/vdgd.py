@@ -37,20 +37,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VDGD(Controller):
-    """Answers grounded in the model's own description of the image.
+    """Re-ranks the candidates by how well the model's own description of the image supports them.
 
     Args:
-        candidates: which tokens of the answer's distribution are re-ranked.
-        beta: of the plausibility mask, (0, 1].
-        top_p: of the nucleus, (0, 1], as in the authors' code.
-        temperature: of the nucleus, > 0, as in the authors' code.
-        reduction: "min" takes the description token that grounds a candidate best, "avg" the mean over all.
-        mode: "replace" the scores of the answer by the grounding (paper), or "add" a multiple of it to them.
-        kappa: how much grounding "add" adds.
-        describe: asks for the description; ``{question}`` is the question. The authors' goes on for several sentences with
-            what to describe in photographs and in charts.
-        prompt: the grounded question; ``{description}`` and ``{question}``.
-        description_tokens: the longest description, >= 1.
+        candidates: How the tokens that are re-ranked are chosen: ``mask``, ``knee`` or ``nucleus``.
+        beta: Threshold of the plausibility mask in (0, 1].
+        top_p: Probability of the nucleus in (0, 1], as in the authors' code.
+        temperature: Temperature of the nucleus, above 0, as in the authors' code.
+        reduction: ``min`` takes the description token that supports a candidate best, ``avg`` the mean over all of
+            them.
+        mode: ``replace`` the scores of the answer by the grounding (paper), or ``add`` a multiple of it to them.
+        kappa: Multiple of the grounding that ``add`` adds.
+        describe: Request for the description; ``{question}`` is the question. The authors' request continues for
+            several sentences about photographs and charts.
+        prompt: The grounded question, with ``{description}`` and ``{question}``.
+        description_tokens: Maximum length of the description in tokens, at least 1.
     """
 
     name: ClassVar[str] = "vdgd"

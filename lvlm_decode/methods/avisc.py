@@ -23,7 +23,14 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class AvisC(Contrast):
-    """Against an image of which only the over-attended ("blind") tokens are left."""
+    """Subtracts a branch that sees only the image tokens with excessive ("blind") attention.
+
+    Args:
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        gamma: Share of the attention to the image that the chosen layers hold, in (0, 1].
+        deviations: Standard deviations above the mean (lambda) from which a token counts as blind.
+    """
 
     name: ClassVar[str] = "avisc"
     paper: ClassVar[str] = "Attentional Vision Calibration (Woo et al., Findings of ACL 2025)"
@@ -31,10 +38,10 @@ class AvisC(Contrast):
     aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "layer_gamma": "gamma", "lamb": "deviations"}
     costs: ClassVar[tuple[str, ...]] = ("feature", "attention")
 
-    alpha: float = 1.0  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    gamma: float = 0.5  # share of the image attention that the chosen layers hold, (0, 1]
-    deviations: float = 1.0  # lambda: how far above the mean a blind token is, in standard deviations
+    alpha: float = 1.0
+    beta: float | None = 0.1
+    gamma: float = 0.5
+    deviations: float = 1.0
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -19,11 +19,11 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class CAD(Contrast):
-    """What the image adds to the prompt, amplified.
+    """Amplifies what the image adds to the predictions for the prompt alone.
 
     Args:
-        alpha: contrast strength, >= 0.
-        beta: plausibility threshold in (0, 1], or ``None`` for no mask.
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
     """
 
     name: ClassVar[str] = "cad"

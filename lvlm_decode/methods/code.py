@@ -31,7 +31,13 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class CODE(Method):
-    """Against the model's own description, as strongly as it agrees with the image."""
+    """Contrasts the image with the model's own description of it, most where the two agree.
+
+    Args:
+        eta: Exponent of the divergence, at least 0.
+        prompt: Request that the description answers.
+        max_description: Maximum length of the description in tokens.
+    """
 
     name: ClassVar[str] = "code"
     paper: ClassVar[str] = "COuntering DEscription Contrastive Decoding (Kim et al., NeurIPS 2024)"
@@ -40,9 +46,9 @@ class CODE(Method):
     costs: ClassVar[tuple[str, ...]] = ("text", "captions")
     off: ClassVar[dict[str, Any] | None] = {"eta": 0.0}
 
-    eta: float = 0.7  # exponent of the divergence, >= 0
-    prompt: str = PROMPT  # what the description answers
-    max_description: int = 512  # tokens
+    eta: float = 0.7
+    prompt: str = PROMPT
+    max_description: int = 512
 
     def __post_init__(self) -> None:
         self.check(self.eta >= 0, "eta", "at least 0")

@@ -36,7 +36,17 @@ OTHERWISE = (10, 2.0, "concat")
 
 @dataclass(frozen=True)
 class DAMRO(Contrast):
-    """Against the few patches that the vision encoder over-attends to."""
+    """Subtracts a branch that sees only the few patches which the vision encoder attends to most.
+
+    Args:
+        alpha: Contrast strength, at least 0; ``None`` takes the authors' value for the model family.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        k: Number of outlier patches per image; ``None`` takes the authors' value for the model family.
+        attention: ``concat`` takes one softmax over all heads, ``mean_heads`` the mean over heads; ``None`` takes the
+            authors' choice for the model family.
+        offset: InstructBLIP only: ``code`` reads the rows that the authors' code reads, ``fixed`` those of the chosen
+            patches.
+    """
 
     name: ClassVar[str] = "damro"
     paper: ClassVar[str] = "DAMRO (Gong et al., EMNLP 2024)"
@@ -45,11 +55,11 @@ class DAMRO(Contrast):
     costs: ClassVar[tuple[str, ...]] = ("feature",)
     needs: ClassVar[tuple[str, ...]] = ("cls",)
 
-    alpha: float | None = None  # contrast strength, >= 0; None is the authors' value for the family
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    k: int | None = None  # outlier patches per image; None is the authors' value for the family
-    attention: Literal["concat", "mean_heads"] | None = None  # None is the authors' choice for the family
-    offset: Literal["code", "fixed"] = "code"  # InstructBLIP only
+    alpha: float | None = None
+    beta: float | None = 0.1
+    k: int | None = None
+    attention: Literal["concat", "mean_heads"] | None = None
+    offset: Literal["code", "fixed"] = "code"
 
     def __post_init__(self) -> None:
         self.check(self.alpha is None or self.alpha >= 0, "alpha", "at least 0, or None")

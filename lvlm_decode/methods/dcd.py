@@ -32,9 +32,15 @@ Weights = torch.nn.Module | Mapping[str, Tensor] | str | Path
 
 @dataclass(frozen=True)
 class DCD(Contrast):
-    """The image through the positive projector against the image through the negative one.
+    """Contrasts two trained image projectors, one for preferred and one for rejected answers.
 
     A projector is a module, its ``state_dict()``, or the path of one in safetensors format.
+
+    Args:
+        negative: Projector trained on the rejected answers.
+        positive: Projector trained on the preferred answers; ``None`` takes the model's own.
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
     """
 
     name: ClassVar[str] = "dcd"
@@ -42,10 +48,10 @@ class DCD(Contrast):
     arxiv: ClassVar[str] = "2504.08809"
     costs: ClassVar[tuple[str, ...]] = ("feature",)
 
-    negative: Weights | None = field(default=None, compare=False, repr=False)  # projector of the rejected answers
-    positive: Weights | None = field(default=None, compare=False, repr=False)  # of the preferred; None: the model's own
-    alpha: float = 1.0  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
+    negative: Weights | None = field(default=None, compare=False, repr=False)
+    positive: Weights | None = field(default=None, compare=False, repr=False)
+    alpha: float = 1.0
+    beta: float | None = 0.1
 
     def __post_init__(self) -> None:
         if self.negative is None:

@@ -24,14 +24,14 @@ from ..method import Method, Probes, Step
 
 @dataclass(frozen=True)
 class DeCo(Method):
-    """The last layer helped by the earlier layer that is surest of one of its candidates.
+    """Adds the predictions of the earlier layer that is most confident of a candidate token.
 
     Args:
-        alpha: strength of the early layer, >= 0.
-        layers: numbers of the preceding layers, 1 being the output of the first; ``None`` takes the share of the
+        alpha: Weight of the early layer, at least 0.
+        layers: Numbers of the preceding layers, 1 being the output of the first; ``None`` takes the share of the
             model that 20 to 28 is of the authors' 32 layers. (Their code takes 15 to 24 for InstructBLIP.)
-        top_k: at most so many candidates.
-        top_p: the candidates' cumulative probability, in (0, 1].
+        top_k: Maximum number of candidates.
+        top_p: Cumulative probability of the candidates, in (0, 1].
     """
 
     name: ClassVar[str] = "deco"

@@ -23,14 +23,14 @@ from ..method import Method, Probes, Step
 
 @dataclass(frozen=True)
 class DoLa(Method):
-    """The last layer against the early layer that disagrees with it most.
+    """Contrasts the last layer with the early layer that differs from it most.
 
     Args:
-        layers: candidate early layers: ``"low"`` or ``"high"`` half of the even layers as Hugging Face's DoLa counted
+        layers: Candidate early layers: ``low`` or ``high`` half of the even layers as Hugging Face's DoLa counted
             them (the authors' buckets at 32 and 40 layers), or layer numbers, 0 being the embeddings.
-        beta: plausibility threshold in (0, 1], the authors' ``relative_top``; ``None`` for no mask.
-        divergence: which Jensen-Shannon chooses the layer.
-        norm_early: apply the final norm to early layers before the language head.
+        beta: Plausibility threshold in (0, 1], the authors' ``relative_top``; ``None`` applies no mask.
+        divergence: Divergence that chooses the layer: ``code`` as in the authors' code, ``jsd`` as in the paper.
+        norm_early: Whether the final norm is applied to early layers before the language head.
     """
 
     name: ClassVar[str] = "dola"

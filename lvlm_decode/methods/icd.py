@@ -23,18 +23,27 @@ DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview o
 
 @dataclass(frozen=True)
 class ICD(Contrast):
-    """Against the same question under an instruction that disturbs."""
+    """Subtracts the predictions under an instruction that disturbs the model.
+
+    Args:
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        disturbance: Instruction that disturbs.
+        system: Text at the start of the prompt that the disturbance replaces; empty puts it in front.
+        qformer: What InstructBLIP's Q-Former reads: ``question`` puts the disturbance before the question, ``normal``
+            is the disturbance alone.
+    """
 
     name: ClassVar[str] = "icd"
     paper: ClassVar[str] = "Instruction Contrastive Decoding (Wang et al., Findings of ACL 2024)"
     arxiv: ClassVar[str] = "2403.18715"
     costs: ClassVar[tuple[str, ...]] = ("text",)
 
-    alpha: float = 1.0  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    disturbance: str = DISTURBANCE  # the instruction that disturbs
-    system: str = ""  # what the disturbance replaces at the start of the prompt
-    qformer: Literal["question", "normal"] = "question"  # disturbance before the question, or alone
+    alpha: float = 1.0
+    beta: float | None = 0.1
+    disturbance: str = DISTURBANCE
+    system: str = ""
+    qformer: Literal["question", "normal"] = "question"
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -38,7 +38,21 @@ GUIDE = "You are a truthful assistant. Say only what is certainly in the image. 
 
 @dataclass(frozen=True)
 class LOL(Method):
-    """Final and lower layer of the model against those of an amateur, refocused by a truth-guiding instruction."""
+    """Contrasts a final and a lower layer with those of a model that hallucinates more.
+
+    Args:
+        strength: Weight of the amateur's final layer, at least 0.
+        lower_strength: Weight of the amateur's early layer, at least 0.
+        fusion: Weight of the contrast at the early layer, at least 0.
+        refocus: Weight of the guided term, at least 0; 0 leaves its view out.
+        layer: Number of the early layer, 1 being the output of the first; ``None`` takes the middle.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        adapter: Name, in peft, of the amateur's LoRA adapter.
+        model: Another model of the same architecture as the amateur.
+        instruction: Instruction that makes the model its own amateur, when neither ``adapter`` nor ``model`` is
+            given.
+        guide: Truth-guiding instruction of the refocused term.
+    """
 
     name: ClassVar[str] = "lol"
     paper: ClassVar[str] = "Lower Layer Matters (2024)"
@@ -48,16 +62,16 @@ class LOL(Method):
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "fusion": 0.0, "refocus": 0.0, "beta": None}
     owns: ClassVar[str | None] = "the choice of an early layer"
 
-    strength: float = 0.5  # weight of the amateur's final layer, >= 0
-    lower_strength: float = 0.5  # weight of the amateur's early layer, >= 0
-    fusion: float = 0.5  # weight of the early layer, >= 0
-    refocus: float = 0.5  # weight of the guided term, >= 0; 0 leaves its view out
-    layer: int | None = None  # the early layer, 1 is the output of the first; None is the middle
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    adapter: str | None = None  # peft name of the amateur's LoRA adapter
-    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)  # another model as the amateur
-    instruction: str = INSTRUCTION  # makes the model its own amateur, without adapter and model
-    guide: str = GUIDE  # the truth-guiding instruction of the refocused term
+    strength: float = 0.5
+    lower_strength: float = 0.5
+    fusion: float = 0.5
+    refocus: float = 0.5
+    layer: int | None = None
+    beta: float | None = 0.1
+    adapter: str | None = None
+    model: torch.nn.Module | None = field(default=None, compare=False, repr=False)
+    instruction: str = INSTRUCTION
+    guide: str = GUIDE
 
     def __post_init__(self) -> None:
         for name in ("strength", "lower_strength", "fusion", "refocus"):

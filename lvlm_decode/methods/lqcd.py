@@ -30,19 +30,28 @@ SUGGESTION = r"\s*\b(It seems|It looks|I think|I believe|I guess|I am sure|I'm s
 
 @dataclass(frozen=True)
 class LQCD(Method):
-    """The neutral query against the leading one."""
+    """Subtracts the predictions for a question that suggests a wrong answer.
+
+    Args:
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        form: ``plain`` when the prompt holds the neutral question, ``neutral`` when it holds the user's leading one.
+        hint: Text that makes a neutral question leading.
+        suggestion: Regular expression of the part that makes the user's question leading.
+        slots: Which prompts of InstructBLIP are made leading.
+    """
 
     name: ClassVar[str] = "lqcd"
     paper: ClassVar[str] = "Leading Query Contrastive Decoding (2024)"
     arxiv: ClassVar[str] = "2408.11261"
     costs: ClassVar[tuple[str, ...]] = ("text",)
 
-    alpha: float = 1.0  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    form: Literal["plain", "neutral"] = "plain"  # the prompt holds the neutral query, or the user's leading one
-    hint: str = "It seems like there isn't."  # what makes a neutral query leading
-    suggestion: str = SUGGESTION  # regular expression of what makes the user's query leading
-    slots: Literal["both", "language", "qformer"] = "both"  # InstructBLIP: which of its prompts lead
+    alpha: float = 1.0
+    beta: float | None = 0.1
+    form: Literal["plain", "neutral"] = "plain"
+    hint: str = "It seems like there isn't."
+    suggestion: str = SUGGESTION
+    slots: Literal["both", "language", "qformer"] = "both"
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -27,14 +27,15 @@ from ..method import Method, Step, View
 
 @dataclass(frozen=True)
 class M3ID(Method):
-    """What the image adds, amplified more the longer the answer.
+    """Amplifies what the image adds, more strongly as the answer grows.
 
     Args:
-        decay: how fast the language prior takes over, >= 0; 0 is the plain model.
-        beta: plausibility threshold in (0, 1], or ``None`` for no mask.
-        threshold: correct only where the most probable token has less than this probability; ``None`` corrects always.
-        cap: largest factor, >= 0; ``None`` leaves it unbounded.
-        first: ``t`` of the first generated token.
+        decay: How fast the language prior takes over per token, at least 0; 0 is the plain model.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        threshold: The method corrects only where the most probable token is less probable than this; ``None``
+            corrects always.
+        cap: Largest contrast factor, at least 0; ``None`` leaves it unbounded.
+        first: Number (``t``) of the first generated token.
     """
 
     name: ClassVar[str] = "m3id"

@@ -27,7 +27,16 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class PAI(Contrast):
-    """Attention to the image boosted in view 0, against a branch without image."""
+    """Raises the attention to the image and subtracts the predictions without it.
+
+    Args:
+        alpha: Boost of the attention scores of image tokens, at least 0.
+        gamma: Guidance against the branch without the image, at least 1; ``None`` leaves out the branch and the mask.
+        beta: Plausibility threshold of the branch in (0, 1]; ``None`` applies no mask.
+        first_layer: First decoder layer that is boosted, counted from 0.
+        first_token: ``code`` leaves the first token unboosted beside a branch, as the authors' code does; ``boosted``
+            treats it like the others.
+    """
 
     name: ClassVar[str] = "pai"
     paper: ClassVar[str] = "Paying More Attention to Image (Liu et al., ECCV 2024)"
@@ -37,11 +46,11 @@ class PAI(Contrast):
     off: ClassVar[dict[str, Any] | None] = {"alpha": 0.0, "gamma": 1.0, "beta": None}
     owns: ClassVar[str | None] = "the attention of view 0"
 
-    alpha: float = 0.2  # boost of attention scores, >= 0
-    gamma: float | None = 1.1  # guidance against the image-free branch, >= 1; None leaves branch and mask out
-    beta: float | None = 0.1  # plausibility threshold of the branch, (0, 1]
-    first_layer: int = 2  # 0 is the first decoder layer
-    first_token: Literal["code", "boosted"] = "code"  # unboosted beside a branch, or boosted like the others
+    alpha: float = 0.2
+    gamma: float | None = 1.1
+    beta: float | None = 0.1
+    first_layer: int = 2
+    first_token: Literal["code", "boosted"] = "code"
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

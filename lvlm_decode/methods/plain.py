@@ -10,7 +10,7 @@ from ..method import Method
 
 @dataclass(frozen=True)
 class Plain(Method):
-    """The model as it is: scores = l0. The control of every method."""
+    """Leaves the model's own predictions as they are; the control of every method."""
 
     name: ClassVar[str] = "plain"
     paper: ClassVar[str] = "none: the model's own decoding"
@@ -18,17 +18,20 @@ class Plain(Method):
 
 @dataclass(frozen=True)
 class Mask(Method):
-    """The plausibility mask and no contrast: scores = l0 where p >= beta * max p, else far below.
+    """Keeps only plausible tokens and contrasts nothing; the control of the contrastive methods.
 
-    The control of every method that samples under the mask: it turns sampling into near-greedy decoding, which explains
+    scores = l0 where p >= beta * max p, else far below. Sampling under the mask is nearly greedy decoding, which explains
     much of the published gains (Yin et al., arXiv 2504.10020).
+
+    Args:
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
     """
 
     name: ClassVar[str] = "mask"
     paper: ClassVar[str] = "Contrastive Decoding (Li et al., ACL 2023), its plausibility constraint alone"
     arxiv: ClassVar[str] = "2210.15097"
 
-    beta: float | None = 0.1  # (0, 1]
+    beta: float | None = 0.1
 
     def __post_init__(self) -> None:
         self.check_beta()

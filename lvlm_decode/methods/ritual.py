@@ -113,16 +113,22 @@ TRANSFORMS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 @dataclass(frozen=True)
 class RITUAL(Contrast):
-    """scores = l(image) + alpha * l(transformed image), under the plausibility mask."""
+    """Adds the predictions for a randomly transformed copy of the image.
+
+    Args:
+        alpha: Weight of the transformed view, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        transform: Name of one of ``TRANSFORMS``, or ``random`` for one drawn per sample.
+    """
 
     name: ClassVar[str] = "ritual"
     paper: ClassVar[str] = "RITUAL (Woo et al., 2024)"
     arxiv: ClassVar[str] = "2405.17821"
     costs: ClassVar[tuple[str, ...]] = ("image",)
 
-    alpha: float = 3.0  # weight of the transformed view, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    transform: str = "random"  # or one of TRANSFORMS
+    alpha: float = 3.0
+    beta: float | None = 0.1
+    transform: str = "random"
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

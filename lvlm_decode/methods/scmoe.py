@@ -27,7 +27,15 @@ from ..method import Method, Step, View, plausible_tokens
 
 @dataclass(frozen=True)
 class SCMoE(Method):
-    """The experts the model chose against the one it nearly chose."""
+    """Subtracts the predictions of a lower-ranked expert (mixture-of-experts models only).
+
+    Args:
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        rank: Rank of the expert that the weak branch uses, 1 being the router's first choice.
+        strong_temperature: Divisor of the strong branch's logits, above 0.
+        weak_temperature: Divisor of the weak branch's logits, above 0.
+    """
 
     name: ClassVar[str] = "scmoe"
     paper: ClassVar[str] = "Unchosen Experts Can Contribute Too (Shi et al., NeurIPS 2024)"
@@ -39,11 +47,11 @@ class SCMoE(Method):
         "processor": "it changes how tokens are routed to experts, which a processor cannot."
     }
 
-    alpha: float = 0.5  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    rank: int = 2  # which expert the weak branch uses, 1 is the router's first choice
-    strong_temperature: float = 1.0  # divides the strong branch's logits, > 0
-    weak_temperature: float = 1.0  # divides the weak branch's, > 0
+    alpha: float = 0.5
+    beta: float | None = 0.1
+    rank: int = 2
+    strong_temperature: float = 1.0
+    weak_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

@@ -30,7 +30,14 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class SID(Contrast):
-    """Against a branch that sees only what it attends to least."""
+    """Subtracts a branch that sees only the image tokens with the least attention.
+
+    Args:
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        rank_layer: Decoder layer whose attention ranks the image tokens, counted from 0.
+        share: Share of the image tokens that the branch keeps, in (0, 1].
+    """
 
     name: ClassVar[str] = "sid"
     paper: ClassVar[str] = "Self-Introspective Decoding (Huo et al., ICLR 2025)"
@@ -38,10 +45,10 @@ class SID(Contrast):
     costs: ClassVar[tuple[str, ...]] = ("feature", "attention")
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes what layers attend to, which a processor cannot."}
 
-    alpha: float = 1.0  # contrast strength, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    rank_layer: int = 1  # decoder layer whose attention ranks, 0 is the first
-    share: float = 100 / 576  # share of the image tokens that stays visible, (0, 1]
+    alpha: float = 1.0
+    beta: float | None = 0.1
+    rank_layer: int = 1
+    share: float = 100 / 576
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

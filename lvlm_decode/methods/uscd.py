@@ -23,16 +23,22 @@ from ..method import Method, Step, View
 
 @dataclass(frozen=True)
 class USCD(Method):
-    """What the model says blindly is subtracted only where it is unsure."""
+    """Subtracts the predictions without the image where the next token is uncertain.
+
+    Args:
+        alpha: Weight of the branch without the image, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        threshold: Share, in [0, 1], of a certain token's standard deviation below which a token counts as uncertain.
+    """
 
     name: ClassVar[str] = "uscd"
     paper: ClassVar[str] = "Uncertainty-aware Selective Contrastive Decoding (2024)"
     arxiv: ClassVar[str] = "2409.05923"
     costs: ClassVar[tuple[str, ...]] = ("text",)
 
-    alpha: float = 0.5  # weight of the lame branch, >= 0
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    threshold: float = 0.9  # share of a certain token's spread below which one is uncertain, [0, 1]
+    alpha: float = 0.5
+    beta: float | None = 0.1
+    threshold: float = 0.9
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

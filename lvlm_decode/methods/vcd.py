@@ -42,17 +42,25 @@ def diffuse(pixels: Tensor, step: int, schedule: str, rng: torch.Generator) -> T
 
 @dataclass(frozen=True)
 class VCD(Contrast):
-    """scores = (1 + alpha) * l(image) - alpha * l(noised image), under the plausibility mask."""
+    """Subtracts the predictions for a noised copy of the image.
+
+    Args:
+        alpha: Contrast strength, at least 0; 0 leaves only the mask.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        noise_step: Diffusion step of the noise, from 0 to 999; a later step is noisier.
+        schedule: ``code`` is the sigmoid noise schedule of the authors' code, ``paper`` the constant 0.1 per step of
+            the paper.
+    """
 
     name: ClassVar[str] = "vcd"
     paper: ClassVar[str] = "Visual Contrastive Decoding (Leng et al., CVPR 2024)"
     arxiv: ClassVar[str] = "2311.16922"
     costs: ClassVar[tuple[str, ...]] = ("image",)
 
-    alpha: float = 1.0  # contrast strength, >= 0; 0 leaves the mask alone
-    beta: float | None = 0.1  # plausibility threshold, (0, 1]
-    noise_step: int = 500  # of 1000
-    schedule: Literal["code", "paper"] = "code"  # sigmoid (authors' code) or constant 0.1 a step (paper)
+    alpha: float = 1.0
+    beta: float | None = 0.1
+    noise_step: int = 500
+    schedule: Literal["code", "paper"] = "code"
 
     def __post_init__(self) -> None:
         self.check(self.alpha >= 0, "alpha", "at least 0")

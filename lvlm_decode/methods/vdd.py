@@ -20,13 +20,13 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class VDD(Contrast):
-    """Against what the model says when there is nothing to see.
+    """Subtracts the predictions for a missing or unknown image.
 
     Args:
-        alpha: contrast strength, >= 0.
-        beta: plausibility threshold in (0, 1], or ``None`` for no mask.
-        absent: what stands where the image was.
-        unknown_id: the token of ``"unknown"``; the authors' code writes id 0, LLaMA's ``<unk>``.
+        alpha: Contrast strength, at least 0.
+        beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        absent: What stands in place of the image: ``none``, ``unknown``, or ``both`` averaged.
+        unknown_id: Token id of ``unknown``; the authors' code writes 0, LLaMA's ``<unk>``.
     """
 
     name: ClassVar[str] = "vdd"
