@@ -85,8 +85,9 @@ class Attached:
         Takes what the model's own takes, and:
 
         Args:
-            seed: keys the views and, when sampling, the draws by (seed, sample id, position): then neither batch nor
-                drafter nor a resumed run changes an answer. Without it draws are Hugging Face's own.
+            seed: keys the views, 0 when it is left out: the same prompt and image have the same views in every process and
+                batch. Given, it also keys the draws of a sampling run by (seed, sample id, position): then neither batch nor
+                drafter nor a resumed run changes an answer. Without it token draws are Hugging Face's own.
             sample_ids: one key per row of the batch; by default a hash of the row's prompt and pixels.
 
         Raises:

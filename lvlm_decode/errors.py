@@ -21,7 +21,20 @@ class UnknownNameError(LvlmDecodeError):
 
 
 class ParameterError(LvlmDecodeError):
-    """A hyper-parameter outside its range."""
+    """A hyper-parameter of another type or outside its range.
+
+    Attributes:
+        parameter, expected: which one, and what it must be, where the error is about one.
+    """
+
+    parameter: str | None = None
+    expected: str | None = None
+
+    @classmethod
+    def of(cls, owner: str, parameter: str, value: object, expected: str) -> ParameterError:
+        error = cls(f"{owner}: {parameter} = {value!r} is not valid; it must be {expected}.")
+        error.parameter, error.expected = parameter, expected
+        return error
 
 
 class UnsupportedError(LvlmDecodeError):

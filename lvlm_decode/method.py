@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from .engine import hf
-from .errors import ParameterError, UnknownNameError, UnsupportedError
+from .errors import UnsupportedError
+from .parameters import Checked
 
 if TYPE_CHECKING:
     from .engine.run import Run
@@ -116,10 +117,11 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Checked):
     """Base of every decoding method: hyper-parameters and three pure functions.
 
-    Class attributes describe the method to the command line, the documentation and the tests.
+    Class attributes describe the method to the command line, the documentation and the tests. Parameters may be given by the
+    names of the authors' scripts too, ``VCD(cd_alpha=1.0)``; see ``aliases``.
     """
 
     name: ClassVar[str] = ""
@@ -137,26 +139,6 @@ class Method:
     off: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": None}
     #: Two methods that own the same rule cannot be added up.
     owns: ClassVar[str | None] = None
-
-    @classmethod
-    def create(cls, **parameters: Any) -> Method:
-        """The method with these parameters; aliases accepted.
-
-        Raises:
-            UnknownNameError: a parameter the method does not have.
-            ParameterError: a value outside its range.
-        """
-        known = {f.name for f in dataclasses.fields(cls)}
-        given: dict[str, Any] = {}
-        for key, value in parameters.items():
-            target = cls.aliases.get(key, key)
-            if target not in known:
-                listed = ", ".join(sorted(known)) or "none"
-                raise UnknownNameError(f"{cls.name} has no parameter {key!r}; its parameters are: {listed}.")
-            if target in given:
-                raise ParameterError(f"{cls.name} was given {target} twice, once as {key!r}; give it once.")
-            given[target] = value
-        return cls(**given)
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         """The extra views of one sample; the same number for every sample. ``rng`` (CPU) belongs to the sample."""
@@ -240,12 +222,6 @@ class Method:
         if not isinstance(other, Method):
             return NotImplemented
         return Sum.of(self, other)
-
-    def check(self, condition: bool, parameter: str, expected: str) -> None:
-        """Raise :class:`ParameterError` unless ``condition``; used by ``__post_init__``."""
-        if not condition:
-            value = getattr(self, parameter)
-            raise ParameterError(f"{self.name}: {parameter} = {value!r} is not valid; it must be {expected}.")
 
     def check_beta(self) -> None:
         beta = getattr(self, "beta")  # noqa: B009  (not every method has one)

@@ -3,7 +3,10 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -557,6 +560,77 @@ def test_a_sum_draws_what_its_parts_draw_alone(zoo, batch):
         one = Run(zoo.model, part, batch, seed=7)
         for a, b in zip(both.samples[number], one.samples[1]):
             assert torch.equal(a.vision["pixel_values"], b.vision["pixel_values"])
+
+
+# --- the same twice --------------------------------------------------------------------------------------------------
+
+ONCE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(1)
+from zoo import tiny
+import lvlm_decode as ld
+from lvlm_decode.methods import parse
+zoo = tiny("llava")
+batch = zoo.inputs(("is it", "is it a dog or a cat", "no"), seed=3)
+torch.seed()
+for name in ("vcd", "ritual", "vcd+ritual", "cntp", "mvp"):
+    parameters = dict(caption_tokens=3, path_tokens=3) if name == "mvp" else {{}}
+    with ld.attached(zoo.model, parse(name, **parameters), processor=zoo.processor):
+        print(name, zoo.model.generate(**batch, max_new_tokens=8, do_sample=False).tolist())
+"""
+
+
+def test_greedy_answers_are_the_same_in_every_process():
+    """Whatever torch's own generator starts from; methods that draw in a search of their own among them."""
+    code = ONCE.format(tests=str(Path(__file__).parent))
+    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(2)]
+    assert said[0].returncode == 0, said[0].stderr[-500:]
+    assert said[0].stdout == said[1].stdout and said[0].stdout.count("[[") == 5
+
+
+@pytest.mark.parametrize("name", ["vcd", "ritual", "vcd+ritual"])
+def test_views_are_keyed_by_content_and_seed_alone(zoo, batch, name):
+    """Neither torch's generator nor the batch around a row changes its views; another seed, prompt or picture does."""
+    method = METHODS[name]
+    base = generate(zoo.model, batch, method, torch_seed=1)
+    assert torch.equal(base, generate(zoo.model, batch, method, torch_seed=2))
+    assert torch.equal(base, generate(zoo.model, batch, method, seed=0))
+    assert torch.equal(base, generate(zoo.model, batch, custom_generate=method, torch_seed=3))
+    form = method.processor(zoo.model, batch)
+    assert torch.equal(base, generate(zoo.model, batch, torch_seed=4, logits_processor=[form]))
+    views = lambda inputs, seed=None: [
+        s.vision["pixel_values"] for s in Run(zoo.model, method, inputs, seed=seed).samples[1]
+    ]
+    for row, view in enumerate(views(batch)):
+        single = alone(zoo, batch, row)
+        assert torch.equal(view, views(single)[0])
+        if "vcd" in name:
+            assert not torch.equal(view, views(single, 1)[0])
+            other = {**single, "input_ids": single["input_ids"].clone()}
+            other["input_ids"][0, -1] += 1
+            assert not torch.equal(view, views(other)[0])
+
+
+def test_what_fills_up_a_picture_beside_a_larger_one_does_not_change_its_key():
+    zoo = tiny("llava_next")
+    both = zoo.batch([zoo.row("is it", images=2, seed=1), zoo.row("no", images=1, seed=2)])
+    single = zoo.batch([zoo.row("no", images=1, seed=2)])
+    # As the processor would have made it alone: without tiles that are zeros.
+    tiles = int((single["pixel_values"].flatten(2) != 0).any(-1).sum())
+    single["pixel_values"] = single["pixel_values"][:, :tiles]
+    ids = [Run(zoo.model, METHODS["vcd"], inputs).sample_ids[-1] for inputs in (both, single)]
+    assert ids[0] == ids[1] and ids[0] != Run(zoo.model, METHODS["vcd"], both).sample_ids[0]
+
+
+def test_token_draws_are_transformers_own_unless_a_seed_is_given(zoo, batch):
+    off = ld.VCD(alpha=0, beta=None)
+    sample = dict(do_sample=True, temperature=0.9)
+    for torch_seed in (1, 2):
+        bare = generate(zoo.model, batch, torch_seed=torch_seed, **sample)
+        assert torch.equal(bare, generate(zoo.model, batch, off, torch_seed=torch_seed, **sample))
+    keyed = [generate(zoo.model, batch, off, torch_seed=s, seed=5, **sample) for s in (1, 2)]
+    assert torch.equal(*keyed) and not torch.equal(keyed[0], bare)
 
 
 # --- bad input and limits --------------------------------------------------------------------------------------------

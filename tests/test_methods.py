@@ -862,7 +862,7 @@ def test_vcd_noise_schedule():
 def test_sid_hides_all_but_a_share_of_the_authors_image():
     assert round(SID().share * 576) == 100
     with pytest.raises(UnknownNameError, match="fast_v_agg_layer"):
-        SID.create(fast_v_agg_layer=2)
+        SID(fast_v_agg_layer=2)
 
 
 # The second image of a prompt.

@@ -8,7 +8,18 @@ from conftest import ROOT
 
 PACKAGES = {"lvlm_decode": ROOT / "lvlm_decode", "lvlm_decode_evals": ROOT / "evals"}
 #: Rooms from the ground up; a file imports from its own room and from those before it.
-FLOORS = ["errors", "plugins", "engine.hf", "engine.hooks", "families", "method", "engine", "methods", "controllers"]
+FLOORS = [
+    "errors",
+    "parameters",
+    "plugins",
+    "engine.hf",
+    "engine.hooks",
+    "families",
+    "method",
+    "engine",
+    "methods",
+    "controllers",
+]
 CORE = (
     "lvlm_decode.engine",
     "lvlm_decode.methods",

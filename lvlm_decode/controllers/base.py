@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, PrefixConstrainedLogitsProcessor
 
-from ..engine import hf
+from ..engine import hf, sampling
 from ..engine.hf import Call
 from ..errors import UnsupportedError
 from ..method import Method
@@ -111,9 +111,11 @@ class AsCaller:
         return self.inner(torch.cat([prompts, input_ids[:, self.width :]], 1), scores)
 
 
-def seed_of(run: Run) -> int:
-    """The seed of the run, or one drawn from torch's own generator."""
-    return int(torch.randint(2**62, (1,))) if run.seed is None else run.seed
+def seed_of(run: Run, call: Call) -> int:
+    """The seed of what a search draws by itself: the run's, else the default of views, or torch's own when sampling."""
+    if run.seed is not None:
+        return run.seed
+    return int(torch.randint(2**62, (1,))) if call.config.do_sample else sampling.DEFAULT_SEED
 
 
 def pad_answers(input_ids: Tensor, answers: list[Tensor], pad: int) -> Tensor:

@@ -94,7 +94,7 @@ class CNTP(Controller):
         process = [p for p in call.processors if not isinstance(p, sampling.KeyedDraw)]
         tokenizer = getattr(run.processor, "tokenizer", run.processor)
         ends = EndsTrial(tokenizer, self.punctuation)
-        seed = seed_of(run)
+        seed = seed_of(run, call)
         writers = [
             Writer(self, limits, ids, process, bool(config.do_sample), seed, row_id, ends)
             for ids, row_id in zip(input_ids, run.row_ids)

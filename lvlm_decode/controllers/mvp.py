@@ -100,8 +100,6 @@ class MVP(Controller):
     form: Literal["code", "paper"] = "code"
 
     def __post_init__(self) -> None:
-        for name in ("answers", "weights"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         self.check(len(self.answers) >= 2, "answers", "two words or more")
         self.check(
             len(self.weights) == 3 and min(self.weights) >= 0 < max(self.weights), "weights", "three, at least 0"
@@ -119,7 +117,7 @@ class MVP(Controller):
     def decode(self, run: Run, call: Call) -> Any:
         self.check_search(call, "an answer is put together from many paths")
         input_ids, limits, trace = call.input_ids, Limits.of(run, call), run.trace
-        samples, seed = run.samples[0], seed_of(run)
+        samples, seed = run.samples[0], seed_of(run, call)
         with torch.no_grad():
             trace.captions = captions_of(self, run, samples, seed, limits.eos)
             compared = compare(self, run, input_ids, list(call.processors), limits, seed)

@@ -22,7 +22,7 @@ from ..method import Method, Sum, View
 from . import sampling
 from .attention import Edit, image_slots, probabilities, routed, rows_of, visible
 from .hf import Encoded, Prepared, left_pad
-from .samples import Sample
+from .samples import Sample, content
 from .stack import Lane
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Batch:
     def _content_key(input_ids: Tensor, vision: dict[str, Tensor]) -> str:
         digest = hashlib.blake2b(input_ids.cpu().numpy().tobytes(), digest_size=8)
         if "pixel_values" in vision:
-            digest.update(vision["pixel_values"].float().cpu().contiguous().numpy().tobytes())
+            digest.update(content(vision["pixel_values"]))
         return digest.hexdigest()
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..families import family_of
 from ..families.base import Family
 from ..method import Method, Probes, View
-from . import hf
+from . import hf, sampling
 from .attention import Edit, routed
 from .batch import Batch, views_of
 from .hf import KV, Encoded, Prepared, decoder
@@ -56,8 +56,8 @@ class Run:
         model: the LVLM the method is attached to.
         inputs: tensors by name, as the processor gave them.
         rows_per_sample: beams or return sequences; the loop's rows are sample-major.
-        seed: keys the views, and the draws of a sampling run when it is given.
-        sample_ids: one randomness key per sample; content hashes by default.
+        seed: keys the views (0 when it is not given), and the draws of a sampling run when it is given.
+        sample_ids: one randomness key per sample; by default a hash of its prompt and images.
         execution: "stacked" (one forward) or "sequential" (one per view).
         family: the model's adapter, where it is known already.
         features: the images, where the caller encoded them.
@@ -86,7 +86,7 @@ class Run:
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         self.memory = {} if memory is None else memory
         self.trace = Trace()
-        view_seed = torch.initial_seed() if seed is None else seed
+        view_seed = sampling.DEFAULT_SEED if seed is None else seed
         # Only a method that watches the encoder makes the images be encoded before its views are known.
         watching = [part for part in method.parts() if type(part).observe is not Method.observe]
         observe = functools.partial(observing, watching) if watching else None

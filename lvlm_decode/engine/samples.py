@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from .batch import Batch
 
 
+def content(values: Tensor) -> bytes:
+    """What ``values`` say, without the zeros that fill up an image beside larger ones in its batch."""
+    flat = values.float().flatten()
+    return flat[flat != 0].cpu().numpy().tobytes()
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row of the user's batch, without padding, and the views that can be made of it.
@@ -83,7 +89,7 @@ class Sample:
         own = self.family.prompt_keys
         parts = [v for k, v in sorted(self.vision.items()) if isinstance(v, Tensor) and k not in own]
         for part in parts or [image.features for image in self.images]:
-            digest.update(part.float().cpu().contiguous().numpy().tobytes())
+            digest.update(content(part))
         return digest.hexdigest()
 
     @property

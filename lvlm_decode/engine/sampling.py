@@ -14,6 +14,10 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 
+#: Keys the views where the caller gives no seed, so that the same inputs have the same views in every process.
+DEFAULT_SEED = 0
+
+
 def key(*parts: Hashable) -> int:
     """A 63-bit integer from the printed form of ``parts``; equal parts give equal keys in every process."""
     digest = hashlib.blake2b("\x1f".join(map(repr, parts)).encode(), digest_size=8).digest()

@@ -81,7 +81,7 @@ def parse(text: str, **parameters: Any) -> Method:
             key: value for key, value in parameters.items() if key in known and cls.aliases.get(key, key) in known
         }
         unused -= set(shared)
-        parts.append(cls.create(**{**shared, **own}))
+        parts.append(cls(**{**shared, **own}))
     if unused:
         raise UnknownNameError(f"{text} has no parameter {', '.join(sorted(unused))}.")
     return parts[0] if len(parts) == 1 else Sum.of(*parts)

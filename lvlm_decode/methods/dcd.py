@@ -54,10 +54,7 @@ class DCD(Contrast):
     beta: float | None = 0.1
 
     def __post_init__(self) -> None:
-        if self.negative is None:
-            raise ParameterError(
-                "dcd: negative = None is not valid; give the negative projector, for instance its path."
-            )
+        self.check(self.negative is not None, "negative", "the negative projector, for instance its path")
         self.check(self.alpha >= 0, "alpha", "at least 0")
         self.check_beta()
 

@@ -47,9 +47,7 @@ class DeCo(Method):
     top_p: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            self.check(len(self.layers) > 0, "layers", "at least one layer, or None")
+        self.check(self.layers is None or len(self.layers) > 0, "layers", "at least one layer's number, or None")
         self.check(self.alpha >= 0, "alpha", "at least 0")
         self.check(self.top_k >= 1, "top_k", "at least 1")
         self.check(0 < self.top_p <= 1, "top_p", "in (0, 1]")

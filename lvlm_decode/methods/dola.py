@@ -47,12 +47,7 @@ class DoLa(Method):
     norm_early: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        self.check(
-            self.layers in ("low", "high") or not isinstance(self.layers, str), "layers", "'low', 'high' or numbers"
-        )
-        self.check(len(self.layers) > 0, "layers", "at least one layer")
+        self.check(len(self.layers) > 0, "layers", "'low', 'high' or at least one layer's number")
         self.check(self.divergence in ("code", "jsd"), "divergence", "'code' or 'jsd'")
         self.check_beta()
 

@@ -107,6 +107,11 @@ class SuffixAutomaton(Drafter):
     memory: bool = True
     seen: Automaton = field(default_factory=Automaton, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.tokens >= 1, "tokens", "at least 1")
+        self.check(self.shortest >= 1, "shortest", "at least 1")
+
     def begin(self, context: Context) -> Session:
         return _AutomatonSession(self, context)
 

@@ -6,7 +6,6 @@ a session may keep what it learned from earlier calls.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError, UnknownNameError
+from ...parameters import Checked
 from ..tree import Tree
 
 
@@ -130,7 +129,7 @@ class Session:
 
 
 @dataclass
-class Drafter:
+class Drafter(Checked):
     """Base of every drafter: hyper-parameters, and whatever it keeps between calls.
 
     Args:
@@ -140,15 +139,13 @@ class Drafter:
             warpers, before the noise), else the running acceptance. 0 never stops.
     """
 
-    name: ClassVar[str] = ""
     #: Whether sessions read the target's features (``Context.prompt``, ``Verified.features``).
     features: ClassVar[bool] = False
 
     stop: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.stop < 1:
-            raise ParameterError(f"{self.name}: stop = {self.stop!r} is not valid; it must be in [0, 1), 0 for never.")
+        self.check(0 <= self.stop < 1, "stop", "in [0, 1), 0 for never")
 
     @classmethod
     def create(cls, model: torch.nn.Module | None = None, **parameters: Any) -> Drafter:
@@ -157,12 +154,6 @@ class Drafter:
         Raises:
             UnknownNameError: a parameter the drafter does not have.
         """
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
-        unknown = next((name for name in parameters if name not in known), None)
-        if unknown is not None:
-            raise UnknownNameError(
-                f"drafter {cls.name} has no parameter {unknown!r}; its parameters are: {', '.join(sorted(known))}."
-            )
         return cls(**parameters)
 
     def layers(self, module: torch.nn.Module) -> tuple[int, ...]:

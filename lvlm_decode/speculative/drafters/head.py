@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import InputError, ParameterError, UnsupportedError
+from ...errors import InputError, UnsupportedError
 from ...method import Step
 from ..heads import DraftHead, shipped
 from ..heads.runner import HeadRunner
@@ -50,8 +50,7 @@ class HeadDrafter(Drafter):
         super().__post_init__()
         for name in ("rows", "depth", "top_k"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ParameterError(f"{self.name}: {name} = {value} is not valid; it must be at least 1.")
+            self.check(value is None or value >= 1, name, "at least 1, or None for the head's own")
         if self.head is None and self.path is not None:
             self.head = DraftHead.from_pretrained(self.path)
         if self.head is not None and self.kind and self.head.config.kind != self.kind:

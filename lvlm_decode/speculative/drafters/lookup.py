@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...errors import ParameterError
 from ..tree import Tree, chain_shape
 from .base import Context, Drafter, Session, Verified
 
@@ -32,11 +31,9 @@ class PromptLookup(Drafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.shortest <= self.longest or self.tokens < 1:
-            raise ParameterError(
-                f"{self.name}: shortest = {self.shortest}, longest = {self.longest}, tokens = {self.tokens} are not "
-                "valid; they must be at least 1, and shortest no longer than longest."
-            )
+        self.check(self.tokens >= 1, "tokens", "at least 1")
+        self.check(self.longest >= 1, "longest", "at least 1")
+        self.check(1 <= self.shortest <= self.longest, "shortest", "at least 1, and no more than longest")
 
     def begin(self, context: Context) -> Session:
         return _LookupSession(self, context)

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ParameterError
 from ...method import BELOW
 from ..tree import PAD, Tree, ranked_shape
 from .base import Context, Drafter, Session, Verified
@@ -41,11 +40,12 @@ class Recycling(Drafter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rows < 2 or self.depth < 1 or self.width < 1:
-            raise ParameterError(
-                f"recycling: rows = {self.rows}, depth = {self.depth}, width = {self.width} are not valid; "
-                "rows must be at least 2, depth and width at least 1."
-            )
+        self.check(self.rows >= 2, "rows", "at least 2")
+        self.check(self.depth >= 1, "depth", "at least 1")
+        self.check(self.width >= 1, "width", "at least 1")
+        self.check(
+            all(0 < chance < 1 for chance in self.chances) and len(self.chances) > 0, "chances", "in (0, 1) each"
+        )
 
     def begin(self, context: Context) -> Session:
         size = context.scores.shape[-1]
