@@ -35,12 +35,12 @@ class _Parameters(type):
                 given[name] = value = tuple(value)
             if not _fits(value, hints[name]):
                 raise own._wrong(name, value, hints[name], given)
-        return super().__call__(**given)  # type: ignore[misc,no-any-return]
+        return super().__call__(**given)  # type: ignore[misc]
 
     @property
     def __signature__(cls) -> inspect.Signature:
         # Without it, documentation would show the arguments of __call__ above.
-        _, *rest = inspect.signature(cls.__init__).parameters.values()
+        _, *rest = inspect.signature(typing.cast(Any, cls).__init__).parameters.values()
         return inspect.Signature(rest)
 
     def _fields(cls) -> list[str]:

@@ -599,9 +599,10 @@ def test_views_are_keyed_by_content_and_seed_alone(zoo, batch, name):
     assert torch.equal(base, generate(zoo.model, batch, custom_generate=method, torch_seed=3))
     form = method.processor(zoo.model, batch)
     assert torch.equal(base, generate(zoo.model, batch, torch_seed=4, logits_processor=[form]))
-    views = lambda inputs, seed=None: [
-        s.vision["pixel_values"] for s in Run(zoo.model, method, inputs, seed=seed).samples[1]
-    ]
+
+    def views(inputs, seed=None):
+        return [s.vision["pixel_values"] for s in Run(zoo.model, method, inputs, seed=seed).samples[1]]
+
     for row, view in enumerate(views(batch)):
         single = alone(zoo, batch, row)
         assert torch.equal(view, views(single)[0])

@@ -141,7 +141,7 @@ class VDGD(Controller):
             return sequences
         out.sequences = sequences
         # It belongs to the grounded prompt; a caller who continued from it would continue that one.
-        hf.drop_cache(out)
+        hf.give_cache(out, None)
         return out
 
 

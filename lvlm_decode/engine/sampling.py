@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-
 #: Keys the views where the caller gives no seed, so that the same inputs have the same views in every process.
 DEFAULT_SEED = 0
 
