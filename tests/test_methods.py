@@ -200,7 +200,7 @@ def test_dola_buckets():
     class Deep:
         def __init__(self, count, tied=False):
             text = type("T", (), {"num_hidden_layers": count, "tie_word_embeddings": tied})
-            self.config = type("C", (), {"get_text_config": lambda self: text})()
+            self.config = type("C", (), {"get_text_config": lambda self, **_: text})()
 
     assert DoLa(layers="low").probes(Deep(32)).hidden == tuple(range(0, 16, 2))
     assert DoLa(layers="high").probes(Deep(32)).hidden == tuple(range(16, 32, 2))
@@ -239,7 +239,7 @@ def test_deco(top_k, top_p):
 def test_deco_layers_scale_with_the_model():
     def hidden(count):
         text = type("T", (), {"num_hidden_layers": count})
-        model = type("M", (), {"config": type("C", (), {"get_text_config": lambda self: text})()})()
+        model = type("M", (), {"config": type("C", (), {"get_text_config": lambda self, **_: text})()})()
         return DeCo().probes(model).hidden
 
     assert hidden(32) == tuple(range(20, 29))
