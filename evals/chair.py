@@ -423,7 +423,7 @@ class _Caption(Form):
     caption: str | None
     image: Identity | None = None
     text: str | None = None
-    label: Any = None
+    label: list[str] | None = None
     tokens: Count | None = None
     error: str | None = None
 
@@ -431,6 +431,12 @@ class _Caption(Form):
         image = None if self.image is None else str(self.image)
         said = self.caption or ""
         return Answer(self.image_id, said, self.text or "", image, self.label, tokens=self.tokens, error=self.error)
+
+
+class _OwnCaption(Own):
+    """A line of this project about a caption: the label is what the image contains."""
+
+    label: list[str] | None = None
 
 
 class _Marine(Form):
@@ -476,7 +482,7 @@ class _Deco(Form):
         return Answer(self.id, self.response or "")
 
 
-_CAPTION_FORMS = (_Caption, Own, _Marine, _LlavaCaption, _Deco)
+_CAPTION_FORMS = (_Caption, _OwnCaption, _Marine, _LlavaCaption, _Deco)
 _Mapping = TypeAdapter(dict[str, str])
 
 
@@ -614,7 +620,7 @@ class Chair(Evaluator):
             )
             for answer in _captions(path, self.image_id_key, self.caption_key)
         ]
-        truths = [self._truth(answer) for answer in answers]
+        truths = [self._truth(answer, f"{path}, ") for answer in answers]
         if answers and all(truth is None for truth in truths):
             raise EvalError(
                 f"{path}: no caption has a known image (the first is {answers[0].question_id}); give --objects FILE, a "
@@ -625,14 +631,14 @@ class Chair(Evaluator):
             for answer, truth in zip(answers, truths)
         ]
 
-    def _truth(self, answer: Answer) -> Sequence[str] | None:
-        """What the image of an answer contains; None when nobody knows."""
+    def _truth(self, answer: Answer, file: str = "") -> Sequence[str] | None:
+        """What the image of an answer contains; None when nobody knows. file: begins messages."""
         if self.objects is not None:
             known = _objects(str(self.objects), self.table())
             return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
         if answer.label is None:
             return _scene_objects().get(image_key(answer.question_id))
-        where = f"image {answer.question_id}, label"
+        where = f"{file}image {answer.question_id}, field 'label'"
         return _known_objects(checked(_Names, answer.label, where), set(self.table().category.values()), where)
 
     def row(self, answer: Answer) -> Row:

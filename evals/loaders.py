@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, OutsideError
 
 from .base import Evaluator, Question
+from .pictures import open_picture, rgb
 from .pope import questions_of
 from .reading import read_bytes, read_records
 
@@ -111,22 +112,16 @@ class ImageFiles:
 
     find: Callable[[str], Path]
     describe: str
+    # Whether pictures are turned as their camera noted.
+    turn: bool = False
 
     def open(self, name: str) -> Any:
-        from PIL import Image
-
-        path = self.find(name)
-        if not path.is_file():
-            raise MissingFileError(f"image {path} is missing")
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise FileFormatError(f"image {path} cannot be read ({error})") from error
+        return open_picture(self.find(name), self.turn)
 
 
-def folder_images(folder: Path, allow_outside: bool = False) -> ImageFiles:
+def folder_images(folder: Path, allow_outside: bool = False, turn: bool = False) -> ImageFiles:
     """Images of a folder. allow_outside: also those that a name (`..`, an absolute path) or a link leads to elsewhere.
+    turn: follow the orientation that cameras note, for a user's own pictures; published evaluations did not.
 
     Raises MissingFileError when there is no such folder.
     """
@@ -143,7 +138,7 @@ def folder_images(folder: Path, allow_outside: bool = False) -> ImageFiles:
             )
         return path
 
-    return ImageFiles(find, str(folder))
+    return ImageFiles(find, str(folder), turn)
 
 
 def scene_images(scenes: Sequence) -> ImageFiles:
@@ -165,7 +160,7 @@ class HubImages:
         row = self.place.get(name, self.place.get(name.removesuffix(".jpg")))
         if row is None:
             raise MissingFileError(f"image {name} is not in {self.describe}")
-        return self.dataset[row][self.column].convert("RGB")
+        return rgb(self.dataset[row][self.column], f"image {name}")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def generate(
 
     chosen = [parse(name, **pairs(param, "--param")) for name in (method or ["plain"])]
     path = scene_path(str(image))
-    picture = folder_images(path.parent, allow_outside=True).open(path.name)
+    picture = folder_images(path.parent, allow_outside=True, turn=True).open(path.name)
     loaded = load(model, dtype=dtype)
     text = prompt_of(loaded.processor, Question("", prompt, path.name), Options())
     inputs = loaded.processor(images=[picture], text=[text], return_tensors="pt").to(loaded.model.device)
