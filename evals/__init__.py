@@ -1,4 +1,7 @@
-"""Hallucination benchmarks: questions, scorers, statistics, tables. Imports no torch, except `runner` and `run`."""
+"""Hallucination benchmarks: questions, scorers, statistics, tables. Imports no torch, except `runner` and `run`.
+
+From Python: `evaluate(model, processor, "pope", methods=["vcd"])`, `score("pope", answers)`, `read_run(folder)`; see `api`.
+"""
 
 from __future__ import annotations
 
@@ -61,4 +64,23 @@ def evaluator(name: str, **options: Any):
     return cls(**options)
 
 
-__all__ = ["EVALUATORS", "EvalError", "evaluator", "evaluator_class"]
+_API = ("Evaluation", "Scores", "evaluate", "read_run", "score")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(import_module(".api", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "EVALUATORS",
+    "EvalError",
+    "Evaluation",
+    "Scores",
+    "evaluate",
+    "evaluator",
+    "evaluator_class",
+    "read_run",
+    "score",
+]

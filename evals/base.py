@@ -240,6 +240,10 @@ class Evaluator:
         """
         return list(answers)
 
+    def ready(self, questions: Sequence[Question]) -> None:
+        """Raise EvalError where answers to these questions could not be scored, before a model is asked anything."""
+        self.rows(Answer.to(question, "Yes.") for question in questions)
+
     def row(self, answer: Answer) -> Row:
         """Score one answer; pure."""
         raise NotImplementedError

@@ -641,6 +641,17 @@ class Chair(Evaluator):
         where = f"{file}image {answer.question_id}, field 'label'"
         return _known_objects(checked(_Names, answer.label, where), set(self.table().category.values()), where)
 
+    def ready(self, questions: Sequence[Question]) -> None:
+        """Raise EvalError for images of which nobody says what they contain."""
+        unknown = [question for question in questions if self._truth(Answer.to(question, "")) is None]
+        if unknown:
+            raise EvalError(
+                f"chair must know what each image contains, and {len(unknown)} of {len(questions)} images are unknown (the "
+                f"first is {unknown[0].image or unknown[0].id}); give --objects FILE, a JSON object of image id to list of "
+                "object names, and --vocabulary FILE if the names are not COCO's."
+            )
+        super().ready(questions)
+
     def row(self, answer: Answer) -> Row:
         truth = self._truth(answer)
         if truth is None:

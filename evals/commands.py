@@ -8,7 +8,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +16,7 @@ import yaml
 
 from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, UnknownNameError
 
-from . import EVALUATORS, evaluator, evaluator_class
-from .answers import audit
+from . import EVALUATORS, evaluator
 from .base import Evaluator
 from .metrics import REPLICATES
 
@@ -57,13 +55,20 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, Any]:
 
 def evaluator_from(name: str, given: Sequence[str] | None, **shortcuts: Any) -> Evaluator:
     """An evaluator with the options of the command line; `shortcuts` that are None were not given."""
+    return evaluator(name, **_options(given, **shortcuts))
+
+
+def _options(given: Sequence[str] | None, **shortcuts: Any) -> dict[str, Any]:
     options = pairs(given, "--option") | {key: value for key, value in shortcuts.items() if value is not None}
-    return evaluator(name, **{key: str(v) if isinstance(v, Path) else v for key, v in options.items()})
+    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
 
 
 Rule = Annotated[
     str | None, typer.Option(help="Rule that reads yes or no out of an answer; see lvlm_decode_evals.parsers.")
 ]
+Parser = Annotated[str | None, typer.Option(help="Word parser of chair: pattern or wordnet-pos.")]
+Objects = Annotated[Path | None, typer.Option(help="chair: JSON object, image id to object names.")]
+Vocabulary = Annotated[Path | None, typer.Option(help="chair: synonym table.")]
 OptionList = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Any other option of the evaluator, name=value; may repeat.")
 ]
@@ -113,18 +118,24 @@ def eval_command(
     times: Annotated[bool, typer.Option("--times", help="Also record how long every batch took, for tables.")] = False,
     option: OptionList = None,
     rule: Rule = None,
+    parser: Parser = None,
+    objects: Objects = None,
+    vocabulary: Vocabulary = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A control to leave out, e.g. mask or 'plain sample'; may repeat.")
+    ] = None,
 ) -> None:
-    """Ask a model the questions of a benchmark with one or several methods; matched controls always run too.
+    """Ask a model the questions of a benchmark with one or several methods; matched controls run too.
 
     Killed at any moment and started again with the same options it continues, and ends with the same files. Without
     --questions it asks about the emoji scenes that ship with the project. Exit status 3: finished, but some questions
     could not be asked (a missing or corrupt image); they are named.
     """
-    from .loaders import HUB_PREFIX, file_source, hub_source, protocol_source, scene_source
+    from .api import Evaluation, prepare
+    from .loaders import protocol_source
     from .plan import Decoding
-    from .price import price_blocks
-    from .runner import Options, Run, Share, check_parameters, decoding_for, failures, load, processes
-    from .tables import blocks, render
+    from .runner import Options, Share, failures, load, processes
+    from .tables import render
 
     shown, decided = None, {}
     if protocol is not None:
@@ -132,7 +143,8 @@ def eval_command(
         from .protocols import protocol as protocol_named
         from .protocols import setup
 
-        given = {**pairs(option, "--option"), "rule": rule, "--max-new-tokens": max_new_tokens, "--seed": seed}
+        given = {**pairs(option, "--option"), "rule": rule, "parser": parser, "--seed": seed}
+        given |= {"--max-new-tokens": max_new_tokens}
         given |= {"--suffix": suffix or None, "--template": template, "--questions": questions}
         given |= {"--do-sample": do_sample, "--temperature": temperature, "--top-p": top_p, "--top-k": top_k}
         shown = protocol_named(protocol)
@@ -145,7 +157,8 @@ def eval_command(
             fixed.template,
             list(fixed.seeds) or seed,
         )
-    chosen = evaluator_from(benchmark, option, **{"rule": rule, **decided})
+    shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
+    chosen = evaluator_from(benchmark, option, **(shortcuts | decided))
     size = int(batch_size) if batch_size.isdecimal() else batch_size
     options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"), times)
     share, state = processes()
@@ -167,33 +180,39 @@ def eval_command(
         wanted = Decoding(drawn, 1.0 if temperature is None else temperature, top_p, top_k, num_beams or 1)
     if shown is not None and shown.decoding is not None:
         wanted = shown.decoding
-    given = dict.fromkeys(method or ["plain"])
-    check_parameters(list(given), options.parameters)
-    methods = [(name, decoding_for(name, wanted, options.parameters)) for name in given]
-
-    if shown is not None and not is_tiny(model):
-        source = protocol_source(shown, chosen, images)
-    elif questions is None:
-        if images is not None:
-            raise SettingsError("--images needs --questions: the emoji scenes bring their own images.")
-        source = scene_source(chosen)
-    elif questions.startswith(HUB_PREFIX):
-        source = hub_source(chosen, questions.removeprefix(HUB_PREFIX))
-    else:
-        source = file_source(chosen, Path(questions), images, allow_outside)
-    if split:
-        source = source.only(split)
-
+    source = protocol_source(shown, chosen, images) if shown is not None and not is_tiny(model) else None
+    prepared = prepare(
+        chosen,
+        methods=method or ["plain"],
+        decoding=wanted,
+        parameters=options.parameters,
+        without=without or (),
+        source=source,
+        questions=questions,
+        images=images,
+        allow_outside=allow_outside,
+        splits=split,
+        limit=limit,
+        out=out,
+    )
     device = None if state is None else state.device
     loaded = load(model, dtype=dtype, device=device, device_map=device_map)
-    label = None if shown is None else fixed.label
-    run = Run(chosen, source, loaded, out, methods, seed or [0], limit, options, share, state, protocol=label)
+    run = prepared.run(
+        loaded,
+        out,
+        seeds=seed or [0],
+        options=options,
+        share=share,
+        state=state,
+        protocol=None if shown is None else fixed.label,
+        tell=functools.partial(typer.echo, err=True),
+    )
     results = run.execute()
     if not results:
         if run.main:
             typer.echo(f"Share {shard} is done; the table comes with the last share.")
         return
-    typer.echo(render([*blocks(results), *price_blocks(results)]))
+    typer.echo(render(Evaluation(results).blocks()))
     if bad := failures(results):
         typer.echo(f"{bad} questions have no answer; they are named above and in summary.json.", err=True)
         raise typer.Exit(FINISHED_WITH_FAILURES)
@@ -203,9 +222,9 @@ def eval_command(
 def score_command(
     target: Annotated[list[str], typer.Argument(help="A run's folder; or a benchmark and a file of answers.")],
     rule: Rule = None,
-    parser: Annotated[str | None, typer.Option(help="Word parser of chair: pattern or wordnet-pos.")] = None,
-    objects: Annotated[Path | None, typer.Option(help="chair: JSON object, image id to object names.")] = None,
-    vocabulary: Annotated[Path | None, typer.Option(help="chair: synonym table.")] = None,
+    parser: Parser = None,
+    objects: Objects = None,
+    vocabulary: Vocabulary = None,
     questions: Annotated[
         Path | None, typer.Option(help="What was asked: labels that answers lack, missing and unknown ids.")
     ] = None,
@@ -214,71 +233,45 @@ def score_command(
     rows: Annotated[Path | None, typer.Option(help="Also write the scored rows with their evidence here.")] = None,
 ) -> None:
     """Score answers, without a model: of a run (score DIR), or made elsewhere (score pope FILE)."""
-    shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
-    if len(target) == 1:
-        from .plan import found_cells, score_cell
+    from .api import check_file, read_run, score
 
-        given = pairs(option, "--option") | {k: str(v) for k, v in shortcuts.items() if v is not None}
+    shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
+    if rows is not None:
+        check_file(rows)
+    if len(target) == 1:
+        if rows is not None or questions is not None:
+            raise SettingsError("--rows and --questions are for a file of answers; a run's folder has both in it.")
         if target[0] in EVALUATORS and not Path(target[0]).exists():
             raise SettingsError(f"score {target[0]} needs a file of answers: lvlm-decode score {target[0]} FILE.")
-        scored = [score_cell(folder, **given) for folder in found_cells(Path(target[0]))]
+        results = read_run(target[0], write=True, **_options(option, **shortcuts)).results
         if as_json:
-            summaries = [
-                {"folder": str(r.folder), "model": (r.settings.get("model") or {}).get("name")}
-                | {"method": r.method, "decoding": r.decoding.name, "split": r.split, "seed": r.seed}
-                | _report(r.evaluator, r)
-                for r in scored
-            ]
-            typer.echo(json.dumps(summaries, indent=1))
-        for result in scored:
+            typer.echo(json.dumps([_record(result) for result in results], indent=1))
+        for result in results:
             if not as_json:
-                typer.echo(f"{_name(result)}: {_line(result.evaluator, result.rows)}")
+                typer.echo(f"{result.name}: {_line(result.evaluator, result.rows)}")
             for sentence in result.audit.sentences():
-                typer.echo(f"warning: {_name(result)}: {sentence}", err=True)
-        if any(result.audit.incomplete or result.audit.failed for result in scored):
+                typer.echo(f"warning: {result.name}: {sentence}", err=True)
+        if any(result.audit.incomplete or result.audit.failed for result in results):
             raise typer.Exit(FINISHED_WITH_FAILURES)
         return
     if len(target) != 2:
         raise SettingsError("score takes a run's folder, or a benchmark and a file: lvlm-decode score pope FILE.")
-    from .answers import write_rows
-    from .joins import join
-
-    name, path = target
-    evaluator_class(name)
-    chosen = evaluator_from(name, option, **shortcuts)
-    answers = chosen.read_answers(Path(path))
-    asked, contradicted = None, ()
-    if questions is not None:
-        splits = chosen.file_questions(questions)
-        asked = [question for split in splits.values() for question in split]
-        answers, contradicted = join(chosen.matched(answers, asked, path), asked, path)
-    usable, trouble = audit(answers, asked)
-    trouble = replace(trouble, contradicted=contradicted)
-    if not usable:
-        raise EvalError(f"{path} has no answer that can be scored. {' '.join(trouble.sentences())}")
-    scored_rows = chosen.rows(usable)
+    found = score(evaluator_from(target[0], option, **shortcuts), target[1], questions)
     if rows is not None:
-        write_rows(rows, scored_rows)
-    problems = {"problems": trouble.counts()} if trouble else {}
-    if as_json:
-        report = {"benchmark": name, **chosen.options(), **chosen.report(scored_rows), **problems}
-        typer.echo(json.dumps(report, indent=1))
-    else:
-        typer.echo(_line(chosen, scored_rows))
-    for sentence in trouble.sentences():
+        found.write(rows)
+    typer.echo(json.dumps(found.report, indent=1) if as_json else _line(found.evaluator, found.scored))
+    for sentence in found.problems:
         typer.echo(f"warning: {sentence}", err=True)
-    if trouble.incomplete:
+    if found.audit.incomplete:
         raise typer.Exit(FINISHED_WITH_FAILURES)
 
 
-def _name(result: Any) -> str:
-    """Which row this is: the folder first, because one call may score runs of several models."""
-    return f"{result.folder}: {result.method}, {result.decoding.name}, {result.split}, seed {result.seed}"
-
-
-def _report(chosen: Evaluator, result: Any) -> dict[str, Any]:
-    report = chosen.report(result.rows) if result.rows else {}
-    return report | ({"problems": result.audit.counts()} if result.audit else {})
+def _record(result: Any) -> dict[str, Any]:
+    """One cell as `score DIR --json` prints it."""
+    known = {"folder": str(result.folder), "model": (result.settings.get("model") or {}).get("name")}
+    known |= {"method": result.method, "decoding": result.decoding.name, "split": result.split, "seed": result.seed}
+    known |= result.evaluator.report(result.rows) if result.rows else {}
+    return known | ({"problems": result.audit.counts()} if result.audit else {})
 
 
 def _line(chosen: Evaluator, scored_rows: Sequence) -> str:
@@ -299,6 +292,10 @@ def table_command(
     plot: Annotated[Path | None, typer.Option(help="Also write pictures into this folder.")] = None,
     replicates: Annotated[int, typer.Option(min=100, help="Bootstrap replicates.")] = REPLICATES,
     rule: Rule = None,
+    parser: Parser = None,
+    objects: Objects = None,
+    vocabulary: Vocabulary = None,
+    option: OptionList = None,
     model: Annotated[
         str | None, typer.Option(help="For a config: run on this model instead; tiny works offline.")
     ] = None,
@@ -310,10 +307,11 @@ def table_command(
     rerun: Annotated[bool, typer.Option("--run/--no-run", help="For a config: run rows that are missing.")] = True,
 ) -> None:
     """Tables of a run, every method beside its matched controls; or a paper's table beside its published values."""
-    from .plan import found_cells, read_cell
-    from .price import price_blocks
-    from .tables import FORMATS, blocks, render
+    from .api import Evaluation, check_folder, read_run
+    from .tables import FORMATS, render
 
+    if plot is not None:
+        check_folder(plot)
     if format not in FORMATS:
         raise UnknownNameError.of("table format", format, FORMATS)
     extra: list = []
@@ -321,6 +319,8 @@ def table_command(
     if target.suffix in (".yaml", ".yml"):
         from .configs import paper_blocks, read_config, run_config
 
+        if any(value is not None for value in (rule, parser, objects, vocabulary, option)):
+            raise SettingsError("a paper's table says itself how it is scored; leave out the options of scoring.")
         config = read_config(target)
         overrides = {
             "model": model,
@@ -333,13 +333,12 @@ def table_command(
         config, results = run_config(config, rerun=rerun, **overrides)
         extra = paper_blocks(config, results, model or str(config.model), replicates)
     else:
-        given = {"rule": rule} if rule is not None else {}
-        results = [read_cell(folder, **given) for folder in found_cells(target)]
+        given = _options(option, rule=rule, parser=parser, objects=objects, vocabulary=vocabulary)
+        results = read_run(target, **given).results
     results = [result for result in results if result.rows]
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
-    made = [*extra, *blocks(results, replicates), *price_blocks(results, replicates)]
-    typer.echo(render(made, format), nl=False)
+    typer.echo(render([*extra, *Evaluation(results, replicates).blocks()], format), nl=False)
     if any(result.audit.incomplete or result.audit.failed for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:

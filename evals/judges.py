@@ -232,6 +232,10 @@ class Judged(Evaluator):
         """What the judge is asked about an answer."""
         raise NotImplementedError
 
+    def ready(self, questions: Sequence[Question]) -> None:
+        """Judged answers need nothing but a prompt for the judge; the judge comes when there are answers."""
+        self.prompts(Answer.to(question, "Yes.") for question in questions)
+
     def prompts(self, answers: Iterable[Answer]) -> list[Prompt]:
         """What the judge is asked about all answers that are answers."""
         return [self.prompt(answer) for answer in answers if answer.error is None]

@@ -192,9 +192,18 @@ def is_control(method: str) -> bool:
     return method.partition("(")[0] in CONTROLS
 
 
-def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds: Sequence[int]) -> list[Cell]:
-    """Every cell of a run, controls first. The plain model under greedy or beams draws nothing, so it has one seed."""
-    pairs = dict.fromkeys([pair for method in methods for pair in controls(*method)] + list(methods))
+def cells(
+    splits: Sequence[str],
+    methods: Sequence[tuple[str, Decoding]],
+    seeds: Sequence[int],
+    without: Sequence[str] = (),
+) -> list[Cell]:
+    """Every cell of a run, controls first. The plain model under greedy or beams draws nothing, so it has one seed.
+
+    without: controls to leave out, as `check_without` takes them.
+    """
+    wanted = [pair for method in methods for pair in controls(*method)]
+    pairs = dict.fromkeys([pair for pair in wanted if not _names(pair) & set(without)] + list(methods))
     return [
         Cell(split, method, decoding, seed)
         for method, decoding in pairs
@@ -207,6 +216,24 @@ def cells(splits: Sequence[str], methods: Sequence[tuple[str, Decoding]], seeds:
 TIMES = "times.jsonl"
 # Fields of settings.json that decide no answer.
 NOT_DECIDING = ("scoring", "environment")
+
+
+def _names(control: tuple[str, Decoding]) -> set[str]:
+    """What a control may be called: "mask" for all that the mask alone runs with, "mask sample" for one."""
+    method, decoding = control
+    return {method, method.partition("(")[0], f"{method} {decoding.name}"}
+
+
+def check_without(without: Sequence[str], methods: Sequence[tuple[str, Decoding]]) -> None:
+    """Raise SettingsError for a control to leave out that the methods do not have."""
+    had = [control for method in methods for control in controls(*method)]
+    known = dict.fromkeys(f"{name} {decoding.name}" for name, decoding in had)
+    for name in without:
+        if not any(name in _names(control) for control in had):
+            raise SettingsError(
+                f"--without {name} names no control of {', '.join(method for method, _ in methods)}; "
+                f"controls: {', '.join(known) or 'none'}."
+            )
 
 
 @dataclass(frozen=True)
@@ -306,6 +333,11 @@ class Result:
     questions: int | None = None
     asked: str | None = None
 
+    @property
+    def name(self) -> str:
+        """Which cell this is: the folder first, because one table may hold runs of several models."""
+        return f"{self.folder}: {self.method}, {self.decoding.name}, {self.split}, seed {self.seed}"
+
 
 def found_cells(out: Path) -> list[Path]:
     """Folders below `out` that hold settings and answers. Raises MissingFileError when there is none."""
@@ -366,6 +398,13 @@ def split_folder(folder: Path) -> Path:
 def cell_answers(folder: Path) -> list[Answer]:
     """The answers of a cell: the finished file, and parts of an unfinished run."""
     return [answer for path in sorted(Path(folder).glob("answers*.jsonl")) for answer in resume_answers(path)]
+
+
+def spoken(seconds: float) -> str:
+    """A duration as a person says it."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def score_cell(folder: Path, **options: Any) -> Result:

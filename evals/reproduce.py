@@ -43,7 +43,7 @@ from .configs import (
 )
 from .loaders import Source
 from .metrics import REPLICATES, Interval
-from .plan import TIMES, Result, found_cells, is_control, read_cell, slug
+from .plan import TIMES, Result, found_cells, is_control, read_cell, slug, spoken
 from .reading import read_records
 from .tables import FEW_IMAGES, Block, Value, gather, render
 
@@ -232,13 +232,6 @@ def remaining(jobs: Sequence[Job], runs: Callable[[Job], Any]) -> float | None:
         average = sum(per_answer.values()) / len(per_answer) if per_answer else 0.0
         total += sum(number * per_answer.get(pair, average) for pair, number in owed.items())
     return total if timed else None
-
-
-def spoken(seconds: float) -> str:
-    """A duration as a person says it."""
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def execute(

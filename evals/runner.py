@@ -52,6 +52,7 @@ from .plan import (
     questions_hash,
     score_cell,
     split_folder,
+    spoken,
     write_questions,
 )
 from .reading import read_json
@@ -121,10 +122,19 @@ def load(
             f"model {name!r} cannot be loaded ({type(error).__name__}: {_first_line(error)}); its files do not fit each "
             "other or this version of transformers."
         ) from error
-    model = model.eval() if device_map else model.eval().to(device)
+    return loaded_of(model.eval() if device_map else model.eval().to(device), processor, path)
+
+
+def loaded_of(model: Any, processor: Any, name: str | None = None) -> Loaded:
+    """A model and its processor as a run takes them. name: where they come from; None takes what the model says itself.
+
+    Sets the tokenizer to pad on the left, as generation in batches needs.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
-    identity = TINY.get(name, place.name if place.is_dir() else name)
+    name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    place = Path(name)
+    identity = place.name if place.is_dir() else name
     settings = {"name": identity, "dtype": str(model.dtype).removeprefix("torch."), "weights": _weights(place, model)}
     return Loaded(model, processor, settings)
 
@@ -326,9 +336,15 @@ class Run:
     stop: Callable[[], None] | None = None
     # The published way of measuring that this run follows; None for one of its own.
     protocol: str | None = None
+    # Controls to leave out, by name.
+    without: Sequence[str] = ()
+    # Told what the run will cost: at once how many answers, after the first batch how long.
+    tell: Callable[[str], None] | None = None
     # Whether a sample of the cell at hand was answered, and what ended the device.
     _works: bool = field(default=False, init=False, repr=False)
     _lost: Exception | None = field(default=None, init=False, repr=False)
+    # Forwards still owed when the run began, until the first batch has told its speed.
+    _owed: float = field(default=0.0, init=False, repr=False)
 
     @property
     def main(self) -> bool:
@@ -336,7 +352,7 @@ class Run:
 
     def cells(self) -> list[Cell]:
         """All cells, matched controls included and first."""
-        return cells(list(self.source.splits), self.methods, self.seeds)
+        return cells(list(self.source.splits), self.methods, self.seeds, self.without)
 
     def settings(self, cell: Cell) -> Settings:
         """What decides the answers of a cell, and the machine they were made on."""
@@ -384,6 +400,8 @@ class Run:
                     write_questions(split_folder(folders[cell]), asked.splits[cell.split])
             if self.main and self.state is not None:
                 self.state.wait_for_everyone()
+            if self.tell is not None and self.main:
+                self._cost(plan, folders, asked)
             self._ask_all(plan, folders, asked, hold)
             if self.share.count == 1:
                 return _scored(plan, folders)
@@ -410,6 +428,30 @@ class Run:
             if self.state is not None:
                 raise
             return []
+
+    def _cost(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source) -> None:
+        """Say how many answers are owed, and prepare what the first batch needs to say how long that takes."""
+        owed = {}
+        for cell in plan:
+            key = self.settings(cell).key
+            known = {str(a.question_id) for a in cell_answers(folders[cell]) if a.error is None and not a.edited(key)}
+            owed[cell] = sum(str(question.id) not in known for question in asked.splits[cell.split])
+        self._owed = sum(_weight(cell.method) * number for cell, number in owed.items()) / self.share.count
+        arms = dict.fromkeys(f"{cell.method} {cell.decoding.name}" for cell in plan)
+        total = sum(len(asked.splits[cell.split]) for cell in plan)
+        there = total - sum(owed.values())
+        seeds = f", {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+        done = f"; {there} are there already" if there else ""
+        controls = "" if len(arms) == len(set(self.methods)) else "; controls are left out by --without NAME"
+        self.tell(f"{total} answers in {len(arms)} arms ({', '.join(arms)}){seeds}{done}{controls}.")
+
+    def _told(self, method: str, answers: int, seconds: float) -> None:
+        """After the first batch: how long the rest takes at its speed."""
+        left = self._owed - _weight(method) * answers
+        self._owed = 0.0
+        if left > 0:
+            about = seconds / (_weight(method) * answers) * left
+            self.tell(f"About {spoken(about)} more at the speed of the first batch; stopped at any moment, it goes on.")
 
     def _ask_all(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source, hold: Hold) -> None:
         """Answer this process's share of the cells, method by method; merge what is complete if nobody else writes."""
@@ -486,8 +528,11 @@ class Run:
                 start = time.perf_counter()
                 answers = self._answer(cell, batch)
                 hold.check()
+                seconds = time.perf_counter() - start
+                if self._owed:
+                    self._told(cell.method, len(answers), seconds)
                 if self.options.times:
-                    self._note_time(folder, answers, time.perf_counter() - start)
+                    self._note_time(folder, answers, seconds)
                 append_answers(own, (a.sealed(key) for a in answers if str(a.question_id) not in known))
                 if self._lost is not None:
                     raise EvalError(
@@ -612,6 +657,11 @@ class Run:
 
 def _scored(plan: Sequence[Cell], folders: Mapping[Cell, Path]) -> list[Result]:
     return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+
+
+def _weight(method: str) -> int:
+    """Forwards a token of a method, roughly: one, and one for each view."""
+    return 1 + sum(len(part.costs) for part in lvlm_decode.parse(method).parts())
 
 
 # Errors about the method, the model and the settings; any other error is about the sample.

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -478,6 +479,20 @@ def latex(made: Sequence[Block]) -> str:
         caption = " ".join([f"{block.title}.", *block.notes])
         parts.append("\n".join([*lines, rf"\caption{{{_latex(caption)}}}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
+
+
+def html(made: Sequence[Block]) -> str:
+    """HTML tables for notebooks, notes below each."""
+    parts = []
+    for block in made:
+        head = "".join(f"<th>{escape(title)}</th>" for title in block.columns)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{escape(_text(value))}</td>' for value in line)}</tr>" for line in block.lines
+        )
+        notes = "".join(f"<p><small>{escape(note)}</small></p>" for note in block.notes)
+        title = f"<caption><b>{escape(block.title)}</b></caption>"
+        parts.append(f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}")
+    return "\n".join(parts)
 
 
 FORMATS = {"markdown": markdown, "csv": tidy_csv, "latex": latex}
