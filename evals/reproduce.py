@@ -4,8 +4,9 @@ Rows and their controls are asked in rounds of more and more questions, so that 
 about as many answers; the same command goes on from there. After the first round it says how long the whole will take.
 
 On the model of the paper a verdict is about the value: *reproduced* if the printed value lies in our interval and that
-interval is narrow enough to tell, *not reproduced* if it lies outside. On a small model, which knows emoji scenes alone,
-values cannot be compared; there it is about the sign of the gain over the table's baseline. Where nobody knows how a
+interval is narrow enough to tell, *not reproduced* if it lies outside. Values of other models cannot be compared, least of
+all those of the small models, which know emoji scenes alone; there it is about the sign of the gain over the table's
+baseline, and the verdict says so. Where nobody knows how a
 value was measured the verdict is *protocol unknown*, and what was not asked, or not often enough, is *not run*.
 """
 
@@ -72,10 +73,10 @@ class Verdict:
     # What our interval is held against: the printed value, or zero where ours is a gain.
     target: float = 0.0
 
-    def sentence(self, tiny: bool) -> str:
-        """The verdict as a table says it: on a small model it says that it is one in miniature, and why it is none."""
+    def sentence(self, where: str) -> str:
+        """The verdict as a table says it: with `where` it holds, if that is not the paper's model, and why it is none."""
         decided = self.word in (REPRODUCED, NOT_REPRODUCED)
-        word = f"{self.word} in miniature" if tiny and decided else self.word
+        word = f"{self.word} {where}" if where and decided else self.word
         return word + (f": {self.why}" if self.why else "")
 
 
@@ -109,8 +110,19 @@ def judge_gain(published: float, ours: Interval) -> tuple[str, str]:
     return NOT_RUN, "undecided: the interval does not exclude zero; ask more questions"
 
 
-def verdicts(config: PaperTable, results: Sequence[Result], tiny: bool, replicates: int = REPLICATES) -> list[Verdict]:
-    """A verdict on every printed value of a table."""
+def where_of(config: PaperTable, model: str) -> str:
+    """Where verdicts hold that are not about values: "in miniature", or "on another model"; empty on the paper's model.
+
+    A folder counts as the paper's model by its name.
+    """
+    if is_tiny(model):
+        return "in miniature"
+    return "" if config.model and Path(model).name == Path(config.model).name else "on another model"
+
+
+def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicates: int = REPLICATES) -> list[Verdict]:
+    """A verdict on every printed value of a table, by the answers of `model`."""
+    gains = bool(where_of(config, model))
     chosen = config.evaluator
     columns = {column.key: column for column in chosen.columns}
     groups = gather(results)
@@ -121,19 +133,19 @@ def verdicts(config: PaperTable, results: Sequence[Result], tiny: bool, replicat
         for split, values in row.published.values.items():
             ours: dict[str, Any] = {}
             if row.method is not None:
-                ours = our_gain(chosen, row, base, split, found, replicates) if tiny else {}
-                ours = ours if tiny else our_values(chosen, row, split, found, replicates)
+                ours = our_gain(chosen, row, base, split, found, replicates) if gains else {}
+                ours = ours if gains else our_values(chosen, row, split, found, replicates)
             for key, printed in values.items():
                 column = columns[key]
                 unit = 100 if column.kind == "percent" else 1
                 shown = Value(printed / unit, column.kind, digits=2, mark=published_mark(config, row))
                 interval = ours.get(key)
                 gain = None if base is None else _printed_gain(row, base, split, key)
-                word, why = _word(config, row, base, interval, printed, gain, column, tiny)
+                word, why = _word(config, row, base, interval, printed, gain, column, gains)
                 images = min((len({r.cluster for r in rows}) for rows in _rows_of(found, row, split)), default=0)
-                if word == REPRODUCED and images < FEW_IMAGES:
+                if word in (REPRODUCED, NOT_REPRODUCED) and images < FEW_IMAGES:
                     word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
-                target = 0.0 if tiny else printed / unit
+                target = 0.0 if gains else printed / unit
                 made.append(Verdict(config.title, row, split, column, shown, interval, word, why, target))
     return made
 
@@ -157,7 +169,7 @@ def _word(
     printed: float,
     gain: float | None,
     column: Column,
-    tiny: bool,
+    gains: bool,
 ) -> tuple[str, str]:
     if row.method is None:
         return NOT_RUN, row.why or ""
@@ -167,13 +179,13 @@ def _word(
         return NOT_RUN, f"it was measured by protocol {row.protocol}, these rows by {config.protocol.name}"
     if config.protocol.unknown_images:
         return UNKNOWN, "its list of images is not known"
-    if tiny and row is base:
-        return NOT_RUN, "the baseline; a small model's value cannot be compared"
-    if tiny and gain is None:
+    if gains and row is base:
+        return NOT_RUN, "the baseline; another model's value cannot be compared"
+    if gains and gain is None:
         return NOT_RUN, "no gain over the baseline is printed"
     if ours is None:
         return NOT_RUN, "not asked yet"
-    return judge_gain(gain or 0.0, ours) if tiny else judge_value(printed, ours, column)
+    return judge_gain(gain or 0.0, ours) if gains else judge_value(printed, ours, column)
 
 
 # --- running
@@ -273,17 +285,17 @@ def execute(
 # --- what comes out
 
 
-def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], tiny: bool) -> Block:
+def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], where: str) -> Block:
     """The verdicts of one table as a block that all formats render."""
     lines = []
     for verdict in made:
         ours: str | Value = "–"
         if verdict.ours is not None:
             bound = verdict.ours
-            ours = Value(bound.value, verdict.column.kind, bound.low, bound.high, signed=tiny, trusted=False)
-        said = verdict.sentence(tiny)
+            ours = Value(bound.value, verdict.column.kind, bound.low, bound.high, signed=bool(where), trusted=False)
+        said = verdict.sentence(where)
         lines.append((verdict.row.name, verdict.split, verdict.column.title, verdict.published, ours, said))
-    titles = ("Row", "Split", "Metric", "Published", "Our gain" if tiny else "Ours", "Verdict")
+    titles = ("Row", "Split", "Metric", "Published", "Our gain" if where else "Ours", "Verdict")
     return Block(title, titles, tuple(lines), tuple(notes))
 
 
@@ -296,10 +308,12 @@ def notes_of(config: PaperTable, made: Sequence[Verdict], results: Sequence[Resu
     answers = [len(result.rows) for result in results if not is_control(result.method)] or [0]
     number = f"{min(answers)}" if len(set(answers)) == 1 else f"{min(answers)} to {max(answers)}"
     said.append(f"Model: {model}; {number} answers a row and split.")
-    if is_tiny(model):
+    where = where_of(config, model)
+    if where:
+        seen = f"{Path(model).name} on emoji scenes" if is_tiny(model) else f"{Path(model).name}, not {config.model}"
         said.append(
-            f"In miniature: {Path(model).name} on emoji scenes. Ours is the gain over {config.baseline or 'no baseline'}, "
-            "and a verdict in miniature is about the sign of the printed gain alone: it says nothing about the printed value."
+            f"{where.capitalize()}: {seen}. Ours is the gain over {config.baseline or 'no baseline'}, and a verdict "
+            f"{where} is about the sign of the printed gain alone: it says nothing about the printed value."
         )
     else:
         said.append(
@@ -402,17 +416,18 @@ def reproduce_command(
         execute(jobs, name, tiny, until, lambda sentence: typer.echo(sentence, err=True))
     except OutOfTime:
         typer.echo("The time is spent; the same command goes on from here.", err=True)
-    report(jobs, name, tiny, out, replicates)
+    report(jobs, name, out, replicates)
 
 
-def report(jobs: Sequence[Job], model: str, tiny: bool, out: Path, replicates: int = REPLICATES) -> None:
+def report(jobs: Sequence[Job], model: str, out: Path, replicates: int = REPLICATES) -> None:
     """Write the verdicts in every format and print them as Markdown."""
     made: list[tuple[Block, list[Verdict]]] = []
     for job in jobs:
         results = [read_cell(folder, **job.config.options) for folder in found_cells(job.out)]
         results = [result for result in results if result.rows and result.evaluator.name == job.config.benchmark]
-        found = verdicts(job.config, results, tiny, replicates)
-        made.append((block_of(found, job.config.title, notes_of(job.config, found, results, model), tiny), found))
+        found = verdicts(job.config, results, model, replicates)
+        notes = notes_of(job.config, found, results, model)
+        made.append((block_of(found, job.config.title, notes, where_of(job.config, model)), found))
     blocks = [block for block, _ in made]
     for suffix, format in ((".md", "markdown"), (".tex", "latex"), (".csv", "csv")):
         write_whole(out / f"verdicts{suffix}", render(blocks, format).encode())

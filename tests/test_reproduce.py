@@ -31,10 +31,12 @@ from lvlm_decode_evals.reproduce import (
     rounds,
     spoken,
     verdicts,
+    where_of,
 )
 
 ACCURACY = Column("accuracy", "Accuracy", better=+1, paired=True)
 SAMPLE = Decoding(do_sample=True)
+LLAVA = "llava-hf/llava-1.5-7b-hf"
 VCD = "vcd(alpha=1.0,beta=0.1,noise_step=999)"
 
 
@@ -106,43 +108,53 @@ def words(made, row, metric="Accuracy"):
 
 def test_verdicts_on_the_papers_model_are_about_values(tmp_path):
     config = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
-    made = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}), False, 400)
+    made = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}), LLAVA, 400)
     assert words(made, "Regular") == {REPRODUCED, NOT_REPRODUCED} and words(made, "VCD") == {NOT_REPRODUCED}
     random = next(v for v in made if v.row.name == "Regular" and v.split == "coco-popular" and v.column is v.column)
     assert random.ours.low < 0.8 < random.ours.high
     # Nothing asked, or too little.
-    assert {v.word for v in verdicts(config, [], False, 400)} == {NOT_RUN}
-    few = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}, images=20), False, 400)
-    assert REPRODUCED not in {v.word for v in few}
+    assert {v.word for v in verdicts(config, [], LLAVA, 400)} == {NOT_RUN}
+    few = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}, images=20), LLAVA, 400)
+    assert {v.word for v in few} == {NOT_RUN}
 
 
 def test_verdicts_in_miniature_are_about_gains():
     config = on_scenes(read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml"))
-    better = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), True, 400)
+    better = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), "tiny", 400)
     assert words(better, "VCD") == {REPRODUCED} and words(better, "Regular") == {NOT_RUN}
-    worse = verdicts(config, results_of(config, {"Regular": 9, "VCD": 6}), True, 400)
+    worse = verdicts(config, results_of(config, {"Regular": 9, "VCD": 6}), "tiny", 400)
     assert words(worse, "VCD") == {NOT_REPRODUCED}
 
 
 def test_a_verdict_on_the_small_model_says_that_it_is_one_in_miniature():
     config = on_scenes(read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml"))
-    made = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), True, 400)
+    made = verdicts(config, results_of(config, {"Regular": 6, "VCD": 9}), "tiny", 400)
     decided = next(v for v in made if v.word == REPRODUCED)
-    assert decided.sentence(tiny=True) == "reproduced in miniature" and decided.sentence(tiny=False) == "reproduced"
+    assert decided.sentence("in miniature") == "reproduced in miniature" and decided.sentence("") == "reproduced"
     assert decided.target == 0 and decided.column.better
     real = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
-    value = verdicts(real, results_of(real, {"Regular": 8, "VCD": 2}), False, 400)[0]
+    value = verdicts(real, results_of(real, {"Regular": 8, "VCD": 2}), LLAVA, 400)[0]
     assert value.target == pytest.approx(value.published.value)
+
+
+def test_another_model_is_never_a_verdict_on_a_value():
+    config = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
+    answers = results_of(config, {"Regular": 6, "VCD": 9})
+    assert [where_of(config, name) for name in (LLAVA, "folder/llava-1.5-7b-hf", "tiny", "llava-hf/llava-1.5-13b-hf")] == [
+        "", "", "in miniature", "on another model"]  # fmt: skip
+    other = verdicts(config, answers, "llava-hf/llava-1.5-13b-hf", 400)
+    assert words(other, "Regular") == {NOT_RUN} and words(other, "VCD") == {REPRODUCED}
+    assert words(verdicts(config, answers, LLAVA, 400), "Regular") == {NOT_REPRODUCED}
 
 
 def test_what_nobody_knows_is_not_judged():
     vista = on_scenes(read_config(ROOT / "configs" / "chair-vista-512-llava-1.5.yaml"))
-    assert {v.word for v in verdicts(vista, [], True, 400)} == {UNKNOWN}
+    assert {v.word for v in verdicts(vista, [], "tiny", 400)} == {UNKNOWN}
     mvp = on_scenes(read_config(ROOT / "configs" / "pope-mvp-llava-1.5.yaml"))
-    found = {(v.word, v.why) for v in verdicts(mvp, [], True, 400)}
+    found = {(v.word, v.why) for v in verdicts(mvp, [], "tiny", 400)}
     assert (UNKNOWN, "nobody here knows how it was measured") in found
     deco = on_scenes(read_config(ROOT / "configs" / "chair-deco-512-llava-1.5.yaml"))
-    by_row = {v.row.name: (v.word, v.why) for v in verdicts(deco, [], True, 400)}
+    by_row = {v.row.name: (v.word, v.why) for v in verdicts(deco, [], "tiny", 400)}
     assert by_row["DoLa"] == (NOT_RUN, "it was measured by protocol opera-512, these rows by deco-512")
     assert by_row["DoLa + DeCo"][1].startswith("DoLa subtracts") and by_row["DeCo, beam"][1] == "not asked yet"
 
