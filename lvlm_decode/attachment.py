@@ -99,15 +99,12 @@ class Attached:
                 f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
             )
         hf.check_empty(kwargs.values())
-        if kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedError(
-                "inputs_embeds hide the image placeholders; pass input_ids and pixel_values instead."
-            )
         if inputs is not None:
             kwargs["input_ids"] = inputs
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         family = self.family
+        hf.check_inputs(kwargs, family.input_keys, family.config.model_type)
         text = {
             key: kwargs.pop(key)
             for key in ("input_ids", "attention_mask", *family.token_keys)
@@ -116,6 +113,8 @@ class Attached:
         vision = {key: kwargs.pop(key) for key in family.vision_keys if kwargs.get(key) is not None}
         given = hf.take_images(kwargs)
         family.check_text(text)
+        if "attention_mask" not in text:
+            text["attention_mask"] = family.infer_mask(text["input_ids"], kwargs)
         assistant = {"assistant_model": assistant_model}
         assistant.update({key: kwargs[key] for key in ("tokenizer", "assistant_tokenizer") if key in kwargs})
         run = Run(

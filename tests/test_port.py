@@ -235,8 +235,8 @@ def break_silently(monkeypatch):
     own = transformers.LlamaForCausalLM.forward
 
     def forward(self, *args, **given):
-        if given.get(kwargs._CACHE) is not None:
-            given[kwargs._CACHE] = transformers.DynamicCache(config=self.config)
+        if given.get(kwargs.CACHE) is not None:
+            given[kwargs.CACHE] = transformers.DynamicCache(config=self.config)
         return own(self, *args, **given)
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
@@ -290,7 +290,7 @@ def test_a_forward_that_writes_into_another_cache_is_found_at_the_prompt(monkeyp
     own = type(zoo.model).forward
 
     def forward(self, *args, **given):
-        given[kwargs._CACHE] = transformers.DynamicCache(config=self.config.get_text_config())
+        given[kwargs.CACHE] = transformers.DynamicCache(config=self.config.get_text_config())
         return own(self, *args, **given)
 
     monkeypatch.setattr(type(zoo.model), "forward", forward)

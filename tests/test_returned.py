@@ -86,7 +86,7 @@ def test_states_and_cache_are_the_samples_own(eager, name, mode):
     cache = hf.cache_in(out)
     for (keys, values, length), (k, v, n) in zip(kept(cache), kept(hf.cache_in(bare))):
         assert keys.shape == k.shape and values.shape == v.shape and length == n
-    assert out[hf.kwargs._CACHE] is cache and cache is next(v for k, v in out.items() if k == hf.kwargs._CACHE)
+    assert out[hf.kwargs.CACHE] is cache and cache is next(v for k, v in out.items() if k == hf.kwargs.CACHE)
 
 
 @pytest.mark.parametrize("name", SHAPES)

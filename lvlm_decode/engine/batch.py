@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..families.base import Family
 from ..method import Method, Sum, View
-from . import sampling
+from . import hf, sampling
 from .attention import Edit, image_slots, probabilities, routed, rows_of, visible
 from .hf import Encoded, Prepared, left_pad
 from .samples import Sample, content
@@ -52,6 +52,7 @@ class Batch:
         observe: Callable[[Family], AbstractContextManager[Any]] | None = None,
         features: Sequence[Encoded] | None = None,
     ):
+        hf.check_inputs(inputs, family.input_keys, family.config.model_type)
         family.check_text(inputs)
         self.family, self._processor, self._observe = family, processor, observe
         #: What each method watched while the batch was encoded, by its name.
@@ -65,11 +66,16 @@ class Batch:
         }
         ids_tensor = tokens["input_ids"]
         mask = inputs.get("attention_mask")
-        mask = torch.ones_like(ids_tensor) if mask is None else mask.to(device)
+        mask = family.infer_mask(ids_tensor, {}) if mask is None else mask
+        if not isinstance(mask, Tensor):
+            raise InputError(f"attention_mask is a {type(mask).__name__}; pass the processor's tensor, (B, T).")
+        mask = mask.to(device)
         if mask.shape != ids_tensor.shape:
             raise InputError(
                 f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(ids_tensor.shape)}; they must be equal."
             )
+        if bool((ids_tensor == family.image_token_id)[mask == 0].any()):
+            raise InputError("attention_mask hides image placeholders; pass the processor's mask as it is.")
         if bool((mask[:, -1] == 0).any()):
             raise InputError(
                 "the prompts are right-padded; decoding needs left padding: processor.tokenizer.padding_side = 'left'."

@@ -40,7 +40,7 @@ def signature() -> inspect.Signature:
     ``generate()`` hands a callable, unexpanded, the inputs that its signature names: those of the encoders of all families.
     """
     loop = ("model", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
-    vision = sorted({name for family in families() for name in family.encoder_inputs})
+    vision = sorted({name for family in families() for name in family.encoder_inputs} | set(hf.ENCODED_FIRST))
     plain, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
@@ -72,7 +72,8 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
     rows = slice(None, None, expand)
     inputs: dict[str, Any] = {"input_ids": call.input_ids[rows], **{k: v for k, v in vision.items() if v is not None}}
     mask = call.inputs.get("attention_mask")
-    inputs["attention_mask"] = None if mask is None else mask[rows]
+    # generate() leaves out a mask that hides nothing.
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"]) if mask is None else mask[rows]
     for key in family.token_keys:
         if isinstance(call.inputs.get(key), Tensor):
             inputs[key] = call.inputs[key][rows]
@@ -84,6 +85,8 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
                 "use lvlm_decode.attach."
             )
         features = family.unpack(given)
+    hf.check_inputs({**call.inputs, "position_ids": None}, family.input_keys, family.config.model_type)
+    hf.check_positions(model, call.input_ids, call.inputs)
     run = Run(model, method, inputs, seed=seed, rows_per_sample=expand, family=family, features=features)
     return decode(run, call)
 
@@ -123,7 +126,13 @@ class ViewsProcessor(LogitsProcessor):
             )
         adapter = None if family is None else family(model)
         self.run = Run(
-            model, method, dict(inputs), processor=processor, seed=seed, sample_ids=sample_ids, family=adapter
+            model,
+            method,
+            hf.model_inputs(inputs),
+            processor=processor,
+            seed=seed,
+            sample_ids=sample_ids,
+            family=adapter,
         )
         self._prompt = inputs["input_ids"].shape[1]
         # Hidden states come from a forward of view 0 as well; its logits are the scores we are given.

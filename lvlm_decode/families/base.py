@@ -60,6 +60,19 @@ class Family:
         """Inputs of the image encoder: pixels and whatever it needs to read them."""
         return self._encode_keys
 
+    @property
+    def input_keys(self) -> tuple[str, ...]:
+        """Inputs that samples of this family are made of, beside the prompt and its mask."""
+        return (*self.token_keys, *self.vision_keys)
+
+    def infer_mask(self, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+        """(B, T) the mask that the model's own ``generate()`` infers where none is given.
+
+        Args:
+            options: further arguments of ``generate()``, which may name the padding.
+        """
+        return hf.mask_of(self.model, input_ids, options)
+
     def tokens_per_image(self, vision: dict[str, Tensor]) -> list[int] | None:
         """How many placeholders each image takes, where the inputs alone tell; ``None`` means: encode to know."""
         return None

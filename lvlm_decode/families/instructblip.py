@@ -88,6 +88,10 @@ class InstructBlip(Family):
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
         return hf.generate(self.model, loop, own={"get_image_features": given}, **inputs, **kwargs)
 
+    def infer_mask(self, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
+        # Its own generate() takes every token for one to read.
+        return torch.ones_like(input_ids)
+
     def decoding_module(self, model: Any) -> Any:
         return model.language_model
 

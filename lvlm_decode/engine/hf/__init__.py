@@ -6,6 +6,7 @@ norm, head, attention.
 """
 
 from .cache import KV, check_empty, check_own, check_plain, is_fixed
+from .inputs import ENCODED_FIRST, check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
     Prepared,
     cache_in,
@@ -26,6 +27,7 @@ from .loop import Call, Proxy, generate, given, prepare, run_loop
 from .vision import Encoded
 
 __all__ = [
+    "ENCODED_FIRST",
     "KV",
     "Call",
     "Encoded",
@@ -33,8 +35,10 @@ __all__ = [
     "Proxy",
     "cache_in",
     "check_empty",
+    "check_inputs",
     "check_own",
     "check_plain",
+    "check_positions",
     "first_forward",
     "further_forward",
     "generate",
@@ -44,6 +48,8 @@ __all__ = [
     "joined",
     "kept_of",
     "left_pad",
+    "mask_of",
+    "model_inputs",
     "prepare",
     "require",
     "require_adapters",

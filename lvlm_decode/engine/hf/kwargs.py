@@ -13,25 +13,25 @@ import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 
-from ...errors import DependencyError
+from ...errors import DependencyError, UnsupportedError
 from . import vision
 
 #: What forwards, loops and outputs call the cache: "cache" from transformers 5.24 on, "past_key_values" before. Read from
 #: a signature and not from the version, so that a source checkout between two releases is read correctly as well.
-_CACHE = (
+CACHE = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
 #: Where ``generate()`` and forwards take images that are encoded already.
-_ENCODED = "mm_encoder_outputs"
+ENCODED = "mm_encoder_outputs"
 #: Settings of a forward that the lanes give anew.
 _SETTINGS = {"logits_to_keep", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
 def with_cache(cache: Any) -> dict[str, Any]:
     """``cache`` as the argument that forwards, loops and ``generate()`` take it by."""
-    return {_CACHE: cache}
+    return {CACHE: cache}
 
 
 def take_cache(kwargs: dict[str, Any]) -> Any:
@@ -40,7 +40,7 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
     Raises:
         DependencyError: another argument holds a cache too. Lanes that then wrote into that one would answer wrong tokens.
     """
-    cache = kwargs.pop(_CACHE, None)
+    cache = kwargs.pop(CACHE, None)
     for name, value in kwargs.items():
         if isinstance(value, transformers.Cache):
             raise DependencyError(
@@ -52,16 +52,16 @@ def take_cache(kwargs: dict[str, Any]) -> Any:
 
 def cache_in(output: Any) -> Any:
     """The cache that a forward or ``generate()`` returned, or ``None``."""
-    return getattr(output, _CACHE, None)
+    return getattr(output, CACHE, None)
 
 
 def give_cache(output: Any, cache: Any) -> None:
     """Let what a loop returned hold ``cache`` where it holds one; ``None`` takes it out, also of its keys and its tuple."""
-    if isinstance(output, Tensor) or getattr(output, _CACHE, None) is None:
+    if isinstance(output, Tensor) or getattr(output, CACHE, None) is None:
         return
-    setattr(output, _CACHE, cache)
+    setattr(output, CACHE, cache)
     if cache is None:
-        OrderedDict.pop(output, _CACHE, None)
+        OrderedDict.pop(output, CACHE, None)
 
 
 def joined(first: Any, second: Any) -> Any:
@@ -85,12 +85,22 @@ def joined(first: Any, second: Any) -> Any:
 
 def with_images(images: Any) -> dict[str, Any]:
     """Encoded images (see :func:`vision.pack`) as an argument of ``generate()``; nothing for ``None``."""
-    return {} if images is None else {_ENCODED: {"image": images}}
+    return {} if images is None else {ENCODED: {"image": images}}
 
 
 def take_images(kwargs: dict[str, Any]) -> Any:
-    """Encoded images that the caller passed instead of pixels, taken out of ``kwargs``; ``None`` if there are none."""
-    return (kwargs.pop(_ENCODED, None) or {}).get("image")
+    """Encoded images that the caller passed instead of pixels, taken out of ``kwargs``; ``None`` if there are none.
+
+    Raises:
+        UnsupportedError: something else that is encoded already, such as a video.
+    """
+    encoded = dict(kwargs.pop(ENCODED, None) or {})
+    images = encoded.pop("image", None)
+    if other := [name for name, value in encoded.items() if value is not None]:
+        raise UnsupportedError(
+            f"an encoded {other[0]} cannot be honoured: a view of a sample is made of its images; leave out the {other[0]}."
+        )
+    return images
 
 
 @dataclass(frozen=True)
