@@ -227,7 +227,7 @@ def test_the_probe_passes_where_functions_are_wrapped(monkeypatch):
 
 def break_name(monkeypatch):
     """The argument was renamed, and the old name is accepted no longer."""
-    monkeypatch.setattr(kwargs, "_CACHE", "kv_store")
+    monkeypatch.setattr(kwargs, "CACHE", "kv_store")
 
 
 def break_silently(monkeypatch):

@@ -66,7 +66,7 @@ def check_inputs(given: Mapping[str, Any], honoured: Collection[str], model_type
         UnsupportedError: names the input, the reason and the remedy.
     """
     known = {*honoured, *HONOURED}
-    for name, value in model_inputs(given).items():
+    for name in model_inputs(given):
         if name in known:
             continue
         if name in REFUSED:
@@ -125,5 +125,6 @@ def _prepared(module: torch.nn.Module, **kwargs: Any) -> dict[str, Any]:
         return input_ids
 
     how = {"num_beams": 1, "num_return_sequences": 1, "do_sample": False, "max_new_tokens": 1}
-    type(module).generate(module, custom_generate=stop, **how, **kwargs)
+    own: Any = type(module)
+    own.generate(module, custom_generate=stop, **how, **kwargs)
     return box
