@@ -18,6 +18,8 @@ _NAMES = {
     "detach": ".attachment",
     "attached": ".attachment",
     "last_run": ".attachment",
+    "explain": ".evidence.explain",
+    "Explanation": ".evidence",
     "Method": ".method",
     "Contrast": ".method",
     "View": ".method",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .engine import hf
 from .engine.modes import check_modes, check_needs
+from .engine.recorder import Recorder
 from .engine.run import Run
 from .engine.strategy import Call, Strategy, decode
 from .errors import InputError, UnsupportedError
@@ -44,9 +45,10 @@ class Attached:
         processor: Any,
         drafter: Drafter | None,
         execution: str,
+        recorder: Recorder | None = None,
     ):
         self.model, self.method, self._family, self.processor = model, method, family, processor
-        self.drafter, self.execution = drafter, execution
+        self.drafter, self.execution, self.recorder = drafter, execution, recorder
         #: What ``generate`` was on the instance before; nothing, usually.
         self.before: Any = model.__dict__.get("generate")
         #: What methods keep between the calls of this model.
@@ -129,6 +131,7 @@ class Attached:
             family=family,
             features=None if given is None else family.unpack(given),
             memory=self.memory,
+            recorder=self.recorder,
         )
         self.last_run = run
         strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
@@ -164,6 +167,7 @@ def attach(
     drafter: Drafter | str | None = None,
     execution: str = "stacked",
     family: type[Family] | None = None,
+    recorder: Recorder | None = None,
 ) -> torch.nn.Module:
     """Make ``model.generate(...)`` decode with ``method``; returns the same instance.
 
@@ -176,6 +180,7 @@ def attach(
         drafter: proposes tokens that the stacked forward verifies; a name or a drafter.
         execution: "stacked" or "sequential"; see :class:`~lvlm_decode.engine.run.Run`.
         family: the adapter of a model family that is not registered.
+        recorder: is told what happens while the model decodes; :func:`lvlm_decode.explain` listens with one.
 
     Raises:
         UnsupportedError: the model's family or a combination that cannot be honoured, or a model attached already.
@@ -192,7 +197,7 @@ def attach(
     if drafter is not None:
         check_modes(method, ["speculation"])
         drafter = parse_drafter(drafter, model) if isinstance(drafter, str) else drafter
-    model.__dict__["generate"] = Attached(model, method, family, processor, drafter, execution)
+    model.__dict__["generate"] = Attached(model, method, family, processor, drafter, execution, recorder)
     return model
 
 

@@ -1,4 +1,4 @@
-"""``lvlm-decode``: demo, methods, doctor, generate, eval, score, table, bench, train."""
+"""``lvlm-decode``: demo, methods, doctor, generate, explain, eval, score, table, bench, train."""
 
 from __future__ import annotations
 
@@ -124,6 +124,54 @@ def generate(
             typer.echo(json.dumps({"method": name, "answer": answer, "tokens": len(new), "seed": seed}))
         else:
             typer.echo(f"{name}: {answer}")
+
+
+@app.command()
+@one_sentence
+def explain(
+    image: Annotated[Path, typer.Argument(help="A picture, or scene:N, the N-th emoji scene that ships.")],
+    prompt: Annotated[str, typer.Option(help="The question to ask.")] = "Please describe this image in detail.",
+    method: Annotated[str, typer.Option(help="A method: vcd, vcd+ritual, vcd(alpha=0.5).")] = "vcd",
+    model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
+    param: Annotated[list[str] | None, typer.Option(help="A parameter of the method, name=value; may repeat.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens at most.")] = 64,
+    top: Annotated[int, typer.Option(min=1, help="Number of candidates kept per token and distribution.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the views.")] = 0,
+    drafter: Annotated[str | None, typer.Option(help="Drafter of speculative decoding.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    page: Annotated[Path, typer.Option(help="The page that is written.")] = Path("lvlm-decode-explain.html"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything as one JSON object; write no page.")
+    ] = False,
+) -> None:
+    """Show why a method gave an answer: candidates of every view, the mask, what differs from plain decoding, and a page."""
+    from lvlm_decode_evals.runner import load
+
+    from .evidence.explain import explain as explained
+    from .methods import parse
+
+    chosen = parse(method, **pairs(param, "--param"))
+    loaded = load(model, dtype=dtype)
+    told = explained(
+        loaded.model,
+        loaded.processor,
+        scene_path(str(image)),
+        prompt,
+        chosen,
+        drafter=drafter,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        top=top,
+    )
+    if as_json:
+        typer.echo(json.dumps(told.to_dict()))
+        return
+    typer.echo(told.answer)
+    for token in told.changed:
+        typer.echo(f"  token {token.index + 1}: {token.text.strip()!r} instead of {token.plain_text.strip()!r}")
+    if not told.changed:
+        typer.echo("  No token differs from what plain decoding takes after the same words.")
+    typer.echo(f"wrote {told.save(page)}", err=True)
 
 
 def scene_path(image: str) -> Path:

@@ -74,6 +74,25 @@ class Probes:
         return Probes(hidden=tuple(sorted(set(self.hidden) | set(other.hidden))))
 
 
+@dataclass(frozen=True)
+class Places:
+    """Places of one image that a method singled out, for :func:`lvlm_decode.explain`.
+
+    Args:
+        title: what they are, in a clause.
+        chosen: (P,) bool.
+        weights: (P,) what they were chosen by, in any unit; ``None`` where it is not known.
+        image: number of the image within its sample.
+        encoder: P counts the vision encoder's patches; otherwise the image tokens of the language model.
+    """
+
+    title: str
+    chosen: Tensor
+    weights: Tensor | None = None
+    image: int = 0
+    encoder: bool = False
+
+
 def no_projection(hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
     """What a step made without a model projects with.
 
@@ -163,6 +182,14 @@ class Method(Checked):
     def combine(self, step: Step) -> Tensor:
         """(B, T, N) scores, before the plausibility mask. Pure; per position."""
         return step.logits[0]
+
+    def choices(self, step: Step) -> dict[str, Tensor]:
+        """What :meth:`combine` decided on the way, by name, (B, T) each: the chosen layer, say. Asked by explain alone."""
+        return {}
+
+    def places(self, sample: Sample) -> list[Places]:
+        """The places of the sample's images that the views were made with. Asked by explain alone."""
+        return []
 
     @property
     def plausibility_beta(self) -> float | None:
@@ -329,6 +356,16 @@ class Sum(Method):
         for method, own in self._steps(step):
             out = out + (method.combine(own) - main)
         return out
+
+    def choices(self, step: Step) -> dict[str, Tensor]:
+        return {
+            f"{method.name} {name}": value
+            for method, own in self._steps(step)
+            for name, value in method.choices(own).items()
+        }
+
+    def places(self, sample: Sample) -> list[Places]:
+        return [place for method in self.methods for place in method.places(sample)]
 
     @property
     def plausibility_beta(self) -> float | None:

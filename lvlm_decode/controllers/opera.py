@@ -178,6 +178,8 @@ class OPERA(Controller):
         answers = [search.answer() for search in searches]
         run.trace.forwards = rows.forwards
         run.trace.rollbacks = [search.rollbacks for search in searches]
+        if run.recorder is not None:
+            run.recorder.searched(searches)
         sequences = pad_answers(input_ids, [tokens for tokens, _ in answers], limits.pad)
         if not config.return_dict_in_generate:
             return sequences
@@ -264,6 +266,25 @@ class _State:
     candidate_scores: Tensor | None = None  # (beams, N_can) logits after the penalty
 
 
+@dataclass(frozen=True)
+class Rollback:
+    """One time that the beams of a sample went back.
+
+    Args:
+        length: tokens every beam had.
+        summary: number of the earlier token that they leant on.
+        token: that token, in the best beam.
+        kept: tokens they kept.
+        taken_back: those of the best beam that were taken back.
+    """
+
+    length: int
+    summary: int
+    token: int
+    kept: int
+    taken_back: tuple[int, ...]
+
+
 @dataclass
 class Choice:
     """What to append: row k continues beam ``parents[k]`` with ``tokens[k]``, its candidate ``columns[k]`` (-1: none)."""
@@ -308,7 +329,7 @@ class Search:
             origin=None,
         )
         self.done = limits.new_tokens <= 0
-        self.rollbacks = 0
+        self.returns: list[Rollback] = []
         self.history: list[_State] = []
         self.locations: list[list[int]] = []
         self._counts: list[Counter[int]] = [Counter() for _ in range(self.beams)]
@@ -321,6 +342,16 @@ class Search:
         self._open: Tensor | None = None
         self._excluded: Tensor | None = None
         self._fresh = False
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the beams went back."""
+        return len(self.returns)
+
+    @property
+    def summaries(self) -> list[int]:
+        """Per token of the beams the number of the token that its candidates leant on most, itself included."""
+        return [_most_frequent(step) for step in self.locations]
 
     @property
     def length(self) -> int:
@@ -365,7 +396,7 @@ class Search:
         self._open = None
         if position is None:
             return None
-        return self._go_back(position)
+        return self._go_back(position, _most_frequent(locations))
 
     def _note(self, locations: list[int]) -> None:
         self.locations.append(locations)
@@ -419,7 +450,7 @@ class Search:
         pairs = torch.stack(after.origin, -1)
         return torch.cat([self._rejected[position], pairs]) if position in self._rejected else pairs
 
-    def _go_back(self, position: int) -> Tensor:
+    def _go_back(self, position: int, summary: int) -> Tensor:
         back = self._steps_back(self.length + 1, position)
         old, after = self.history[-back], self.history[-back + 1]
         del self.history[len(self.history) - back + 1 :]
@@ -427,7 +458,10 @@ class Search:
         self._rejected.pop(position + 1, None)
         self._rejected[position] = self._excluded = self._rejections(position, after)
         self._fresh = True
-        self.rollbacks += 1
+        kept = old.tokens.shape[1]
+        tokens = self.state.tokens[0].tolist()
+        leant_on = tokens[min(summary, len(tokens) - 1)]
+        self.returns.append(Rollback(self.length, summary, leant_on, kept, tuple(tokens[kept:])))
         # What was finished while this choice is made again stays finished if it is made a third time, as in the
         # authors' code: the state is used itself, not a copy.
         self.state = old

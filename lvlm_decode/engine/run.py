@@ -19,6 +19,7 @@ from .attention import Edit, routed
 from .batch import Batch, views_of
 from .hf import KV, Encoded, Prepared, decoder
 from .modes import check_needs
+from .recorder import Recorder
 from .samples import Sample
 from .stack import Lane, Lanes, check_execution
 
@@ -62,6 +63,7 @@ class Run:
         family: the model's adapter, where it is known already.
         features: the images, where the caller encoded them.
         memory: what methods may keep between the calls of one attached model.
+        recorder: is told what happens while the run decodes.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Run:
         family: Family | None = None,
         features: Sequence[Encoded] | None = None,
         memory: dict[Any, Any] | None = None,
+        recorder: Recorder | None = None,
     ):
         hf.require()
         check_execution(execution)
@@ -85,6 +88,7 @@ class Run:
         check_needs(method, self.family)
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         self.memory = {} if memory is None else memory
+        self.recorder = recorder
         self.trace = Trace()
         view_seed = sampling.DEFAULT_SEED if seed is None else seed
         # Only a method that watches the encoder makes the images be encoded before its views are known.
@@ -213,7 +217,7 @@ class Run:
                 lane.kv.record()
             lanes.append(lane)
         weights = [view.weight for view in self.views]
-        self.lanes = Lanes(self.method, lanes, weights, self.probes, self.project)
+        self.lanes = Lanes(self.method, lanes, weights, self.probes, self.project, self.recorder)
         return self.lanes
 
     def project(self, hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:

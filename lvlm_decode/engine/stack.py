@@ -18,6 +18,7 @@ from ..method import Method, Probes, Step
 from . import hf
 from .attention import Edit
 from .hf import KV, Prepared
+from .recorder import Recorder
 from .running import running
 
 EXECUTIONS = ("stacked", "sequential")
@@ -182,6 +183,7 @@ class Lanes:
         weights: signed weight of each extra view.
         probes: hidden layers to hand to ``combine``.
         project: see :class:`Step`.
+        recorder: is told of every step.
     """
 
     def __init__(
@@ -191,9 +193,10 @@ class Lanes:
         weights: Sequence[float],
         probes: Probes,
         project: Callable[..., Tensor],
+        recorder: Recorder | None = None,
     ):
         self.method, self.lanes, self.weights = method, list(lanes), tuple(weights)
-        self.probes, self._project = probes, project
+        self.probes, self._project, self.recorder = probes, project, recorder
         #: (B,) tokens generated so far that the cache holds.
         self.generated: Tensor = torch.zeros(self.main.rows, dtype=torch.long, device=self.main.position.device)
         self.last_step: Step | None = None
@@ -236,6 +239,8 @@ class Lanes:
         **call: Any,
     ) -> tuple[Tensor, Any]:
         """Run further tokens (B, q); (B, keep, N) scores and the output of the lane that holds view 0."""
+        if self.recorder is not None:
+            self.recorder.extended(tokens)
         q = tokens.shape[1]
         keep = q if not keep else keep
         steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
@@ -273,7 +278,10 @@ class Lanes:
                     states[view] = own.to(logits.device)
             hidden[layer] = torch.stack(states)
         self.last_step = Step(logits, positions, self.weights, hidden, self._project)
-        return self.method.scores(self.last_step)
+        scores = self.method.scores(self.last_step)
+        if self.recorder is not None:
+            self.recorder.step(self.method, self.last_step, scores)
+        return scores
 
     def drop(self, n: int) -> None:
         """Forget the newest ``n`` tokens of every row."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engine.batch import attention_to_prompt
 from ..engine.samples import Sample
-from ..method import Contrast, View
+from ..method import Contrast, Places, View
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,14 @@ class AvisC(Contrast):
     def plausibility_beta(self) -> float | None:
         return self.beta
 
+    def layers(self, attention: Tensor) -> Tensor:
+        """The fewest layers that hold ``gamma`` of the attention on the image, from (L, n) attention, the strongest first."""
+        share, order = (attention.sum(-1) / attention.sum()).sort(descending=True)
+        return order[share.cumsum(0) - share < self.gamma]
+
     def blind(self, attention: Tensor) -> Tensor:
         """(n,) bool: the blind ones of n image tokens, from (L, n) attention of the last prompt row, mean over heads."""
-        share, order = (attention.sum(-1) / attention.sum()).sort(descending=True)
-        chosen = order[share.cumsum(0) - share < self.gamma]
-        mean = attention[chosen].mean(0)
+        mean = attention[self.layers(attention)].mean(0)
         if len(mean) == 1:
             # A single token has no deviation: it stays, so that the view is view 0, which the authors' code falls back on.
             return torch.ones_like(mean, dtype=torch.bool)
@@ -65,7 +68,22 @@ class AvisC(Contrast):
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
-        attention, images = sample.batch.once("attention to the prompt", attention_to_prompt)
-        blind = self.blind(attention[:, sample.index][:, images[sample.index]])
-        pieces = blind.split([len(image.features) for image in sample.images])
+        pieces = self.blind(self._attention(sample)).split([len(image.features) for image in sample.images])
         return [sample.with_features(lambda x, n: x * pieces[n][:, None].to(x), weight=-self.alpha, deep=True)]
+
+    def places(self, sample: Sample) -> list[Places]:
+        if not sample.has_image:
+            return []
+        attention = self._attention(sample)
+        layers, lengths = self.layers(attention), [len(image.features) for image in sample.images]
+        weights, blind = attention[layers].mean(0).split(lengths), self.blind(attention).split(lengths)
+        named = ", ".join(map(str, layers.tolist()))
+        title = (
+            f"blind tokens: what the last prompt token attends to far above the mean (layers {named}, 0 is the first)"
+        )
+        return [Places(title, *pair, number) for number, pair in enumerate(zip(blind, weights))]
+
+    def _attention(self, sample: Sample) -> Tensor:
+        """(L, n) attention of the last prompt token to the n image tokens, mean over heads."""
+        attention, images = sample.batch.once("attention to the prompt", attention_to_prompt)
+        return attention[:, sample.index][:, images[sample.index]]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..engine.hooks import hooked
 from ..engine.samples import Sample
 from ..families.base import Family
-from ..method import Contrast, View
+from ..method import Contrast, Places, View
 
 #: What the authors' code takes for a family: patches, contrast strength, and one softmax over all heads or their mean.
 DEFAULTS = {"instructblip": (4, 0.5, "mean_heads")}
@@ -90,18 +90,33 @@ class DAMRO(Contrast):
             yield seen
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
-        k, alpha, _ = authors(sample.family)
-        k, alpha = k if self.k is None else self.k, alpha if self.alpha is None else self.alpha
+        alpha = authors(sample.family)[1] if self.alpha is None else self.alpha
         if not sample.has_image:
             return [sample.as_view(weight=-alpha)]
         seen = sample.observed_by(self.name)
 
         def outliers(features: Tensor, number: int) -> Tensor:
-            row = sample.family.encoder_rows(sample.batch.vision)[sample.image_slice][number]
-            index = seen["attention"][row].topk(min(k, seen["attention"].shape[1])).indices
+            row, index = self._outliers(sample, number)
             return sample.family.only_patches(sample, number, index, seen["states"][row], self.offset == "fixed")
 
         return [sample.with_features(outliers, weight=-alpha)]
+
+    def _outliers(self, sample: Sample, number: int) -> tuple[int, Tensor]:
+        """The encoder's row of image ``number``, and the patches its CLS token attends to most, the first one most."""
+        k = authors(sample.family)[0] if self.k is None else self.k
+        row = sample.family.encoder_rows(sample.batch.vision)[sample.image_slice][number]
+        attention = sample.observed_by(self.name)["attention"][row]
+        return row, attention.topk(min(k, len(attention))).indices
+
+    def places(self, sample: Sample) -> list[Places]:
+        found = []
+        for number in range(len(sample.images)):
+            row, index = self._outliers(sample, number)
+            weights = sample.observed_by(self.name)["attention"][row]
+            chosen = torch.zeros_like(weights, dtype=torch.bool).index_fill(0, index, True)
+            title = "outlier patches: what the vision encoder's CLS token attends to most"
+            found.append(Places(title, chosen, weights, number, encoder=True))
+        return found
 
 
 def authors(family: Family) -> tuple[int, float, str]:

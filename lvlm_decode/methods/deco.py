@@ -73,9 +73,18 @@ class DeCo(Method):
         return torch.zeros_like(step.logits[0], dtype=torch.bool).scatter(-1, token, before < self.top_p)
 
     def combine(self, step: Step) -> Tensor:
-        main = step.logits[0]
+        early, probability, chosen = self._surest(step)
+        layer = early.gather(0, chosen[None, ..., None].expand(1, *early.shape[1:]))[0]
+        return step.logits[0] + self.alpha * probability[..., None] * layer
+
+    def choices(self, step: Step) -> dict[str, Tensor]:
+        _, probability, chosen = self._surest(step)
+        layers = torch.tensor(list(step.hidden), device=chosen.device)
+        return {"layer": layers[chosen], "probability in that layer": probability}
+
+    def _surest(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the early layers (L, B, T, N); of the surest one its probability and its place, (B, T) each."""
         early = torch.stack([step.project(states[0]) for states in step.hidden.values()])
         surest = early.softmax(-1).masked_fill(~self.kept_tokens(step), 0.0).amax(-1)
         probability, chosen = surest.max(0)
-        layer = early.gather(0, chosen[None, ..., None].expand(1, *early.shape[1:]))[0]
-        return main + self.alpha * probability[..., None] * layer
+        return early, probability, chosen

@@ -74,6 +74,16 @@ class DoLa(Method):
         return Probes(hidden=tuple(layer for layer in chosen if layer or not tied))
 
     def combine(self, step: Step) -> Tensor:
+        mature, early, chosen = self._contrasted(step)
+        premature = early.gather(0, chosen[None, ..., None].expand(1, *early.shape[1:]))[0]
+        return mature - premature
+
+    def choices(self, step: Step) -> dict[str, Tensor]:
+        chosen = self._contrasted(step)[2]
+        return {"layer": torch.tensor(list(step.hidden), device=chosen.device)[chosen]}
+
+    def _contrasted(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the last layer (B, T, N) and the early ones (L, B, T, N), and which of these diverges most."""
         mature = step.logits[0].log_softmax(-1)
         early = torch.stack(
             [step.project(states[0], normed=self.norm_early).log_softmax(-1) for states in step.hidden.values()]
@@ -85,6 +95,4 @@ class DoLa(Method):
             gaps = p * (mature - log_middle) + q * (early - log_middle)
         else:
             gaps = middle * (2 * log_middle - mature - early)
-        chosen = gaps.sum(-1).argmax(0)
-        premature = early.gather(0, chosen[None, ..., None].expand(1, *early.shape[1:]))[0]
-        return mature - premature
+        return mature, early, gaps.sum(-1).argmax(0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible, weighted
+from ..engine.hf import left_pad
 from ..engine.run import Run
 from ..engine.running import running_lane
 from ..engine.samples import Sample
@@ -91,6 +92,19 @@ class _Boost(Edit):
             return torch.where(images, scores + self.method.alpha * scores.abs(), scores)
 
         attention = probabilities(query[rows][:, :, queries], key[rows], seen, scaling, boost)
+        if self.run.recorder is not None:
+            self._tell(
+                lane, layer, "as the model attends", probabilities(query[rows][:, :, queries], key[rows], seen, scaling)
+            )
+            self._tell(lane, layer, "boosted", attention)
         out = out.clone()
         out[rows, queries] = weighted(attention, value[rows]).to(out.dtype)
         return out
+
+    def _tell(self, lane: Any, layer: int, title: str, attention: Tensor) -> None:
+        """Tell the recorder of attention (B, H, q, S)."""
+        weights = left_pad(attention.mean(1)[..., : lane.length], lane.length, 0.0)
+        images = image_slots(lane, self.image_token_id)[lane.rows_of(0)]
+        self.run.recorder.attended(
+            f"attention to the image, {title}, mean over the edited layers", layer, weights, images
+        )

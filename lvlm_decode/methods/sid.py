@@ -90,7 +90,12 @@ class _Prune(Edit):
             queries = slice(-1, None) if lane.prefilling else slice(None)
             own = rows_of(seen, rows, queries)
             attention = probabilities(query[rows][:, :, queries], key[rows], own, scaling).mean(1)
-            self.hidden = self._least(left_pad(attention[..., : lane.length], lane.length, 0.0), lane, rows)
+            attention = left_pad(attention[..., : lane.length], lane.length, 0.0)
+            self.hidden = self._least(attention, lane, rows)
+            if self.run.recorder is not None:
+                images = image_slots(lane, self.image_token_id)[rows]
+                title = f"attention in layer {layer} of the second branch; later layers see only the marked tokens"
+                self.run.recorder.attended(title, layer, attention, images, images[:, None] & ~self.hidden)
             return mask
         seen = seen.expand(len(query), -1, -1, -1).clone()
         pruned = seen[rows] & ~to_layer(self.hidden, lane, slots)[:, None]

@@ -169,6 +169,8 @@ class _Loop:
             stats.rows += sum(token >= 0 for token in tokens)
             stats.accepted += len(path) - 1
             stats.level(max(d for row, d in enumerate(shape.depth) if tokens[row] >= 0), len(path) - 1)
+        if self.run.recorder is not None and paths[0]:
+            self.run.recorder.verified(tree.lists[0], paths[0], committed[0])
         self._settle()
         if not all(self.done):
             accept_paths(
