@@ -105,6 +105,7 @@ class _Boost(Edit):
         """Tell the recorder of attention (B, H, q, S)."""
         weights = left_pad(attention.mean(1)[..., : lane.length], lane.length, 0.0)
         images = image_slots(lane, self.image_token_id)[lane.rows_of(0)]
+        assert self.run.recorder is not None
         self.run.recorder.attended(
             f"attention to the image, {title}, mean over the edited layers", layer, weights, images
         )
