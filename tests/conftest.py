@@ -31,6 +31,19 @@ def needs_adapters() -> None:
         pytest.skip(str(error))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests marked full: the whole contract, for instance")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    left = [item for item in items if item.get_closest_marker("full")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_per_test_process():
     import torch

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from test_contract import NAMES, family_for, method_of
+from contract import NAMES, family_for, method_of
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 from zoo import LAYERS, tiny

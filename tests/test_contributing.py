@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import test_contract
+import contract
 
 from lvlm_decode import catalogue
 from lvlm_decode.methods import METHODS
@@ -59,12 +59,12 @@ def test_a_new_file_and_a_new_line_inherit_the_contract(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(METHODS, "toy", "toy_method:Toy")
     for family in ("llava", "gemma3"):
-        test_contract.test_does_something("toy", family)
-        test_contract.test_switched_off_equals_plain("toy", family)
-        test_contract.test_stacked_equals_sequential("toy", family)
-        test_contract.test_a_row_in_a_batch_equals_the_row_alone("toy", family)
-        test_contract.test_verifying_a_draft_equals_decoding_it("toy", family)
-        test_contract.test_beams_follow("toy", family)
-        test_contract.test_prompt_lookup_follows("toy", family)
+        contract.does_something("toy", family)
+        contract.switched_off_equals_plain("toy", family)
+        contract.stacked_equals_sequential("toy", family)
+        contract.a_row_in_a_batch_equals_the_row_alone("toy", family)
+        contract.verifying_a_draft_equals_decoding_it("toy", family)
+        contract.beams_follow("toy", family)
+        contract.prompt_lookup_follows("toy", family)
     assert catalogue.describe("toy")["parameters"][0]["description"] == "Weight of the view without the image."
-    test_contract.cell.cache_clear()
+    contract.cell.cache_clear()
