@@ -7,9 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lvlm_decode_data
-from lvlm_decode import catalogue
+from lvlm_decode import catalogue, demo
 from lvlm_decode.cli import app
-from lvlm_decode.demo import mark
 from lvlm_decode.methods import METHODS
 
 runner = CliRunner()
@@ -94,7 +93,9 @@ def test_bad_input_is_one_sentence(arguments, said, tmp_path, monkeypatch):
     assert result.stderr.strip().count("\n") == 0
 
 
-def test_demo_measures_and_writes_one_page(tmp_path):
+def test_demo_measures_and_writes_one_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CAPTION_SCENES", 6)
+    monkeypatch.setattr(demo, "TIMED_ROUNDS", 1)
     page = tmp_path / "demo.html"
     out = call("demo", "--page", page, "--images", 4).stdout
     for word in ("POPE", "mask", "sample-t0.25", "vcd+ritual", "Time per token", "adversarial"):
@@ -107,7 +108,7 @@ def test_demo_measures_and_writes_one_page(tmp_path):
 
 def test_hallucinated_words_are_marked():
     words = lvlm_decode_data.synonyms()
-    pieces = mark("A dog and two sports balls near a hot dog.", ("sports ball", "dog"), words)
+    pieces = demo.mark("A dog and two sports balls near a hot dog.", ("sports ball", "dog"), words)
     assert "".join(text for text, _ in pieces) == "A dog and two sports balls near a hot dog."
     assert ("sports balls", True) in pieces and ("dog", True) in pieces
 

@@ -556,6 +556,7 @@ def test_killed_with_sigkill_and_started_again_it_ends_with_the_same_files(loade
     assert files_of(tmp_path) == files_of(out)
 
 
+@pytest.mark.full
 def test_two_processes_end_with_the_files_of_one_also_after_either_is_killed(model_folder, whole, tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "lvlm_decode_evals.run")  # fmt: skip

@@ -205,6 +205,7 @@ finally:
 """
 
 
+@pytest.mark.full
 def test_two_processes_train_one_head(tiny_llava, tmp_path):
     script = tmp_path / "watched.py"
     script.write_text(WATCHED)

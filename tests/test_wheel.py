@@ -57,6 +57,8 @@ def test_demo_from_the_wheel(installed, tmp_path):
         f"here = pathlib.Path({str(installed)!r})\n"
         "for module in (lvlm_decode, lvlm_decode_evals, lvlm_decode_data):\n"
         "    assert pathlib.Path(module.__file__).is_relative_to(here), module.__file__\n"
+        "from lvlm_decode import demo\n"
+        "demo.CAPTION_SCENES, demo.TIMED_ROUNDS = 4, 1\n"
         "from lvlm_decode.cli import app\n"
         "app(['demo', '--images', '3', '--page', 'demo.html'])\n"
     )
