@@ -35,7 +35,9 @@ def needs_adapters() -> None:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="also run the tests marked full: the whole contract, for instance")
+    parser.addoption(
+        "--full", action="store_true", help="also run the tests marked full: the whole contract, for instance"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import MARKS, TextProcessor
 from transformers import StoppingCriteria
 from zoo import BUILDERS, EOS, tiny
 
@@ -12,21 +13,11 @@ from lvlm_decode.controllers.cntp import CNTP, EndsTrial
 from lvlm_decode.engine import sampling
 from lvlm_decode.errors import ParameterError, UnsupportedError
 
-#: Letters of the tiny tokenizers that end a trial, frequent enough for short answers.
-MARKS = "aeiou.,AEIOU01234#"
-
-
-class Processor:
-    chat_template = None
-
-    def __init__(self, built):
-        self.tokenizer = self.qformer_tokenizer = built.tokenizer
-
 
 def generate(method, inputs, family="llava", model=None, **how):
     built = tiny(family)
     model = copy.deepcopy(built.model) if model is None else model
-    attach(model, method, processor=Processor(built))
+    attach(model, method, processor=TextProcessor(built))
     try:
         return model.generate(**inputs, **{"max_new_tokens": 24, "do_sample": False, "seed": 5, **how}), last_run(model)
     finally:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from test_cntp import MARKS
+from helpers import MARKS, TextProcessor
 from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 from zoo import tiny
@@ -38,18 +38,11 @@ def test_the_four_are_registered():
     assert NAMES == ["opera", "cntp", "vdgd", "mvp"]
 
 
-class Processor:
-    chat_template = None
-
-    def __init__(self, tokenizer):
-        self.tokenizer = self.qformer_tokenizer = tokenizer
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_attached_or_for_one_call_the_answer_is_the_same(name, monkeypatch):
     built = tiny("llava")
     # A method for one call has no place for a processor; it is loaded from where the model came from.
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path: Processor(built.tokenizer))
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path, **_: TextProcessor(built))
     model = copy.deepcopy(built.model)
     method = method_class(name)(**QUICK[name])
     inputs, how = built.inputs(["is it", "what then"]), dict(max_new_tokens=12, do_sample=False)
@@ -66,7 +59,7 @@ def test_attached_or_for_one_call_the_answer_is_the_same(name, monkeypatch):
 def test_another_cache_is_refused(name):
     built = tiny("llava")
     model = copy.deepcopy(built.model)
-    lvlm_decode.attach(model, method_class(name)(**QUICK[name]), processor=Processor(built.tokenizer))
+    lvlm_decode.attach(model, method_class(name)(**QUICK[name]), processor=TextProcessor(built))
 
     class Quantised(DynamicCache):
         pass

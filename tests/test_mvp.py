@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from helpers import TextProcessor
 from transformers import StoppingCriteria
 from zoo import BUILDERS, EOS, tiny
 
@@ -28,18 +29,11 @@ QUICK = dict(
 )
 
 
-class Processor:
-    chat_template = None
-
-    def __init__(self, built):
-        self.tokenizer = self.qformer_tokenizer = built.tokenizer
-
-
 def generate(method, inputs, family="llava", model=None, keep=False, **how):
     built = tiny(family)
     model = copy.deepcopy(built.model) if model is None else model
     if not keep or "generate" not in vars(model):
-        attach(model, method, processor=Processor(built))
+        attach(model, method, processor=TextProcessor(built))
     try:
         return model.generate(**inputs, **{"max_new_tokens": 30, "do_sample": False, "seed": 5, **how}), last_run(model)
     finally:

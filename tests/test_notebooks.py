@@ -11,7 +11,10 @@ SHIPPED = ROOT / "data" / "tiny-llava" / "model.safetensors"
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.stem, marks=() if path.stem == "quickstart" else pytest.mark.full) for path in NOTEBOOKS],
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem == "quickstart" else pytest.mark.full)
+        for path in NOTEBOOKS
+    ],
 )
 def test_a_notebook_runs(path, monkeypatch):
     if not SHIPPED.exists():

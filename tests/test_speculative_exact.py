@@ -74,7 +74,8 @@ SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float64, id="float64", marks=pytest.mark.full), pytest.param(torch.float32, id="float32")]
+    "dtype",
+    [pytest.param(torch.float64, id="float64", marks=pytest.mark.full), pytest.param(torch.float32, id="float32")],
 )
 def test_every_drafter_gives_the_answer_of_the_method_alone(dtype, name, options):
     method = method_of(name)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import TextProcessor
 from transformers import TextStreamer
 from zoo import BUILDERS, EOS, tiny
 
@@ -14,20 +15,10 @@ from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
 QUICK = dict(describe="say {question}", prompt="see {description} {question}", description_tokens=10)
 
 
-class Processor:
-    """A tokenizer and nothing else, as a processor without a chat template."""
-
-    chat_template = None
-
-    def __init__(self, built):
-        self.tokenizer = built.tokenizer
-        self.qformer_tokenizer = built.tokenizer
-
-
 def generate(family, method, inputs, model=None, **how):
     built = tiny(family)
     model = copy.deepcopy(built.model) if model is None else model
-    attach(model, method, processor=Processor(built))
+    attach(model, method, processor=TextProcessor(built))
     try:
         return model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, **how}), last_run(model)
     finally:

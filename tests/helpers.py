@@ -1,0 +1,13 @@
+"""What several test files share beside the tiny models of ``zoo.py`` and the contract of ``contract.py``."""
+
+#: Letters of the tiny tokenizers that end a trial of CNTP, frequent enough for short answers.
+MARKS = "aeiou.,AEIOU01234#"
+
+
+class TextProcessor:
+    """A tokenizer and nothing else, as a processor without a chat template."""
+
+    chat_template = None
+
+    def __init__(self, built):
+        self.tokenizer = self.qformer_tokenizer = built.tokenizer
