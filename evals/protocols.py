@@ -202,6 +202,10 @@ def protocol(name: str) -> Protocol:
         if not path.is_file():
             raise MissingFileError(f"{path} is not a file; the protocols are in configs/protocols/.")
         return read_protocol(path)
+    if not names():
+        raise MissingFileError(
+            f"{folder()} holds no protocol; run in a checkout of the repository, or give the path of a protocol's file."
+        )
     if name not in names():
         raise UnknownNameError.of("protocol", name, names())
     return read_protocol(folder() / f"{name}.yaml")

@@ -9,7 +9,7 @@ from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
-from lvlm_decode_evals import evaluator
+from lvlm_decode_evals import evaluator, protocols
 from lvlm_decode_evals.commands import add_to
 from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
 from lvlm_decode_evals.protocols import LISTS, key_of, names, protocol, read_ids, read_protocol, setup
@@ -217,7 +217,7 @@ def test_a_published_value_says_beside_it_how_it_was_measured():
     assert "Protocol of the published values: unknown." in paper_blocks(on_scenes(mvp), [], "tiny", 200)[0].notes
 
 
-def test_wrong_protocol_files_name_the_field(tmp_path):
+def test_wrong_protocol_files_name_the_field(tmp_path, monkeypatch):
     good = yaml.safe_load((ROOT / "configs" / "protocols" / "opera-64.yaml").read_text())
     path = tmp_path / "p.yaml"
     for change, sentence in (
@@ -235,3 +235,6 @@ def test_wrong_protocol_files_name_the_field(tmp_path):
         protocol("opera")
     with pytest.raises(MissingFileError, match=r"nowhere\.yaml is not a file"):
         protocol("nowhere.yaml")
+    monkeypatch.setattr(protocols, "folder", lambda: tmp_path / "none")
+    with pytest.raises(MissingFileError, match="holds no protocol; run in a checkout of the repository"):
+        protocol("opera-64")
