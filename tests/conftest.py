@@ -41,6 +41,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    import transformers
+
+    from lvlm_decode.engine.hf import versions
+
+    broken = versions.BROKEN.get(versions.minor_of(transformers.__version__), {})
+    for item in items:
+        given = getattr(item, "callspec", None)
+        for family in (
+            broken.keys() & {value for value in given.params.values() if isinstance(value, str)} if given else ()
+        ):
+            reason = f"transformers {transformers.__version__} breaks {family}: {broken[family]}"
+            item.add_marker(pytest.mark.skip(reason=reason))
     if config.getoption("--full"):
         return
     left = [item for item in items if item.get_closest_marker("full")]
