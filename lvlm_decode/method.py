@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: How far below the best token, in nats, those come that a mask removes; ``exp(-BELOW)`` is 0, also at high temperatures.
 BELOW = 1e4
+#: Stands for the infinities of a model's own logits while methods reckon with them; ``exp(-FLOOR)`` is 0 in any sum of views.
+FLOOR = 1e5
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,19 @@ class Step:
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     project: Callable[..., Tensor] = no_projection
 
+    def finite(self) -> Step:
+        """The step without -inf and NaN, of which no difference can be taken.
+
+        What view 0 bans is next to impossible in it, and of what another view bans that view says what view 0 says.
+        """
+        main = finite(self.logits[0])
+        views = torch.where(self.logits[1:].isfinite(), self.logits[1:], main)
+        return dataclasses.replace(
+            self,
+            logits=torch.cat([main[None], views]),
+            project=lambda *args, **kwargs: finite(self.project(*args, **kwargs)),
+        )
+
     def of_views(self, start: int, stop: int) -> Step:
         """The step with view 0 and the extra views ``start..stop-1`` (counted from 0) alone."""
         rows = [0, *range(1 + start, 1 + stop)]
@@ -206,9 +221,12 @@ class Method(Checked):
         return None if self.plausibility_beta is None else 0
 
     def scores(self, step: Step) -> Tensor:
-        """(B, T, N): :meth:`combine`, then the mask, once."""
+        """(B, T, N): :meth:`combine`, then the mask, once. What the model itself bans under view 0, with -inf, stays banned."""
+        banned = ~(step.logits[0] > float("-inf"))
+        step = step.finite()
         scores, keep = self.combine(step), self.kept_tokens(step)
-        return scores if keep is None else masked(scores, keep, step.logits[0])
+        scores = scores if keep is None else masked(scores, keep, step.logits[0])
+        return scores.masked_fill(banned, float("-inf"))
 
     def parts(self) -> tuple[Method, ...]:
         """The methods this one is a sum of; itself if it is not a sum."""
@@ -378,6 +396,11 @@ class Sum(Method):
 
     def parts(self) -> tuple[Method, ...]:
         return self.methods
+
+
+def finite(logits: Tensor) -> Tensor:
+    """``logits`` with very low ones in the place of -inf and NaN, whose probability is 0."""
+    return torch.nan_to_num(logits, nan=-FLOOR, neginf=-FLOOR, posinf=FLOOR)
 
 
 def plausible_tokens(logits: Tensor, beta: float | Tensor) -> Tensor:

@@ -239,6 +239,7 @@ class Writer:
         ids = torch.stack([self._ids(text) for text in texts])
         for processor in self.process:
             logits = processor(ids, logits)
+        sampling.check_left(logits, f"after {len(self.tokens)} generated tokens")
         return logits.log_softmax(-1)
 
     def _draw(self, said: Tensor, trial: int, offset: int) -> int:

@@ -281,6 +281,7 @@ def _said(logits: Tensor, ids: Tensor, process: list[Any]) -> Tensor:
     """(n, N) log-probabilities of the model, after the caller's processors."""
     for processor in process:
         logits = processor(ids, logits)
+    sampling.check_left(logits, "in a path of an answer")
     return logits.log_softmax(-1)
 
 

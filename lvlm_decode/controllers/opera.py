@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput
 
+from ..engine import sampling
 from ..engine.attention import Edit, probabilities, visible
 from ..engine.hf import decoder
 from ..errors import UnsupportedError
@@ -472,7 +473,8 @@ class Search:
         if self.method.form == "paper":
             self._open = self._among_candidates(logits)
         else:
-            self._open = logits + (self.method.fill - logits.amin(-1, keepdim=True))
+            lowest = logits.masked_fill(logits == float("-inf"), float("inf")).amin(-1, keepdim=True)
+            self._open = logits + (self.method.fill - lowest)
         self._open[self._excluded[:, 0], self._excluded[:, 1]] = self.method.fill
 
     def _among_candidates(self, logits: Tensor) -> Tensor:
@@ -488,6 +490,7 @@ class Search:
             ids = torch.cat([self.prompt.expand(beams, -1), state.tokens], 1)
             for processor in self.process:
                 scores = processor(ids, scores)
+        sampling.check_left(scores, f"in the beams, after {state.tokens.shape[1]} generated tokens")
         scores = scores + state.scores[:, None]
         count = min((1 + max(len(self.limits.eos), 1)) * beams, scores.numel())
         values, places = scores.flatten().topk(count)

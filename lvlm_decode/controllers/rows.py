@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine import hf
+from ..engine import hf, sampling
 from ..engine.attention import Edit
 from ..engine.hf import KV, Prepared, decoder
 from ..engine.hooks import hooked
@@ -45,7 +45,8 @@ class Rows:
         with torch.no_grad():
             hidden, out = _with_hidden(self.module, lambda: lane.prefill(1))
         #: (R, N) float32 for the first token of every row.
-        self.first: Tensor = out.logits[:, -1].float()
+        self.first: Tensor = sampling.numbers(out.logits[:, -1].float())
+        sampling.check_left(self.first, "at the prompt")
         self.kv = lane.kv
         self.kv.check_branches(type(self.module).__name__)
         self.prompt = lane.length
@@ -97,6 +98,7 @@ class Rows:
         out = self._forward(tokens, torch.arange(q, device=self.device), mask, keep)
         last = torch.tensor([ends.index(max(count - 1, 0)) for count in counts], device=self.device)
         logits = out.logits[torch.arange(len(self), device=self.device), last].float()
+        logits = sampling.numbers(logits)
         self._settle(counts, q)
         return logits
 
@@ -136,7 +138,7 @@ class Rows:
         logits = None
         if taken:
             logits = (hidden if all_logits is None else all_logits)[source, column]
-            logits = (self._head(logits) if all_logits is None else logits).float()
+            logits = sampling.numbers((self._head(logits) if all_logits is None else logits).float())
             if len(taken) < len(parents):
                 logits = logits.new_empty(len(parents), logits.shape[-1]).index_copy_(0, rows, logits)
         # Rows that stay among those of their prompt need not move its slots, which are most of the cache.

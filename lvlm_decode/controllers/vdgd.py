@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..engine import hf
+from ..engine import hf, sampling
 from ..engine.prompts import asking, question_of
 from ..method import masked, plausible_tokens
 from .base import AsCaller, Controller, Limits
@@ -111,7 +111,8 @@ class VDGD(Controller):
 
         def loop(prepared: Call) -> Any:
             # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
-            grounding = [Grounding(self, grounds), AsCaller(call.processors, prompts, width)]
+            process = sampling.guarded(call.processors, call.prompt_length, limits.eos)
+            grounding = [Grounding(self, grounds), AsCaller(process, prompts, width)]
             return hf.run_loop(
                 run.module,
                 dataclasses.replace(
@@ -163,6 +164,7 @@ class Grounding:
         self.method, self.grounds = method, grounds
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = sampling.numbers(scores)
         keep = candidates_of(self.method, scores)
         grounds = self.grounds.repeat_interleave(len(scores) // len(self.grounds), 0)
         if self.method.mode == "add":

@@ -52,6 +52,8 @@ class Batch:
         observe: Callable[[Family], AbstractContextManager[Any]] | None = None,
         features: Sequence[Encoded] | None = None,
     ):
+        if isinstance(inputs.get("input_ids"), Tensor) and not inputs["input_ids"].numel():
+            raise InputError("the batch is empty: input_ids holds no token; pass at least one prompt.")
         hf.check_inputs(inputs, family.input_keys, family.config.model_type)
         family.check_text(inputs)
         self.family, self._processor, self._observe = family, processor, observe

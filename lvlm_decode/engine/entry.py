@@ -25,7 +25,7 @@ from ..errors import InputError, UnsupportedError
 from ..families import families, family_of
 from ..families.base import Family
 from ..method import Method, Step
-from . import hf
+from . import hf, sampling
 from .hf import Call
 from .modes import check_modes
 from .run import Run
@@ -191,7 +191,9 @@ class ViewsProcessor(LogitsProcessor):
             self.run.project,
         )
         # Beams add these up as log-probabilities, and no processor after this one would normalise them.
-        return self.run.method.scores(step)[:, 0].log_softmax(-1)
+        combined = self.run.method.scores(step)[:, 0]
+        sampling.check_left(combined, f"at generated token {at}")
+        return combined.log_softmax(-1)
 
     def _follow(self, tokens: Tensor) -> None:
         """Bring the views' caches to ``tokens`` (B, t): keep what they share, take back the rest, run what is new."""

@@ -11,7 +11,9 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ..errors import InputError
 
 #: Keys the views where the caller gives no seed, so that the same inputs have the same views in every process.
 DEFAULT_SEED = 0
@@ -39,6 +41,50 @@ def gumbel(seed: int, sample_id: Hashable, position: int, n: int) -> Tensor:
     return -(-uniform.log()).log().float()
 
 
+def numbers(logits: Tensor) -> Tensor:
+    """``logits`` in which a token whose logit is NaN is one that is never said."""
+    return torch.nan_to_num(logits, nan=float("-inf"), neginf=float("-inf"))
+
+
+def left(scores: Tensor) -> Tensor:
+    """(...) whether a row of ``scores`` (..., N) has a token that can be chosen, and no NaN."""
+    return (scores > float("-inf")).any(-1) & ~scores.isnan().any(-1)
+
+
+def check_left(scores: Tensor, what: str) -> None:
+    """Raise unless every row of ``scores`` (R, N) has a token that can be chosen.
+
+    Args:
+        what: of which rows they are, in words.
+
+    Raises:
+        InputError: all tokens of a row are -inf, or its scores are NaN.
+    """
+    if not bool(left(scores).all()):
+        raise InputError(
+            f"{what}: no token of the vocabulary is left, because the model's own logits are NaN or -inf or the processors "
+            "ban all of it; load the model in float32 or bfloat16, or ban less."
+        )
+
+
+class SomethingLeft(LogitsProcessor):
+    """Follows the caller's processors: no answer goes on from scores that hold no token.
+
+    Args:
+        prompt_length: width of ``input_ids`` before the first generated token.
+        ends: end tokens; a row that said one is padded whatever its scores are.
+    """
+
+    def __init__(self, prompt_length: int, ends: Sequence[int]):
+        self.prompt_length, self.ends = prompt_length, list(ends)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        said = input_ids[:, self.prompt_length :]
+        ended = torch.isin(said, said.new_tensor(self.ends)).any(-1)
+        check_left(scores[~ended], f"at generated token {said.shape[1]}")
+        return scores
+
+
 class KeyedDraw(LogitsProcessor):
     """The last processor of a sampling run: leaves only the token that keyed Gumbel-max draws.
 
@@ -58,3 +104,9 @@ class KeyedDraw(LogitsProcessor):
         noise = torch.stack([gumbel(self.seed, row, position, scores.shape[-1]) for row in self.row_ids])
         drawn = (scores + noise.to(scores.device)).argmax(-1, keepdim=True)
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
+
+
+def guarded(processors: LogitsProcessorList, prompt_length: int, ends: Sequence[int]) -> LogitsProcessorList:
+    """``processors`` followed by :class:`SomethingLeft`, before a keyed draw, which would leave one token of none."""
+    at = len(processors) - any(isinstance(one, KeyedDraw) for one in processors)
+    return LogitsProcessorList([*processors[:at], SomethingLeft(prompt_length, ends), *processors[at:]])

@@ -102,7 +102,10 @@ class Stacked:
                 packed = hf.with_images(run.family.pack(images))
                 call = dataclasses.replace(call, inputs={**call.inputs, **packed})
         given, kv = call.cache, run.keys_for(call.cache)
-        call = dataclasses.replace(call, cache=kv.cache)
+        ends = call.config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        processors = sampling.guarded(call.processors, call.prompt_length, ends)
+        call = dataclasses.replace(call, cache=kv.cache, processors=processors)
         with run.method.patch(run):
             lanes = run.open(kv, record=assisted)
             with kv.led(lanes.reorder, lanes.drop):

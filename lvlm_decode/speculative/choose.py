@@ -24,7 +24,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from ..engine.sampling import KeyedDraw, gumbel
+from ..engine.sampling import KeyedDraw, check_left, gumbel, left
 from .tree import Tree
 
 #: Processors that look at a row's scores alone, so that all rows of a draft can be processed at once.
@@ -89,8 +89,15 @@ class Chooser:
         """
         self.size = scores.shape[-1]
         if self.row_wise and self.noise is None and not self.record:
-            chosen = self._process_all(scores).argmax(-1).tolist()
-            return lambda sample, row: chosen[sample][row]
+            every = self._process_all(scores)
+            chosen, some = every.argmax(-1).tolist(), left(every).tolist()
+
+            def best(sample: int, row: int) -> int:
+                if not some[sample][row]:
+                    check_left(every[sample, row][None], f"after {generated[sample]} generated tokens")
+                return chosen[sample][row]
+
+            return best
         processed = self._process_all(scores) if self.row_wise else None
         if self.noise is not None:
             # Noise of rejected levels serves the next cycle; what lies behind is done with.
@@ -101,6 +108,7 @@ class Chooser:
                 own = processed[sample, row]
             else:
                 own = self._process_one(sample, scores[sample, row], tree.lists[sample][row] if row else None)
+            check_left(own[None], f"after {generated[sample]} generated tokens")
             if self.noise is not None:
                 position = generated[sample] + tree.shape(sample).depth[row]
                 drawn = (own + self._gumbel(sample, position, len(own), own.device)).argmax()
