@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_contract import SMALL, family_for, method_of
+from contract import SMALL, family_for, method_of
 from zoo import EOS, tiny
 
 import lvlm_decode as ld
