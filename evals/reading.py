@@ -8,7 +8,6 @@ no torch.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -25,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from lvlm_decode.errors import FileFormatError, MissingFileError, OutputError
+from lvlm_decode.errors import FileFormatError, MissingFileError, OutputError, nearest
 
 # What one file may unpack to, in bytes. COCO's largest annotation file has half of it.
 LARGEST = 1 << 30
@@ -403,13 +402,6 @@ def _at(value: Any, place: Sequence[str | int]) -> Any:
     for part in place:
         value = value[part]
     return value
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """How a sentence about an unknown name ends: the known ones, and the nearest of them."""
-    names = sorted(map(str, known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (f"; known: {', '.join(names)}" if names else "") + (f"; the nearest is {close[0]!r}" if close else "")
 
 
 # To disk -----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,22 @@ One module for models and evaluators; it imports no torch, because scorers must 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """How a sentence about an unknown name ends: the known ones, and the nearest of them."""
+    names = sorted(map(str, known))
+    return (f"; known: {', '.join(names)}" if names else "") + suggestion(name, names)
+
+
+def suggestion(name: object, known: Iterable[object]) -> str:
+    """``; the nearest is 'vcd'`` where a known name resembles ``name``, else nothing."""
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=3, cutoff=0.5)
+    # Letters that changed places are the commonest slip.
+    close.sort(key=lambda found: sorted(found) != sorted(str(name)))
+    return f"; the nearest is {close[0]!r}" if close else ""
 
 
 class LvlmDecodeError(ValueError):
@@ -17,7 +32,7 @@ class UnknownNameError(LvlmDecodeError):
 
     @classmethod
     def of(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
-        return cls(f"{kind} {name!r} is unknown; known: {', '.join(sorted(map(str, known)))}.")
+        return cls(f"{kind} {name!r} is unknown{nearest(name, known)}.")
 
 
 class ParameterError(LvlmDecodeError):

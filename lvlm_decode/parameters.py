@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
-from .errors import ParameterError, UnknownNameError
+from .errors import ParameterError, UnknownNameError, suggestion
 
 T = TypeVar("T")
 #: What a number must be, in words.
@@ -74,7 +74,9 @@ class _Parameters(type):
             target = own.aliases.get(key, key)
             if target not in known:
                 listed = ", ".join(sorted(known)) or "none"
-                raise UnknownNameError(f"{own.name} has no parameter {key!r}; its parameters are: {listed}.")
+                raise UnknownNameError(
+                    f"{own.name} has no parameter {key!r}; its parameters are: {listed}{suggestion(key, known)}."
+                )
             if target in given:
                 raise ParameterError(f"{own.name} was given {target} twice, once as {key!r}; give it once.")
             given[target] = value

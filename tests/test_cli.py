@@ -2,13 +2,20 @@
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+import lvlm_decode
 import lvlm_decode_data
 from lvlm_decode import catalogue, demo
+from lvlm_decode.checkpoints import CHECKPOINTS
 from lvlm_decode.cli import app
+from lvlm_decode.examples import EXAMPLES
 from lvlm_decode.methods import METHODS
 
 runner = CliRunner()
@@ -79,6 +86,13 @@ def test_generate_sampled_with_a_seed_repeats_itself():
         (["scene:0", "--method", "vcd(alpha=1"], r"a closing parenthesis is missing"),
         (["scene:0", "--method", "vcd+vcd"], r"vcd is added to itself"),
         (["scene:99999"], r"there is no scene:99999; scenes are scene:0 to"),
+        (["scene:0", "--method", "vdc"], r"the nearest is 'vcd'"),
+        (["scene:0", "--method", "vcd,ritual"], r"methods are added up with \+"),
+        (["scene:0", "--method", "vcd", "--param", "alhpa=1"], r"no parameter alhpa; the nearest is 'alpha'"),
+        (["scene:0", "--method", "vcd(alhpa=1)"], r"no parameter 'alhpa'.*the nearest is 'alpha'"),
+        (["scene:0", "--temperature", "0.5"], r"--temperature needs --do-sample"),
+        (["https://example.com/a.jpg"], r"is an address.*download it first"),
+        (["."], r"is a folder"),
         (["missing.jpg"], r"missing\.jpg"),
         (["broken.jpg"], r"broken\.jpg"),
         (["scene:0", "--model", "no-such-folder"], r"model 'no-such-folder' cannot be loaded"),
@@ -111,6 +125,113 @@ def test_hallucinated_words_are_marked():
     pieces = demo.mark("A dog and two sports balls near a hot dog.", ("sports ball", "dog"), words)
     assert "".join(text for text, _ in pieces) == "A dog and two sports balls near a hot dog."
     assert ("sports balls", True) in pieces and ("dog", True) in pieces
+
+
+def commands():
+    """Every command by its full name, with click's command."""
+
+    def below(group, prefix):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from below(command, f"{prefix}{name} ")
+            else:
+                yield f"{prefix}{name}", command
+
+    return dict(below(typer.main.get_command(app), ""))
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_help_of_every_command_fits_80_columns_and_shows_examples(name):
+    text = call(*name.split(), "-h").stdout
+    assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
+    assert f"  lvlm-decode {name}" in text.partition("Examples:")[2]
+    for option in commands()[name].params:
+        assert option.help, f"{name}: {option.name} has no help"
+        assert option.help[0].isupper() or option.help.split()[0].rstrip(",:.") in LOWER, (name, option.help)
+
+
+#: Words that begin a help text and keep their small letter: names that are typed as they are.
+LOWER = {"tiny", "float32", "chair", "plain", "vcd", "recycling", "vispec", "i/n", "auto", "markdown"}
+
+
+@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+def test_examples_can_be_read(line):
+    """Every option and argument of an example is one its command has."""
+    words = shlex.split(line)[1:]
+    (name,) = (n for n in commands() if words[: len(n.split())] == n.split())
+    commands()[name].make_context(name, words[len(name.split()) :])
+
+
+def test_alone_it_says_what_one_can_do():
+    text = call().stdout
+    assert all(
+        f"lvlm-decode {name}" in text for name in ("demo", "generate", "methods", "models", "eval", "table", "doctor")
+    )
+    for line in re.findall(r"^  (lvlm-decode \S+)", text, re.M):
+        assert line.split()[1] in commands(), line
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_version():
+    assert call("--version").stdout == call("-V").stdout == f"lvlm-decode {lvlm_decode.__version__}\n"
+
+
+def test_exit_statuses_are_documented():
+    text = call("--help").stdout
+    assert all(re.search(rf"^ +{status}  ", text, re.M) for status in (0, 1, 2, 3, 130))
+    assert call("generate", "--no-such-option", status=2)
+
+
+def test_help_and_score_import_no_torch(tmp_path):
+    """Counted in a fresh process; how long it takes is for a benchmark."""
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "answer": "Yes", "label": "yes"}\n')
+    for arguments in (["--help"], [], ["models"], ["eval", "--help"], ["score", "pope", "a.jsonl"]):
+        code = (
+            "import sys\nfrom lvlm_decode.cli import app\n"
+            f"try: app({arguments!r})\nexcept SystemExit as end: assert end.code == 0, end.code\n"
+            "heavy = {'torch', 'transformers', 'torchvision', 'accelerate', 'matplotlib'} & set(sys.modules)\n"
+            "assert not heavy, heavy\nprint(len(sys.modules))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (arguments, done.stderr[-1000:])
+        assert int(done.stdout.split()[-1]) < 1500, arguments
+
+
+def test_python_m_is_the_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "lvlm_decode", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"lvlm-decode {lvlm_decode.__version__}\n"
+
+
+def test_models_lists_families_with_hub_ids():
+    text = call("models").stdout
+    for kind, ids in CHECKPOINTS.items():
+        assert re.search(rf"^{kind} +{re.escape(ids[0])}$", text, re.M)
+    assert json.loads(call("models", "--json").stdout) == {kind: list(ids) for kind, ids in CHECKPOINTS.items()}
+
+
+def test_one_method_in_full():
+    text = call("methods", "vcd").stdout
+    for word in ("arXiv 2311.16922", "noise_step = 500", "a vision pass", "cd_alpha for alpha"):
+        assert word in text
+    assert "the nearest is 'vcd'" in call("methods", "vdc", status=1).stderr
+
+
+def test_generate_shows_plain_beside_the_method_and_marks_absent_objects():
+    text = call("generate", "scene:12").stdout
+    plain, vcd, truth = text.splitlines()
+    assert plain.startswith("plain: ") and "[couch]" in plain
+    assert vcd.startswith("vcd: ") and "[" not in vcd
+    assert re.match(r"In the picture: cat \(\d\), tv \(1\)\.", truth)
+
+
+def test_generate_says_that_the_small_model_knows_no_photographs(tmp_path):
+    path = lvlm_decode_data.load_scenes()[12].path
+    (tmp_path / "photo.jpg").write_bytes(path.read_bytes())
+    result = call("generate", tmp_path / "photo.jpg", "--method", "plain", "--max-new-tokens", 4)
+    assert "toy model trained on emoji scenes" in result.stderr and "In the picture" not in result.stdout
+    assert "toy" not in call("generate", "scene:12", "--method", "plain", "--max-new-tokens", 4).stderr
 
 
 def test_help_lists_every_command():

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-from ..errors import UnknownNameError
+from ..errors import UnknownNameError, suggestion
 from ..method import Method, Sum
 from ..plugins import Plugin, plugins
 
@@ -48,7 +48,8 @@ def load(name: str) -> type[Method]:
     if entry is None and name in (others := foreign()):
         return others[name].load("Method")
     if entry is None:
-        raise UnknownNameError(f"unknown method {name!r}; known methods: {', '.join(names())}.")
+        hint = "; methods are added up with +" if "," in name else suggestion(name, names())
+        raise UnknownNameError(f"unknown method {name!r}; known methods: {', '.join(names())}{hint}.")
     module, attribute = entry.split(":")
     return getattr(importlib.import_module(module, __name__), attribute)
 
@@ -83,7 +84,9 @@ def parse(text: str, **parameters: Any) -> Method:
         unused -= set(shared)
         parts.append(cls(**{**shared, **own}))
     if unused:
-        raise UnknownNameError(f"{text} has no parameter {', '.join(sorted(unused))}.")
+        known = {field.name for part in parts for field in dataclasses.fields(part)}
+        hints = "".join(suggestion(name, known) for name in sorted(unused))
+        raise UnknownNameError(f"{text} has no parameter {', '.join(sorted(unused))}{hints}.")
     return parts[0] if len(parts) == 1 else Sum.of(*parts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ParameterError, UnknownNameError
+from ...errors import ParameterError, UnknownNameError, suggestion
 from ...plugins import Plugin, plugins
 from .base import Context, Drafter, Features, Session, Verified
 
@@ -40,7 +40,9 @@ def get(name: str) -> type[Drafter]:
     if name not in DRAFTERS and name in (others := foreign()):
         return others[name].load("Drafter")
     if name not in DRAFTERS:
-        raise UnknownNameError(f"unknown drafter {name!r}; choose one of {', '.join(names())}, or none.")
+        raise UnknownNameError(
+            f"unknown drafter {name!r}; choose one of {', '.join(names())}, or none{suggestion(name, names())}."
+        )
     module, _, attribute = DRAFTERS[name].partition(":")
     return getattr(importlib.import_module(module, __name__), attribute)
 
