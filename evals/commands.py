@@ -19,6 +19,7 @@ from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, Unknow
 from . import EVALUATORS, evaluator
 from .base import Evaluator
 from .metrics import REPLICATES
+from .parsers import RULES
 
 # Exit status of a run or table that finished although some questions could not be asked or answered.
 FINISHED_WITH_FAILURES = 3
@@ -63,32 +64,36 @@ def _options(given: Sequence[str] | None, **shortcuts: Any) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
 
 
-Rule = Annotated[
-    str | None, typer.Option(help="Rule that reads yes or no out of an answer; see lvlm_decode_evals.parsers.")
-]
-Parser = Annotated[str | None, typer.Option(help="Word parser of chair: pattern or wordnet-pos.")]
-Objects = Annotated[Path | None, typer.Option(help="chair: JSON object, image id to object names.")]
-Vocabulary = Annotated[Path | None, typer.Option(help="chair: synonym table.")]
+Rule = Annotated[str | None, typer.Option(help=f"Rule that reads yes or no out of an answer: {', '.join(RULES)}.")]
+Parser = Annotated[str | None, typer.Option(help="Word parser of CHAIR: pattern or wordnet-pos.")]
+Objects = Annotated[Path | None, typer.Option(help="For chair: JSON file, from image id to object names.")]
+Vocabulary = Annotated[Path | None, typer.Option(help="For chair: file of the synonym table.")]
 OptionList = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="Any other option of the evaluator, name=value; may repeat.")
+    list[str] | None, typer.Option("--option", "-o", help="Other option of the evaluator, name=value; may repeat.")
 ]
 
 
 @one_sentence
 def eval_command(
-    benchmark: Annotated[str, typer.Argument(help=f"One of: {', '.join(sorted(EVALUATORS))}.")],
+    benchmark: Annotated[str, typer.Argument(help=f"Benchmark: {', '.join(sorted(EVALUATORS))}.")],
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
     method: Annotated[
-        list[str] | None, typer.Option(help="A method, e.g. vcd, 'vcd(alpha=0.5)', vcd+ritual; may repeat.")
+        list[str] | None, typer.Option(help="Method, for example vcd, 'vcd(alpha=0.5)' or vcd+ritual; may repeat.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the answers; the same folder continues a run.")] = Path("runs"),
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of draws and views; may repeat. Default 0.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of views and sampling; may repeat. Default: 0.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only these splits; may repeat.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N questions of each split.")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/n: only this share; the last share to finish merges.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Questions a batch, or auto: as many as fit in memory.")] = "16",
+    shard: Annotated[
+        str | None, typer.Option(help="Answer only share i of n, written i/n; the last share to finish merges all.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Number of questions per batch; auto takes as many as fit in memory.")
+    ] = "16",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="auto spreads a large model over several cards.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Device map of transformers; auto spreads a large model over several GPUs.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of images that the questions name.")] = None,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Read images that names or links lead to outside --images.")
@@ -97,18 +102,25 @@ def eval_command(
         str | None, typer.Option(help="Question file or folder of the real benchmark, or hub:NAME.")
     ] = None,
     do_sample: Annotated[
-        bool | None, typer.Option("--do-sample/--no-do-sample", help="Default: sample where the method can.")
+        bool | None,
+        typer.Option("--do-sample/--no-do-sample", help="Sample tokens. Default: sample where the method can."),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Nucleus.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Top k; default all tokens.")] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the benchmark's.")] = None,
-    suffix: Annotated[str, typer.Option(help="Text after every question, leading blank included.")] = "",
-    template: Annotated[
-        str | None, typer.Option(help="Whole prompt around {question}; default: the model's chat template.")
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling: smallest set of tokens with this total probability.")
     ] = None,
-    drafter: Annotated[str | None, typer.Option(help="Drafter of speculative decoding.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among the k most probable tokens. Default: all tokens.")
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Number of beams.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Maximum length of an answer in tokens. Default: the benchmark's.")
+    ] = None,
+    suffix: Annotated[str, typer.Option(help="Text to put after every question, leading blank included.")] = "",
+    template: Annotated[
+        str | None, typer.Option(help="Whole prompt around {question}. Default: the model's chat template.")
+    ] = None,
+    drafter: Annotated[str | None, typer.Option(help="Drafter of speculative decoding, for example vispec.")] = None,
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="Parameter of every method that has it, name=value.")
     ] = None,
@@ -122,7 +134,7 @@ def eval_command(
     objects: Objects = None,
     vocabulary: Vocabulary = None,
     without: Annotated[
-        list[str] | None, typer.Option(help="A control to leave out, e.g. mask or 'plain sample'; may repeat.")
+        list[str] | None, typer.Option(help="Control to leave out, for example mask or 'plain sample'; may repeat.")
     ] = None,
 ) -> None:
     """Ask a model the questions of a benchmark with one or several methods; matched controls run too.
@@ -212,7 +224,7 @@ def eval_command(
         if run.main:
             typer.echo(f"Share {shard} is done; the table comes with the last share.")
         return
-    typer.echo(render(Evaluation(results).blocks()))
+    show(render(Evaluation(results).blocks()))
     if bad := failures(results):
         typer.echo(f"{bad} questions have no answer; they are named above and in summary.json.", err=True)
         raise typer.Exit(FINISHED_WITH_FAILURES)
@@ -226,7 +238,7 @@ def score_command(
     objects: Objects = None,
     vocabulary: Vocabulary = None,
     questions: Annotated[
-        Path | None, typer.Option(help="What was asked: labels that answers lack, missing and unknown ids.")
+        Path | None, typer.Option(help="File of the questions: brings labels, and finds missing and unknown ids.")
     ] = None,
     option: OptionList = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -285,10 +297,24 @@ def _line(chosen: Evaluator, scored_rows: Sequence) -> str:
     return ", ".join(f"{c.title} {text}{'%' if c.kind == 'percent' else ''}" for c, text in shown)
 
 
+def show(text: str) -> None:
+    """Markdown as tables that fit the terminal; as it is where it goes to a file or a pipe."""
+    if not sys.stdout.isatty():
+        typer.echo(text, nl=False)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(text))
+
+
 @one_sentence
 def table_command(
-    target: Annotated[Path, typer.Argument(help="A run's folder, or a file of configs/.")],
-    format: Annotated[str, typer.Option(help="markdown, csv or latex.")] = "markdown",
+    target: Annotated[
+        Path | None, typer.Argument(help="A run's folder, or the name or file of a paper's table.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the papers' tables by name.")] = False,
+    format: Annotated[str, typer.Option(help="Format: markdown, csv or latex.")] = "markdown",
     plot: Annotated[Path | None, typer.Option(help="Also write pictures into this folder.")] = None,
     replicates: Annotated[int, typer.Option(min=100, help="Bootstrap replicates.")] = REPLICATES,
     rule: Rule = None,
@@ -306,10 +332,24 @@ def table_command(
     seeds: Annotated[int | None, typer.Option(min=1, help="For a config: only the first N of its seeds.")] = None,
     rerun: Annotated[bool, typer.Option("--run/--no-run", help="For a config: run rows that are missing.")] = True,
 ) -> None:
-    """Tables of a run, every method beside its matched controls; or a paper's table beside its published values."""
+    """Print the tables of a run, every method beside its matched controls, or a paper's table beside its printed values.
+
+    Without a target it needs --list.
+    """
     from .api import Evaluation, check_folder, read_run
     from .tables import FORMATS, render
 
+    if listed:
+        from .configs import table_titles
+
+        for name, title in table_titles().items():
+            typer.echo(f"{name}  {title}" if not sys.stdout.isatty() else f"{name}\n    {title}")
+        return
+    if target is None:
+        raise SettingsError("table needs a run's folder or a paper's table; lvlm-decode table --list shows those.")
+    from .configs import table_path
+
+    target = table_path(target)
     if plot is not None:
         check_folder(plot)
     if format not in FORMATS:
@@ -338,7 +378,11 @@ def table_command(
     results = [result for result in results if result.rows]
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
-    typer.echo(render([*extra, *Evaluation(results, replicates).blocks()], format), nl=False)
+    made = render([*extra, *Evaluation(results, replicates).blocks()], format)
+    if format == "markdown":
+        show(made)
+    else:
+        typer.echo(made, nl=False)
     if any(result.audit.incomplete or result.audit.failed for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:

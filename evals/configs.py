@@ -14,7 +14,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from lvlm_decode.errors import EvalError, FileFormatError, LvlmDecodeError, MissingFileError
+from lvlm_decode.errors import (
+    EvalError,
+    FileFormatError,
+    LvlmDecodeError,
+    MissingFileError,
+    UnknownNameError,
+    suggestion,
+)
 
 from . import evaluator
 from .base import Column, Evaluator
@@ -119,11 +126,39 @@ class _TableShape(Closed):
     protocol: str = UNKNOWN
 
 
+def folder() -> Path:
+    """Where the papers' tables lie: `configs/` of this checkout, or where the installed package keeps them."""
+    checkout = Path(__file__).resolve().parents[1] / "configs"
+    return checkout if checkout.is_dir() else Path(__file__).resolve().parent / "papers"
+
+
+def table_path(target: Path) -> Path:
+    """`target`, or the file of the paper's table that has this name.
+
+    Raises:
+        UnknownNameError: neither is there.
+    """
+    if target.exists() or len(target.parts) > 1:
+        return target
+    known = {path.stem: path for path in sorted(folder().glob("*.yaml"))}
+    if (name := target.name.removesuffix(".yaml")) not in known:
+        raise UnknownNameError(
+            f"{target} is neither a folder nor a paper's table{suggestion(name, known)}; lvlm-decode table --list shows "
+            "the tables."
+        )
+    return known[name]
+
+
+def table_titles() -> dict[str, str]:
+    """Name -> title of every paper's table."""
+    return {path.stem: read_yaml(path, _TableShape).title for path in sorted(folder().glob("*.yaml"))}
+
+
 def read_config(path: Path) -> PaperTable:
     """A table from its file. Raises FileFormatError naming file, line and field of what is missing, unknown or wrong."""
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"{path} is not a file; the papers' tables are in configs/.")
+        raise MissingFileError(f"{path} is not a file; lvlm-decode table --list shows the papers' tables.")
     raw = read_yaml(path, _TableShape)
     measured = _protocol(raw.protocol, path)
     options = raw.options or {}

@@ -85,9 +85,11 @@ def objects_command(
     vocabulary: Annotated[Path, typer.Option(help="Synonym table.")],
     instances: Annotated[list[Path] | None, typer.Option(help="COCO instances_*.json; may repeat.")] = None,
     captions: Annotated[list[Path] | None, typer.Option(help="COCO captions_*.json; may repeat.")] = None,
-    parser: Annotated[str, typer.Option(help="pattern or wordnet-pos; the one that will score.")] = "pattern",
+    parser: Annotated[
+        str, typer.Option(help="Word parser: pattern or wordnet-pos, the one that will score.")
+    ] = "pattern",
 ) -> None:
-    """What each COCO image contains, for `score chair --objects`: annotated instances and captioned objects."""
+    """Write what each COCO image contains, for `score chair --objects`: annotated instances and captioned objects."""
     from .answers import write_json
     from .chair import build_objects, vocabulary_file
 
@@ -102,12 +104,12 @@ def objects_command(
 @data_app.command("prompts")
 @one_sentence
 def prompts_command(
-    benchmark: Annotated[str, typer.Argument(help="mmhal or vallu.")],
+    benchmark: Annotated[str, typer.Argument(help="Benchmark: mmhal or vallu.")],
     answers: Annotated[Path, typer.Argument(help="File of answers.")],
     out: Annotated[Path, typer.Argument(help="JSON lines to write: id, prompt, image.")],
     option: OptionList = None,
 ) -> None:
-    """What to ask a judge about answers. Have each answered and write lines of `id` and `reply`; then
+    """Write what to ask a judge about answers. Have each answered and write lines of `id` and `reply`; then
     `lvlm-decode score BENCHMARK ANSWERS -o judge=REPLIES`.
     """
     from .judges import Judged, write_prompts

@@ -186,8 +186,9 @@ class Protocol:
 
 
 def folder() -> Path:
-    """Where the protocols lie: `configs/protocols` of the folder one is in, else of this checkout."""
-    return FOLDER if FOLDER.is_dir() else Path(__file__).resolve().parents[1] / FOLDER
+    """Where the protocols lie: `configs/protocols` of the folder one is in, else of this checkout or the installed package."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (FOLDER, here.parent / FOLDER, here / "papers" / "protocols") if path.is_dir())
 
 
 def names() -> list[str]:

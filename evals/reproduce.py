@@ -40,6 +40,7 @@ from .configs import (
     read_config,
     run_of,
     source_of,
+    table_path,
     with_truth,
 )
 from .loaders import Source
@@ -372,7 +373,9 @@ def _drawn(verdict: Verdict) -> str:
 
 @one_sentence
 def reproduce_command(
-    configs: Annotated[list[Path], typer.Argument(help="Files of configs/.")],
+    configs: Annotated[
+        list[Path], typer.Argument(help="Names or files of papers' tables; lvlm-decode table --list shows them.")
+    ],
     model: Annotated[str | None, typer.Option(help="Instead of the paper's; tiny works offline, in miniature.")] = None,
     hours: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long; 0 only measures and says how long.")
@@ -391,7 +394,7 @@ def reproduce_command(
 
     Stopped at any moment, by --hours or by hand, the same command continues. Writes verdicts.md, .tex, .csv and .html.
     """
-    tables = [read_config(path) for path in configs]
+    tables = [read_config(table_path(path)) for path in configs]
     models = {model or str(table.model) for table in tables if model or table.model}
     if len(models) > 1:
         raise SettingsError(

@@ -50,9 +50,9 @@ Exit status:
 OVERVIEW = """\
 Decoding that keeps vision-language models from inventing what is not there.
 
-  lvlm-decode demo                      see a small model hallucinate (2 minutes)
+  lvlm-decode demo                      a small model hallucinates (2 minutes)
   lvlm-decode generate scene:12         one picture: plain beside a method
-  lvlm-decode methods                   the methods; methods vcd shows one in full
+  lvlm-decode methods                   every method in one line
   lvlm-decode models                    model families with hub ids
   lvlm-decode eval pope --limit 100     a benchmark, with matched controls
   lvlm-decode table runs                the table of what eval wrote

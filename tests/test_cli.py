@@ -5,9 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
+from conftest import ROOT
 from typer.testing import CliRunner
 
 import lvlm_decode
@@ -17,6 +19,7 @@ from lvlm_decode.checkpoints import CHECKPOINTS
 from lvlm_decode.cli import app
 from lvlm_decode.examples import EXAMPLES
 from lvlm_decode.methods import METHODS
+from lvlm_decode_evals.configs import table_path
 
 runner = CliRunner()
 
@@ -209,6 +212,16 @@ def test_models_lists_families_with_hub_ids():
     for kind, ids in CHECKPOINTS.items():
         assert re.search(rf"^{kind} +{re.escape(ids[0])}$", text, re.M)
     assert json.loads(call("models", "--json").stdout) == {kind: list(ids) for kind, ids in CHECKPOINTS.items()}
+
+
+def test_tables_of_papers_are_listed_and_found_by_name(tmp_path, monkeypatch):
+    names = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    listed = call("table", "--list").stdout
+    assert {line.split()[0] for line in listed.splitlines()} == names
+    monkeypatch.chdir(tmp_path)
+    assert table_path(Path("pope-vcd-llava-1.5")).samefile(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
+    assert "the nearest is 'pope-vcd-llava-1.5'" in call("table", "pope-vdc-llava-1.5", status=1).stderr
+    assert "--list shows those" in call("table", status=1).stderr
 
 
 def test_one_method_in_full():

@@ -306,7 +306,7 @@ def test_wrong_tables_name_file_and_field(tmp_path, changes, sentence):
 
 
 def test_missing_and_broken_tables(tmp_path):
-    with pytest.raises(MissingFileError, match="the papers' tables are in configs/"):
+    with pytest.raises(MissingFileError, match="lvlm-decode table --list shows the papers' tables"):
         read_config(tmp_path / "none.yaml")
     (tmp_path / "x.yaml").write_text("a: [1")
     with pytest.raises(FileFormatError, match=r"x\.yaml: broken YAML"):

@@ -60,6 +60,8 @@ def test_demo_from_the_wheel(installed, tmp_path):
         "from lvlm_decode import demo\n"
         "demo.CAPTION_SCENES, demo.TIMED_ROUNDS = 4, 1\n"
         "from lvlm_decode.cli import app\n"
+        "from lvlm_decode_evals import configs, protocols\n"
+        "assert 'pope-vcd-llava-1.5' in configs.table_titles() and 'opera-64' in protocols.names()\n"
         "app(['demo', '--images', '3', '--page', 'demo.html'])\n"
     )
     done = subprocess.run(
@@ -74,6 +76,10 @@ def test_wheel_holds_data_and_licences(installed):
     assert "lvlm_decode_data/tiny-llava/model.safetensors" in names
     assert any(name.startswith("lvlm_decode_data/heldout/") and name.endswith(".jpg") for name in names)
     assert any("licenses/LICENSE" in name for name in names)
+    tables = {
+        f"lvlm_decode_evals/papers/{path.relative_to(ROOT / 'configs')}" for path in ROOT.glob("configs/**/*.yaml")
+    }
+    assert len(tables) > 50 and tables <= names
 
 
 def test_wheel_takes_no_name_that_others_use(installed):

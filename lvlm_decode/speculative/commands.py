@@ -10,29 +10,31 @@ import typer
 
 from lvlm_decode_evals.commands import one_sentence
 
-bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="Measure times on this machine.", no_args_is_help=True)
 
 
 @bench.callback()
 def _group() -> None:
-    """Measure on this machine."""
+    """Measure times on this machine."""
 
 
 @bench.command("speculative")
 @one_sentence
 def bench_speculative(
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
-    method: Annotated[str, typer.Option(help="plain, vcd, vcd+ritual, ...")] = "vcd",
-    drafter: Annotated[str, typer.Option(help="recycling, automaton, vispec, vispec(depth=5), ...")] = "recycling",
-    samples: Annotated[int, typer.Option(min=1, help="Captions.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Longest answer.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds over all captions.")] = 3,
-    do_sample: Annotated[bool, typer.Option(help="Draw, with keyed noise.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of sampling.")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole record, raw samples included.")] = False,
+    method: Annotated[str, typer.Option(help="Method, for example plain, vcd or vcd+ritual.")] = "vcd",
+    drafter: Annotated[
+        str, typer.Option(help="Drafter, for example automaton, vispec or 'vispec(depth=5)'.")
+    ] = "recycling",
+    samples: Annotated[int, typer.Option(min=1, help="Number of captions.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer in tokens.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds over all captions.")] = 3,
+    do_sample: Annotated[bool, typer.Option(help="Sample tokens, with noise keyed by a seed.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record, raw samples included.")] = False,
 ) -> None:
-    """A method with a drafter: the same tokens as without one, and what they cost against plain generate()."""
+    """Time a method with a drafter against plain generate(), and check that its tokens are those without one."""
     from lvlm_decode_evals.runner import load
 
     from ..errors import ParameterError
@@ -40,6 +42,7 @@ def bench_speculative(
     from . import drafters
     from .bench import speculative
 
+    typer.echo(f"{samples} captions, {rounds} rounds, each with three ways of decoding ...", err=True)
     loaded = load(model, dtype=dtype)
     drafting = drafters.parse(drafter, model=loaded.model)
     if drafting is None:
@@ -71,36 +74,44 @@ def bench_speculative(
 def draft_head(
     target: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder the head is written to.")],
-    kind: Annotated[str, typer.Option(help="vispec, msd or eagle.")] = "vispec",
+    kind: Annotated[str, typer.Option(help="Kind of head: vispec, msd or eagle.")] = "vispec",
     data: Annotated[
-        Path | None, typer.Option(help="JSON lines: prompt, image (a path), optionally answer. Scenes when left out.")
+        Path | None,
+        typer.Option(help="JSON lines with prompt, image (a path), and optionally answer. Default: emoji scenes."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Scenes, without --data.")] = 2000,
-    text_samples: Annotated[int, typer.Option(min=0, help="Texts without a picture, without --data.")] = 1000,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Samples per step and process.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Number of scenes, without --data.")] = 2000,
+    text_samples: Annotated[int, typer.Option(min=0, help="Number of texts without a picture, without --data.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Number of optimiser steps.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Number of samples per step and process.")] = 16,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate; the authors' when left out, 2e-3 suits the small models.")
+        float | None, typer.Option(help="Peak learning rate. Default: the authors'; 2e-3 suits the small models.")
     ] = None,
     suffix: Annotated[
-        str | None, typer.Option(help="Asked after every prompt; for vispec with --data, 1,000 words when left out.")
+        str | None,
+        typer.Option(help="Text after every prompt. Default: for vispec with --data, a request for 1,000 words."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of the target's answers; 0 is greedy.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 96,
-    unroll: Annotated[int, typer.Option(min=0, help="Passes on the head's own guesses (vispec).")] = 1,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature of the target's answers; 0 is greedy.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 96,
+    unroll: Annotated[
+        int, typer.Option(min=0, help="Number of training passes on the head's own guesses (vispec).")
+    ] = 1,
     text_share: Annotated[float | None, typer.Option(help="Share of the steps before the first picture.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Draft only this many tokens, the most frequent.")] = None,
-    held_out: Annotated[int, typer.Option(min=1, help="Prompts whose acceptance is measured.")] = 24,
-    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between measurements and checkpoints.")] = 250,
-    rows: Annotated[int | None, typer.Option(help="Rows it drafts by default.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Levels it drafts by default.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Branching it drafts with by default; 1 is a chain.")] = None,
-    seed: Annotated[int, typer.Option(help="Of data, noise and weights.")] = 0,
+    held_out: Annotated[int, typer.Option(min=1, help="Number of prompts whose acceptance is measured.")] = 24,
+    evaluate_every: Annotated[
+        int, typer.Option(min=1, help="Number of steps between measurements and checkpoints.")
+    ] = 250,
+    rows: Annotated[int | None, typer.Option(help="Number of rows that the head drafts by default.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Number of levels that the head drafts by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Branching of the draft by default; 1 is a chain.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of data, noise and weights.")] = 0,
     answers: Annotated[Path | None, typer.Option(help="Generated answers, to share between kinds.")] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of a head to start from.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --output.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in --output.")] = False,
 ) -> None:
-    """A draft head for --target: EAGLE, MSD or ViSpec. On several GPUs: accelerate launch -m lvlm_decode.cli train ..."""
+    """Train a draft head for --target: EAGLE, MSD or ViSpec. On several GPUs: accelerate launch -m lvlm_decode.cli train ..."""
     from ..training.draft_heads import Settings, train
 
     if target in ("tiny", "tiny-llava", "tiny-instructblip"):
