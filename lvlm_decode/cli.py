@@ -81,7 +81,7 @@ def methods(
         typer.echo(_whole(found[0]))
     else:
         for method in found:
-            package = f" (package {method['package']})" if method["package"] else ""
+            package = f" (from package {method['package']})" if method["package"] else ""
             typer.echo(wrapped(f"{method['name']:<8} {method['summary']}{package}", 9))
         typer.echo("\nlvlm-decode methods NAME shows the parameters, cost and limits of one.")
     for why in broken().values():
