@@ -59,9 +59,14 @@ def resume_answers(path: Path, repair: bool = False) -> list[Answer]:
 
 def append_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Append and flush to disk: after this returns, a kill does not lose these answers. Raises OutputError."""
+    append_lines(path, (answer.record() for answer in answers))
+
+
+def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """As `append_answers`, for any records."""
     try:
         with open(path, "ab") as file:
-            file.write(b"".join(line_of(answer.record()) for answer in answers))
+            file.write(b"".join(map(line_of, records)))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -34,6 +34,8 @@ def one_sentence(command: Callable) -> Callable:
             return command(*args, **kwargs)
         except LvlmDecodeError as error:
             message = str(error)
+        except OSError as error:
+            message = f"{error.filename or 'a file'} cannot be used ({error.strerror or error})."
         except KeyboardInterrupt:
             typer.echo("Stopped; the same command continues where this one was.", err=True)
             raise typer.Exit(130) from None

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import SoftFileLease, Timeout
 
@@ -29,16 +30,20 @@ from lvlm_decode.errors import LockedError, OutputError
 LEASE = 120.0
 # Seconds to wait for a lock that is held: a shard that starts holds the whole lock for a moment.
 WAIT = 3.0
+# And to wait for one that is held in passing: by a shard that starts, or while shards are merged.
+PATIENCE = 60.0
 _SHARE = re.compile(r"\.lock-(\d+)-of-(\d+)")
 
 
 @contextlib.contextmanager
-def writing(folders: Sequence[Path], index: int = 0, count: int = 1) -> Iterator[Hold]:
+def writing(folders: Sequence[Path], index: int = 0, count: int = 1, passing: bool = False) -> Iterator[Hold]:
     """Hold these folders as share `index` (from 0) of `count`; made where they are missing.
+
+    passing: it is held for a moment only, so that others wait for it.
 
     Raises LockedError in one sentence when another run holds one of them, OutputError when one cannot be written.
     """
-    hold = Hold()
+    hold = Hold(passing)
     try:
         for folder in sorted(set(map(Path, folders))):
             hold.take(folder, index, count)
@@ -50,7 +55,8 @@ def writing(folders: Sequence[Path], index: int = 0, count: int = 1) -> Iterator
 class Hold:
     """The locks that one run holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, passing: bool = False) -> None:
+        self._passing = passing
         self._leases: list[SoftFileLease] = []
 
     def take(self, folder: Path, index: int, count: int) -> None:
@@ -74,12 +80,11 @@ class Hold:
             finally:
                 if own is not whole:
                     self._release(whole)
+            self._leases.append(own)
+            note = {"since": datetime.now().astimezone().isoformat(" ", "seconds"), "by": _me()}
+            _note(own).write_text(json.dumps(note | ({"passing": True} if self._passing else {})) + "\n")
         except OSError as error:
             raise OutputError.of(folder, error) from error
-        self._leases.append(own)
-        _note(own).write_text(
-            json.dumps({"since": datetime.now().astimezone().isoformat(" ", "seconds"), "by": _me()}) + "\n"
-        )
 
     def check(self) -> None:
         """Raise LockedError if another run has taken a lock over, for instance because this machine slept."""
@@ -96,19 +101,27 @@ class Hold:
             self._release(self._leases.pop())
 
     def _acquire(self, folder: Path, name: str) -> SoftFileLease:
-        lease = SoftFileLease(folder / name, lease_duration=LEASE, thread_local=False)
-        try:
-            lease.acquire(timeout=WAIT)
-        except Timeout as error:
-            if _elsewhere(folder / name) and _silent(lease):
+        path = folder / name
+        lease = SoftFileLease(path, lease_duration=LEASE, thread_local=False)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                lease.acquire(timeout=WAIT)
                 return lease
-            raise LockedError(_sentence(folder / name)) from error
-        return lease
+            except Timeout as error:
+                if _in_passing(path) and time.monotonic() < deadline:
+                    continue
+                if _elsewhere(path) and _silent(lease):
+                    return lease
+                raise LockedError(_sentence(path)) from error
 
     def _release(self, lease: SoftFileLease) -> None:
-        if lease.compromise is None:
-            _note(lease).unlink(missing_ok=True)
-        lease.release()
+        # Where the disk has become read-only the lock stays, and is taken over by the next run.
+        with contextlib.suppress(OSError):
+            if lease.compromise is None:
+                _note(lease).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            lease.release()
 
 
 def _note(lease: SoftFileLease) -> Path:
@@ -153,10 +166,21 @@ def _last_sign(path: Path) -> float | None:
         return None
 
 
-def _sentence(path: Path) -> str:
-    marker, note = _marker(path), {}
+def _noted(path: Path) -> dict[str, Any]:
+    """The note beside a lock; empty while there is none."""
     with contextlib.suppress(OSError, ValueError):
-        note = json.loads(Path(f"{path}.note").read_text())
+        return json.loads(Path(f"{path}.note").read_text())
+    return {}
+
+
+def _in_passing(path: Path) -> bool:
+    """Whether a lock is held for a moment: by a shard that starts, which writes no note, or for merging."""
+    note = _noted(path)
+    return not note or bool(note.get("passing"))
+
+
+def _sentence(path: Path) -> str:
+    marker, note = _marker(path), _noted(path)
     share = _SHARE.fullmatch(path.name)
     who = f"shard {share[1]}/{share[2]}" if share else "another run"
     since = f", since {note['since']}" if "since" in note else ""

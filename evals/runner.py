@@ -31,12 +31,13 @@ from lvlm_decode.errors import (
     LockedError,
     LvlmDecodeError,
     MissingFileError,
+    OutputError,
     ParameterError,
     SettingsError,
     UnsupportedError,
 )
 
-from .answers import append_answers, line_of, remove_partials, resume_answers, write_answers
+from .answers import append_answers, append_lines, remove_partials, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
 from .loaders import Source, fingerprint
 from .locks import Hold, writing
@@ -60,6 +61,8 @@ from .reading import read_json
 TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
 # Weights up to this size are hashed, so that answers of retrained small models cannot mix.
 HASHED_BYTES = 200_000_000
+# Of larger files so many blocks are, which is enough to tell a model from one trained further.
+SAMPLED_BLOCKS = 1024
 START_BATCH = 64
 
 
@@ -171,16 +174,28 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _weights(place: Path, model: Any) -> str | None:
-    """What tells two versions of a model apart: a hash of small local weights, else the hub's commit."""
+    """What tells two versions of a model apart: a hash of local weights, else the hub's commit."""
     if not place.is_dir():
         return getattr(model.config, "_commit_hash", None)
     files = sorted(place.glob("*.safetensors"))
-    if not files or sum(file.stat().st_size for file in files) > HASHED_BYTES:
+    if not files:
         return None
+    small = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     digest = hashlib.sha256()
     for file in files:
-        digest.update(fingerprint(file).encode())
+        digest.update((fingerprint(file) if small else _sample(file)).encode())
     return digest.hexdigest()[:16]
+
+
+def _sample(file: Path) -> str:
+    """What tells two large files apart without reading all of them: the size and blocks from everywhere."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as opened:
+        for block in range(SAMPLED_BLOCKS):
+            opened.seek(size * block // SAMPLED_BLOCKS)
+            digest.update(opened.read(4096))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -416,7 +431,7 @@ class Run:
         splits = dict.fromkeys(split_folder(folder) for folder in folders.values())
         alone = replace(self, share=Share(), state=None)
         try:
-            with writing(list(splits)) as hold:
+            with writing(list(splits), passing=True) as hold:
                 for folder in splits:
                     remove_partials(folder)
                 owed = [cell for cell in plan if not alone._merge(cell, folders[cell], asked.splits[cell.split])]
@@ -544,8 +559,7 @@ class Run:
     def _note_time(self, folder: Path, answers: Sequence[Answer], seconds: float) -> None:
         """One line about a batch: how many answers, their tokens, and how long it took, images and views included."""
         tokens = sum(answer.tokens or 0 for answer in answers)
-        with open(folder / TIMES, "ab") as file:
-            file.write(line_of({"answers": len(answers), "tokens": tokens, "seconds": seconds}))
+        append_lines(folder / TIMES, [{"answers": len(answers), "tokens": tokens, "seconds": seconds}])
 
     def _ask_auto(self, cell: Cell, folder: Path, questions: Sequence[Question], bar: Any, hold: Hold) -> int:
         """As `_ask`, with the batch size that accelerate's utility finds to fit in memory; returns it."""
@@ -656,7 +670,15 @@ class Run:
 
 
 def _scored(plan: Sequence[Cell], folders: Mapping[Cell, Path]) -> list[Result]:
-    return [score_cell(folders[cell]) for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+    done = [folders[cell] for cell in plan if (folders[cell] / "answers.jsonl").exists()]
+    try:
+        return [score_cell(folder) for folder in done]
+    except OutputError:
+        raise
+    except EvalError as error:
+        raise type(error)(
+            f"The answers are all in {done[0].parents[3]}, but they cannot be scored yet: {error}"
+        ) from error
 
 
 def _weight(method: str) -> int:

@@ -250,3 +250,18 @@ def test_a_sampling_cell_is_unharmed_by_a_bad_sample_too(loaded, source, finishe
     monkeypatch.undo()
     run_of(loaded, source, tmp_path).execute()
     assert files_of(tmp_path) == files_of(finished)
+
+
+def test_large_checkpoints_of_one_name_are_told_apart_without_reading_all_of_them(tmp_path, monkeypatch):
+    from lvlm_decode_evals import runner
+
+    monkeypatch.setattr(runner, "HASHED_BYTES", 10)
+    found = []
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        weights = torch.zeros(300_000)
+        weights[250_000] = number // 2
+        save_file({"w": weights}, str(folder / "model.safetensors"))
+        found.append(runner._weights(folder, None))
+    assert found[0] == found[1] != found[2]

@@ -32,6 +32,7 @@ with writing([sys.argv[1]], int(sys.argv[2]), int(sys.argv[3])):
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(locks, "WAIT", 0.2)
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
 
 
 @pytest.fixture
@@ -216,3 +217,44 @@ def test_a_run_removes_what_a_killed_one_left_anywhere_in_its_split(tmp_path):
     for place in ("questions.jsonl", "plain/greedy/seed-0/rows.jsonl"):
         (tmp_path / "pope" / "random" / f"{place}.999999.partial").write_text("x")
     assert cli(*arguments).exit_code == 0 and files_of(tmp_path) == whole
+
+
+def test_a_disk_that_fills_or_becomes_read_only_is_one_sentence_wherever_it_happens(tmp_path, monkeypatch):
+    def full(*arguments, **how):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(locks.Path, "write_text", full)
+        with pytest.raises(OutputError, match="No space left on device"), writing([tmp_path]):
+            pass
+    gone = locks._note
+
+    class Unwritable(type(tmp_path)):
+        def unlink(self, missing_ok=False):
+            full()
+
+    with pytest.raises(OutputError, match="during the run"), monkeypatch.context() as patched, writing([tmp_path]):
+        patched.setattr(locks, "_note", lambda lease: Unwritable(gone(lease)))
+        raise OutputError("during the run")
+    with writing([tmp_path]):
+        pass
+    assert not files_of(tmp_path)
+
+
+def test_a_lock_that_is_held_in_passing_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 20.0)
+    order, taken = [], threading.Event()
+
+    def merge():
+        with writing([tmp_path], passing=True):
+            taken.set()
+            time.sleep(1)
+            order.append("merged")
+
+    thread = threading.Thread(target=merge)
+    thread.start()
+    taken.wait()
+    with writing([tmp_path], 0, 3):
+        order.append("started")
+    thread.join()
+    assert order == ["merged", "started"]

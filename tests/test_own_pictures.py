@@ -165,3 +165,14 @@ def test_a_run_without_a_control_says_so_in_its_table(model_folder, tmp_path):
                "--without", "mask", "--out", tmp_path)  # fmt: skip
     assert done.exit_code == 0 and "12 answers in 3 arms" in done.stderr
     assert "vcd, sample lacks its matched controls mask, sample" in done.stdout and "| mask" not in done.stdout
+
+
+def test_answers_that_wait_for_a_judge_are_kept_and_said_to_be(model_folder, tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.jpg")
+    record = {"question_type": "attribute", "question_topic": "x", "image_id": "a", "image_src": "a.jpg",
+              "image_content": ["dog"], "question": "What is it?", "gt_answer": "A dog.", "model_answer": ""}  # fmt: skip
+    (tmp_path / "q.json").write_text(json.dumps([record]))
+    done = cli("eval", "mmhal", "--model", model_folder, "--questions", tmp_path / "q.json", "--images", tmp_path,
+               "--no-do-sample", "--max-new-tokens", "4", "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 1 and "The answers are all in" in done.stderr and "graded by a judge" in done.stderr
+    assert next((tmp_path / "out").rglob("answers.jsonl")).read_bytes().count(b"\n") == 1
