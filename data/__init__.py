@@ -74,5 +74,7 @@ def tiny_path(name: str) -> Path:
         raise ValueError(f"unknown small model {name!r}; choose one of {', '.join(TINY_MODELS)}")
     folder = HERE / name
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model; run: lvlm-decode train {name}")
+        raise FileNotFoundError(
+            f"{folder} holds no model; run, from the root of a checkout: python -m tools.small_models {name}"
+        )
     return folder

@@ -18,7 +18,7 @@ SHIPPED = ROOT / "data" / "tiny-llava" / "model.safetensors"
 )
 def test_a_notebook_runs(path, monkeypatch):
     if not SHIPPED.exists():
-        pytest.skip("the small model's weights are not in data/tiny-llava; run lvlm-decode train tiny-llava")
+        pytest.skip("the small model's weights are not in data/tiny-llava; run python -m tools.small_models tiny-llava")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, as_version=4)

@@ -392,7 +392,9 @@ def test_the_small_instructblip_answers_too(source, tmp_path):
     try:
         folder = lvlm_decode_data.tiny_path("tiny-instructblip")
     except FileNotFoundError:
-        pytest.skip("the small InstructBLIP's weights are not in data/; run lvlm-decode train tiny-instructblip")
+        pytest.skip(
+            "the small InstructBLIP's weights are not in data/; run python -m tools.small_models tiny-instructblip"
+        )
     run_of(load(str(folder)), source, tmp_path, limit=6).execute()
     answers = resume_answers(cell_folder(tmp_path) / "answers.jsonl")
     assert len(answers) == 6 and all(a.answer and "Is there" not in a.answer for a in answers)

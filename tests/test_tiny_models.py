@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lvlm_decode_data
-from lvlm_decode.training import facts as measurement
-from lvlm_decode.training.facts import TinyModel
+from tools.small_models import facts as measurement
+from tools.small_models.facts import TinyModel
 
 RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "tiny-models"
 SPLITS = ("random", "popular", "adversarial")

@@ -1,7 +1,4 @@
-"""``lvlm-decode train tiny-llava`` and ``lvlm-decode train tiny-instructblip``: the shipped small models, from scratch.
-
-Each stage leaves a checkpoint in the working folder; the same command started again continues where it was killed.
-"""
+"""``lvlm-decode train negatives`` and ``lvlm-decode train draft-head``."""
 
 from __future__ import annotations
 
@@ -19,10 +16,7 @@ import typer
 
 from ..speculative.commands import draft_head
 
-app = typer.Typer(help="Train the small models that ship with the repository.", no_args_is_help=True)
-
-Work = Annotated[Path, typer.Option(help="Folder of scenes, checkpoints and the log; about 1.2 GB.")]
-Processes = Annotated[int, typer.Option(min=1, help="Single-threaded training processes.")]
+app = typer.Typer(help="Train draft heads, and what DCD and LOL contrast with.", no_args_is_help=True)
 
 
 def _commit() -> str:
@@ -35,7 +29,8 @@ def _commit() -> str:
     return done.stdout.strip()
 
 
-def _circumstances() -> dict[str, object]:
+def circumstances() -> dict[str, object]:
+    """Time, commit, machine and versions of a run."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -44,86 +39,13 @@ def _circumstances() -> dict[str, object]:
     }
 
 
-def _start(work: Path, command: str, **settings: object) -> None:
+def start(work: Path, command: str, **settings: object) -> None:
     """Make the working folder and write the circumstances of the run into its log."""
     work.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record = {"stage": "start", "command": command, "settings": settings} | _circumstances()
+    record = {"stage": "start", "command": command, "settings": settings} | circumstances()
     with (work / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-@app.command("tiny-llava")
-def tiny_llava(
-    output: Annotated[Path, typer.Option(help="Folder the model is saved to.")] = Path("data/tiny-llava"),
-    work: Work = Path("training-work"),
-    scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision stage.")] = 2_400,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the language stage.")] = 3_900,
-    processes: Processes = 2,
-) -> None:
-    """Scenes, then a vision tower with dense labels, then projector and language model."""
-    from . import llava, scene_cache, vision, workers
-
-    began = time.perf_counter()
-    _start(work, "tiny-llava", scenes=scenes, vision_steps=vision_steps, steps=steps, processes=processes)
-    scene_cache.build(work / "scenes", "validation", 1000, processes)
-    scene_cache.build(work / "scenes", "train", scenes, processes)
-    workers.launch(vision.train_vision, processes, work, scenes, vision_steps, 64 // processes, 1.5e-3)
-    report = vision.validate_tower(vision.VisionTrainer(), work / "vision.pt", work / "scenes")
-    typer.echo(f"vision tower on validation scenes: {report}")
-    settings = llava.LlavaSettings(scenes=scenes, steps=steps, batch=16 // processes)
-    workers.launch(llava.train_llava, processes, work, output, settings)
-    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
-
-
-@app.command("tiny-instructblip")
-def tiny_instructblip(
-    output: Annotated[Path, typer.Option(help="Folder the model is saved to.")] = Path("data/tiny-instructblip"),
-    llava: Annotated[Path, typer.Option(help="The small LLaVA it starts from.")] = Path("data/tiny-llava"),
-    work: Work = Path("training-work"),
-    scenes: Annotated[int, typer.Option(min=2000, help="Training scenes.")] = 40_000,
-    vision_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower's fine-tuning.")] = 160,
-    warm_steps: Annotated[int, typer.Option(min=1, help="Steps of the Q-Former's warm-up.")] = 260,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the joint stage.")] = 320,
-    processes: Processes = 2,
-) -> None:
-    """Vision tower from the LLaVA's, then the Q-Former, then everything but the tower; needs tiny-llava's run."""
-    from . import instructblip, scene_cache, workers
-
-    if not (work / "vision.pt").exists():
-        raise typer.BadParameter(f"{work / 'vision.pt'} is missing; run train tiny-llava with the same --work first")
-    began = time.perf_counter()
-    names = {"scenes": scenes, "vision_steps": vision_steps, "warm_steps": warm_steps, "steps": steps}
-    _start(work, "tiny-instructblip", **names, processes=processes)
-    scene_cache.build(work / "scenes", "train", scenes, processes)
-    workers.launch(instructblip.train_blip_vision, processes, work, scenes, vision_steps, 64 // processes, 6e-4)
-    settings = instructblip.InstructBlipSettings(
-        scenes=scenes, warm_steps=warm_steps, warm_batch=64 // processes, steps=steps, batch=16 // processes
-    )
-    workers.launch(instructblip.train_qformer, processes, work, llava, settings)
-    workers.launch(instructblip.train_joint, processes, work, llava, output, settings)
-    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
-
-
-@app.command("check")
-def check(
-    models: Annotated[list[Path], typer.Argument(help="Folders of small models.")],
-    record: Annotated[Path | None, typer.Option(help="Folder that gets one JSON file a model.")] = None,
-) -> None:
-    """Ask small models about the held-out scenes and print what they know as a table."""
-    from . import facts
-
-    measured = []
-    for folder in models:
-        began = time.perf_counter()
-        result = facts.measure(facts.TinyModel.load(folder)) | _circumstances()
-        result["seconds"] = round(time.perf_counter() - began, 1)
-        measured.append(result)
-        if record is not None:
-            record.mkdir(parents=True, exist_ok=True)
-            (record / f"{result['model']}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    typer.echo(facts.table(measured))
 
 
 @app.command("negatives")
@@ -144,7 +66,7 @@ def negatives(
     from . import negatives as train
 
     began = time.perf_counter()
-    _start(output, "negatives", model=model, triples=triples, steps=steps, batch=batch, rate=rate, seed=seed)
+    start(output, "negatives", model=model, triples=triples, steps=steps, batch=batch, rate=rate, seed=seed)
     loaded = load(model)
     drawn = list(train.scene_triples(triples, seed))
     settings = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}

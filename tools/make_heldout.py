@@ -1,6 +1,6 @@
 """Render the held-out scenes that ship with the repository: JPEG files and one file of ground truth.
 
-python data/heldout/make_heldout.py [--count 500]
+python tools/make_heldout.py [--count 500]
 """
 
 import argparse
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=500)
     count = parser.parse_args().count
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent / "data" / "heldout"
     scenes = []
     for index in range(count):
         image, scene, _ = render(scene_seed("heldout", index))

@@ -1,6 +1,6 @@
 """Crop the emoji glyphs used by the scenes out of a colour-emoji font, once.
 
-    python data/glyphs/make_glyphs.py /path/to/NotoColorEmoji.ttf
+    python tools/make_glyphs.py /path/to/NotoColorEmoji.ttf
 
 The cropped PNG files and ``index.json`` (category -> file names) are committed, so nothing needs the font afterwards.
 Pillow must be built with FreeType; the font's embedded bitmaps have one size, 109 pixels per em.
@@ -79,7 +79,7 @@ GLYPHS = {
 
 
 def main(font_path: str) -> None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent / "data" / "glyphs"
     font = ImageFont.truetype(font_path, 109)
     index = {}
     for category, characters in GLYPHS.items():

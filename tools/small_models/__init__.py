@@ -1,0 +1,1 @@
+"""How the repository makes the small models in ``data/``; run from its root, not in the wheel."""
