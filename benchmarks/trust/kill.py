@@ -414,6 +414,8 @@ def main() -> None:
                 ("a lost worker of accelerate launch, real command", lost_worker, given.workers),
             ]
         for name, trial, wanted in trials:
+            if not wanted:
+                continue
             begun = time.monotonic()
             try:
                 found = dict(trial(bench, wanted))
