@@ -187,6 +187,7 @@ def attach(
         DependencyError: a version of torch or transformers that this library does not work with.
     """
     hf.require()
+    whole, model = model, hf.unwrapped(model)
     if (own := _of(model)) is not None:
         raise UnsupportedError(
             f"{own.method.name} is already attached to this model; detach(model) first, or attach their sum."
@@ -198,7 +199,7 @@ def attach(
         check_modes(method, ["speculation"])
         drafter = parse_drafter(drafter, model) if isinstance(drafter, str) else drafter
     model.__dict__["generate"] = Attached(model, method, family, processor, drafter, execution, recorder)
-    return model
+    return whole
 
 
 def detach(model: torch.nn.Module) -> torch.nn.Module:
@@ -206,10 +207,11 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
     own = _of(model)
     if own is None:
         return model
+    inner = hf.unwrapped(model)
     if own.before is None:
-        del model.__dict__["generate"]
+        del inner.__dict__["generate"]
     else:
-        model.__dict__["generate"] = own.before
+        inner.__dict__["generate"] = own.before
     return model
 
 
@@ -235,14 +237,15 @@ def attached(model: torch.nn.Module, method: Method | str | None = None, **optio
 
 @contextmanager
 def _attached(model: torch.nn.Module, method: Method | str, options: dict[str, Any]) -> Iterator[torch.nn.Module]:
-    outer = model.__dict__.pop("generate", None)
+    inner = hf.unwrapped(model)
+    outer = inner.__dict__.pop("generate", None)
     try:
         attach(model, method, **options)
         yield model
     finally:
         detach(model)
         if outer is not None:
-            model.__dict__["generate"] = outer
+            inner.__dict__["generate"] = outer
 
 
 def last_run(model: torch.nn.Module) -> Run | None:
@@ -252,5 +255,5 @@ def last_run(model: torch.nn.Module) -> Run | None:
 
 
 def _of(model: torch.nn.Module) -> Attached | None:
-    own = model.__dict__.get("generate")
+    own = hf.unwrapped(model).__dict__.get("generate")
     return own if isinstance(own, Attached) else None

@@ -60,7 +60,7 @@ class Batch:
         #: What each method watched while the batch was encoded, by its name.
         self.observed: dict[str, Any] = {}
         self._once: dict[Hashable, Any] = {}
-        device = family.model.device
+        device = hf.device_for(family.model, inputs["input_ids"])
         tokens = {
             key: inputs[key].to(device)
             for key in ("input_ids", *family.token_keys)

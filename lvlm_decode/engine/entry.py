@@ -119,6 +119,7 @@ class ViewsProcessor(LogitsProcessor):
         family: type[Family] | None = None,
     ):
         check_modes(method, ["processor"])
+        model = hf.unwrapped(model)
         hf.check_empty(inputs.values())
         if any(type(part).patch is not Method.patch for part in method.parts()):
             raise UnsupportedError(

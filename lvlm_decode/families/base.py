@@ -103,7 +103,7 @@ class Family:
             vision: ``pixel_values`` and what goes with them, and a Q-Former's prompt where there is one.
         """
         kwargs = {key: value for key, value in vision.items() if key in self._encode_keys}
-        kwargs["pixel_values"] = kwargs["pixel_values"].to(self.model.device, self.model.dtype)
+        kwargs["pixel_values"] = kwargs["pixel_values"].to(self.model.dtype)
         with torch.no_grad():
             out = self.model.get_image_features(**kwargs, return_dict=True)
         self._template = out

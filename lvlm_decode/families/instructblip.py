@@ -78,12 +78,12 @@ class InstructBlip(Family):
         **kwargs: Any,
     ) -> Any:
         rows = len(text["input_ids"])
-        inputs = dict(text, pixel_values=torch.empty(rows, 0, device=self.model.device))
+        inputs = dict(text, pixel_values=torch.empty(rows, 0, device=text["input_ids"].device))
 
         def given(*args: Any, **ignored: Any) -> Any:
             if images:
                 return self.pack(images)
-            return encoded.no_images(self.config.get_text_config().hidden_size, self.model.device)
+            return encoded.no_images(self.config.get_text_config().hidden_size, text["input_ids"].device)
 
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.
         return hf.generate(self.model, loop, own={"get_image_features": given}, **inputs, **kwargs)

@@ -24,6 +24,7 @@ from .kwargs import (
 )
 from .libraries import require, require_adapters, require_model
 from .loop import Call, Proxy, generate, given, prepare, run_loop
+from .places import device_for, unwrapped
 from .vision import Encoded
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "check_own",
     "check_plain",
     "check_positions",
+    "device_for",
     "first_forward",
     "further_forward",
     "generate",
@@ -58,6 +60,7 @@ __all__ = [
     "run_loop",
     "take_cache",
     "take_images",
+    "unwrapped",
     "with_cache",
     "with_images",
 ]
