@@ -64,9 +64,6 @@ def test_a_model_whose_parts_are_on_disk(part, tmp_path):
 
 def lora(model):
     peft = pytest.importorskip("peft")
-    from conftest import needs_adapters
-
-    needs_adapters()
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
 
 
@@ -105,9 +102,6 @@ def test_what_has_no_generate_says_what_to_attach_to():
 
 def test_adapters_of_virtual_tokens_are_refused():
     peft = pytest.importorskip("peft")
-    from conftest import needs_adapters
-
-    needs_adapters()
     zoo = own("llava")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=32, num_layers=4)
     config.num_transformer_submodules, config.num_attention_heads = 1, 4
