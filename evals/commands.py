@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, UnknownNameError
 
@@ -20,6 +19,7 @@ from . import EVALUATORS, evaluator
 from .base import Evaluator
 from .metrics import REPLICATES
 from .parsers import RULES
+from .reading import parse_yaml
 
 # Exit status of a run or table that finished although some questions could not be asked or answered.
 FINISHED_WITH_FAILURES = 3
@@ -52,7 +52,7 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise SettingsError(f"{option} is {item!r}; write {option} name=value.")
-        found[name.strip()] = yaml.safe_load(value)
+        found[name.strip()] = parse_yaml(value, f"{option} {item}")[0]
     return found
 
 

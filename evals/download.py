@@ -14,6 +14,7 @@ import shutil
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,10 @@ def unpack(archive: Path) -> list[Path]:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with content.open(entry) as packed, open(path, "wb") as file:
                         shutil.copyfileobj(packed, file, _CHUNK)
-    except zipfile.BadZipFile as error:
+    # What zipfile and zlib raise for damaged headers, unknown methods and encrypted members.
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, LvlmDecodeError):
+            raise
         raise FileFormatError(f"{archive} is no readable zip file ({error}); fetch it again.") from error
     return [target / entry.filename for entry in members]
 

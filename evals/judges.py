@@ -277,7 +277,7 @@ class Judged(Evaluator):
         text = read_text(Path(self.template))
         try:
             return text.format(*values.values(), **values)
-        except (IndexError, KeyError, ValueError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise FileFormatError(
                 f"{self.template}: fields must be {', '.join(f'{{{name}}}' for name in values)} or {{}} in that order; "
                 f"double all other braces ({error!r})."

@@ -117,5 +117,8 @@ def _call(piece: str, text: str) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UnknownNameError(f"cannot read {item!r} in method {text!r}; write parameter=value.")
-        own[key.strip()] = yaml.safe_load(value)
+        try:
+            own[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            raise UnknownNameError(f"cannot read {item!r} in method {text!r}; write parameter=value.") from error
     return name, own

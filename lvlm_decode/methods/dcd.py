@@ -26,6 +26,7 @@ from ..engine.samples import Sample
 from ..errors import InputError, ParameterError
 from ..families.base import Family
 from ..method import Contrast, View
+from ..weights import read_safetensors
 
 Weights = torch.nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -99,9 +100,7 @@ def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
         ParameterError: weights of another projector.
     """
     if isinstance(weights, (str, Path)):
-        from safetensors.torch import load_file
-
-        weights = load_file(str(weights))
+        weights = read_safetensors(Path(weights))
     state = weights.state_dict() if isinstance(weights, torch.nn.Module) else dict(weights)
     own = projector.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:

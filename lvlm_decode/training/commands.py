@@ -14,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+from lvlm_decode_evals.commands import one_sentence
+
 from ..speculative.commands import draft_head
 
 app = typer.Typer(help="Train draft heads, and what DCD and LOL contrast with.", no_args_is_help=True)
@@ -49,6 +51,7 @@ def start(work: Path, command: str, **settings: object) -> None:
 
 
 @app.command("negatives")
+@one_sentence
 def negatives(
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder or a hub id.")] = "tiny",
     output: Annotated[Path, typer.Option(help="Folder for the projectors and the adapter.")] = Path("negatives"),

@@ -33,15 +33,19 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lvlm_decode_evals.pictures import open_picture
+from lvlm_decode_evals.reading import Record, checked, read_json, read_records
 
 from ..attachment import attach, detach, last_run
 from ..errors import InputError, ParameterError
@@ -51,6 +55,7 @@ from ..speculative.drafters import get as drafter_class
 from ..speculative.features import watched
 from ..speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint
 from ..speculative.stats import Stats
+from ..weights import load_into, read_checkpoint
 
 CHECKPOINT, ANSWERS = "training.pt", "answers.json"
 
@@ -188,20 +193,30 @@ def file_items(path: Path, held_out: int) -> tuple[list[Item], list[Item], list[
         InputError: a line without a prompt, or a file without pictures.
     """
     pictures, texts = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        record = json.loads(line)
-        if "prompt" not in record:
-            raise InputError(
-                f"{path}:{number}: the record has no field 'prompt'; each line needs prompt, and image for pictures."
-            )
-        image = record.get("image")
-        load = None if image is None else (lambda file=path.parent / image: Image.open(file).convert("RGB"))
-        (texts if image is None else pictures).append(Item(record["prompt"], load, image, record.get("answer")))
+    for where, record in read_records(path):
+        line = checked(_Line, record, where)
+        load = None if line.image is None else (lambda file=path.parent / line.image: open_picture(file))
+        (texts if line.image is None else pictures).append(Item(line.prompt, load, line.image, line.answer))
     if len(pictures) <= held_out:
         raise InputError(
             f"{path} has {len(pictures)} records with an image; more than held_out = {held_out} are needed."
         )
     return pictures[:-held_out], texts, pictures[-held_out:]
+
+
+class _Line(Record):
+    """A line of a user's training data."""
+
+    prompt: str
+    image: str | None = None
+    answer: str | None = None
+
+
+class _Recorded(Record):
+    """Answers of a target to the prompts of a run, as that run wrote them."""
+
+    of: dict[str, Any]
+    items: list[Annotated[list[int | list[int]], Field(min_length=2, max_length=2)]]
 
 
 class Target:
@@ -398,9 +413,9 @@ def answer_all(target: Target, items: Sequence[Item], settings: Settings, path: 
         "seed": settings.seed,
     }
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["of"] == of:
-            for item, (start, ids) in zip(items, record["items"], strict=True):
+        record = checked(_Recorded, read_json(path), str(path))
+        if record.of == of:
+            for item, (start, ids) in zip(items, record.items, strict=True):
                 item.start, item.ids = start, ids
             return
     torch.manual_seed(settings.seed)
@@ -462,8 +477,9 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     first, curve = 0, []
     checkpoint = settings.output / CHECKPOINT
     if settings.resume and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=accelerator.device, weights_only=True)
-        head.load_state_dict(state["head"])
+        needs = ("head", "optimizer", "scheduler", "step", "curve")
+        state = read_checkpoint(checkpoint, accelerator.device, needs)
+        load_into(head, state["head"], f"checkpoint {checkpoint}")
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         first, curve = state["step"], state["curve"]

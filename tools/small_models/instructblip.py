@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lvlm_decode.weights import load_into, read_checkpoint
 from lvlm_decode_data import texts
 from lvlm_decode_data.scenes import GRID
 from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
@@ -128,7 +129,7 @@ def train_blip_vision(rank: int, world: int, work: Path, train: int, steps: int,
     """Fine-tune the converted tower on dense labels; ends in ``blip-vision.pt``."""
     cache = SceneCache(work / "scenes", "train", train)
     clip = VisionTrainer()
-    clip.load_state_dict(torch.load(work / "vision.pt")["model"])
+    load_into(clip, read_checkpoint(work / "vision.pt", needs=("model",))["model"], str(work / "vision.pt"))
     sample = torch.from_numpy(cache.take("images", np.arange(64))).permute(0, 3, 1, 2).float() / 255
     trainer = BlipVisionTrainer(tower_from_clip(clip.tower, (sample - MEAN) / STD))
     trainer.heads.load_state_dict(clip.heads.state_dict())
@@ -340,7 +341,7 @@ def _start(
     llava = LlavaForConditionalGeneration.from_pretrained(llava_dir, dtype=torch.float32).eval()
     model = build_model(tokenizer, llava)
     tower = BlipVisionTrainer(InstructBlipVisionModel(blip_vision_config()))
-    tower.load_state_dict(torch.load(work / "blip-vision.pt")["model"])
+    load_into(tower, read_checkpoint(work / "blip-vision.pt", needs=("model",))["model"], str(work / "blip-vision.pt"))
     aim_queries(model, tower.heads)
     weaken(tower.tower, settings.weaken)
     model.vision_model.load_state_dict(tower.tower.state_dict())
@@ -360,7 +361,7 @@ def train_qformer(rank: int, world: int, work: Path, llava_dir: Path, settings: 
     optimizer = torch.optim.AdamW(parameter_groups(trained, 0.03), lr=settings.warm_peak, betas=(0.9, 0.98))
     start = 0
     if path.exists():
-        state = torch.load(path)
+        state = read_checkpoint(path)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
@@ -415,14 +416,14 @@ def train_joint(
     path = work / "instructblip.pt"
     torch.manual_seed(settings.seed)
     model, _, tokenizer = _start(work, llava_dir, settings)
-    model.load_state_dict(torch.load(work / "qformer.pt")["model"])
+    load_into(model, read_checkpoint(work / "qformer.pt", needs=("model",))["model"], str(work / "qformer.pt"))
     processor = build_processor(tokenizer)
     cache = SceneCache(work / "scenes", "train", settings.scenes)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.03), lr=settings.peak, betas=(0.9, 0.98))
     start = 0
     if path.exists():
-        state = torch.load(path)
+        state = read_checkpoint(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]

@@ -34,6 +34,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from lvlm_decode.weights import load_into, read_checkpoint
 from lvlm_decode_data import texts
 from lvlm_decode_data.scenes import CATEGORIES, COLOURS, Scene
 from lvlm_decode_data.texts import CoOccurrence, TextSampler, Turn
@@ -429,7 +430,7 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
     torch.manual_seed(settings.seed)
     model = build_model(tokenizer)
     tower = VisionTrainer()
-    tower.load_state_dict(torch.load(work / "vision.pt")["model"])
+    load_into(tower, read_checkpoint(work / "vision.pt", needs=("model",))["model"], str(work / "vision.pt"))
     tower = tower.tower.eval()
     weaken(tower, settings.weaken)
     model.model.vision_tower.load_state_dict(tower.state_dict())
@@ -443,7 +444,7 @@ def train_llava(rank: int, world: int, work: Path, output: Path, settings: Llava
     readout_optimizer = torch.optim.AdamW(readout.parameters(), lr=3e-3)
     start = 0
     if path.exists():
-        state = torch.load(path)
+        state = read_checkpoint(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         readout.load_state_dict(state["readout"])

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from lvlm_decode.weights import load_into, read_checkpoint
 from lvlm_decode_data.scenes import CATEGORY_ID, COLOURS, GRID
 
 from .scene_cache import BACKGROUND, CELLS, IMAGE_SIZE, SceneCache
@@ -162,7 +163,7 @@ def fit_tower(
     optimizer = torch.optim.AdamW(parameter_groups(parameters, 0.05), lr=peak, betas=(0.9, 0.98))
     start = 0
     if path.exists():
-        state = torch.load(path)
+        state = read_checkpoint(path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -217,7 +218,7 @@ def weaken(tower: nn.Module, strength: float, seed: int = 0) -> None:
 def validate_tower(model: VisionTrainer, path: Path, scenes: Path, count: int = 1000) -> dict[str, float]:
     """Losses and accuracies of the trained read-outs in ``path`` on validation scenes."""
     cache = SceneCache(scenes, "validation", count)
-    model.load_state_dict(torch.load(path)["model"])
+    load_into(model, read_checkpoint(path, needs=("model",))["model"], str(path))
     model.eval()
     sums: dict[str, list[float]] = {}
     for first in range(0, count, 100):

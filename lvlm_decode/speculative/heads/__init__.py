@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import nn
@@ -25,8 +24,8 @@ def shipped(model: nn.Module, kind: str) -> Path:
     wanted = fingerprint(model)
     folders = sorted((lvlm_decode_data.HERE / "heads").glob(f"*/{CONFIG}"))
     for path in folders:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["kind"] == kind and config["fingerprint"] == wanted:
+        config = HeadConfig.read(path)
+        if config.kind == kind and config.fingerprint == wanted:
             return path.parent
     raise InputError(
         f"no {kind} head ships for this model ({getattr(model, 'name_or_path', '') or type(model).__name__}); train one "

@@ -25,18 +25,20 @@ Letters: ``R`` rows (views times samples), ``T`` positions, ``D`` width, ``N`` v
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import InputError, ParameterError, UnknownNameError
+from ...errors import EvalError, InputError, ParameterError, UnknownNameError
+from ...weights import load_into, read_safetensors
 
 ImageMode = Literal["fuse", "direct", "compress", "drop"]
 
@@ -97,6 +99,21 @@ class HeadConfig:
         return self.image == "compress" or self.use_global
 
     @classmethod
+    def read(cls, path: Path) -> HeadConfig:
+        """The config of a ``head.json``.
+
+        Raises:
+            InputError: a field that is missing, unknown or of another type, or a size no head has.
+        """
+        from lvlm_decode_evals.reading import checked, read_json
+
+        try:
+            config = cls(**dict(checked(_shape(), read_json(path), str(path))))
+        except (EvalError, ParameterError) as error:
+            raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        return config
+
+    @classmethod
     def for_target(cls, module: nn.Module, kind: str, **overrides: Any) -> HeadConfig:
         """The head of ``kind`` for the language model of ``module``: one layer of its own sizes.
 
@@ -122,6 +139,23 @@ class HeadConfig:
             **KINDS[kind],
         }
         return cls(**{**values, **overrides})
+
+
+@functools.cache
+def _shape() -> type:
+    """`HeadConfig` as a file holds it: the same fields and types, sizes above 0 and no larger than any model's."""
+    from pydantic import Field, create_model
+
+    from lvlm_decode_evals.reading import Closed
+
+    hints = get_type_hints(HeadConfig)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(HeadConfig):
+        kind = hints[field.name]
+        limits = {int: {"ge": 1, "lt": 2**24}, float: {"gt": 0, "allow_inf_nan": False}}.get(kind, {})
+        default = ... if field.default is dataclasses.MISSING else field.default
+        fields[field.name] = (Annotated[kind, Field(**limits)] if limits else kind, default)
+    return create_model("HeadShape", __base__=Closed, **fields)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -342,16 +376,22 @@ class DraftHead(nn.Module):
         """The head that :meth:`save_pretrained` wrote.
 
         Raises:
-            InputError: no head in ``folder``.
+            InputError: no head in ``folder``, or one whose files are damaged or do not fit each other.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise InputError(
                 f"{folder} holds no draft head ({CONFIG} is missing); train one with: lvlm-decode train draft-head."
             )
-        state = load_file(folder / WEIGHTS)
-        head = cls(HeadConfig(**json.loads((folder / CONFIG).read_text(encoding="utf-8"))), state.get("trim"))
-        head.load_state_dict(state)
+        config = HeadConfig.read(folder / CONFIG)
+        state = read_safetensors(folder / WEIGHTS)
+        strange = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+        if strange:
+            raise InputError(
+                f"{folder / WEIGHTS}: tensor {strange[0]} holds numbers that are not finite; train it again."
+            )
+        head = cls(config, state.get("trim"))
+        load_into(head, state, str(folder / WEIGHTS))
         return head.to(dtype).eval()
 
 
