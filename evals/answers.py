@@ -21,7 +21,7 @@ from lvlm_decode.errors import OutputError
 
 from .base import Answer, Question, Row
 from .forms import ANSWER_FORMS, Own, read_forms
-from .reading import checked, decoded, is_stream, parse_lines, read_bytes
+from .reading import checked, decoded, is_stream, parse_lines, read_bytes, write_stream
 
 # How many culprits a message names before it only counts.
 NAMED = 5
@@ -80,8 +80,7 @@ def write_whole(path: Path, content: bytes) -> None:
     path = Path(path)
     if is_stream(path):
         try:
-            with open(path, "ab") as file:
-                file.write(content)
+            write_stream(path, content)
         except OSError as error:
             raise OutputError.of(path, error) from error
         return

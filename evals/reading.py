@@ -12,8 +12,10 @@ import gzip
 import io
 import json
 import os
+import re
 import reprlib
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -423,3 +425,18 @@ def is_stream(path: Path) -> bool:
         raise OutputError(f"{path} is {kind}; give the path of a file to write.")
     # `> file` makes /dev/stdout a regular file that others write into as well.
     return Path(os.path.abspath(path)).parts[:2] in (("/", "dev"), ("/", "proc"))
+
+
+def write_stream(path: Path, content: bytes) -> None:
+    """Write into a stream. This process's own (/dev/stdout, /dev/fd/3) go on where they are: opened again, a redirected one
+    would be written from its beginning.
+    """
+    own = re.fullmatch(r"/dev/(stdout|stderr)|/(?:dev|proc/self)/fd/([0-9]+)", os.path.abspath(path))
+    if own is None:
+        with open(path, "ab") as file:
+            file.write(content)
+        return
+    sys.stdout.flush()
+    number = int(own[2]) if own[2] else {"stdout": 1, "stderr": 2}[own[1]]
+    with os.fdopen(os.dup(number), "wb") as file:
+        file.write(content)
