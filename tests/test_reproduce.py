@@ -175,15 +175,16 @@ def answered(out):
     return {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("answers.jsonl"))}
 
 
-def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_path):
-    arguments = ("reproduce", small(tmp_path), "--model", "tiny", "--samples", 48, "--replicates", 100)
+def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("lvlm_decode_evals.reproduce.FIRST_ROUND", 8)
+    arguments = ("reproduce", small(tmp_path), "--model", "tiny", "--samples", 16, "--replicates", 100)
     whole = command(*arguments, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
-    assert "The rest will take about" in whole.output and "by the first 32 questions of every row" in whole.output
+    assert "The rest will take about" in whole.output and "by the first 8 questions of every row" in whole.output
     stopped = command(*arguments, "--out", tmp_path / "cut", "--hours", 0)
     assert stopped.exit_code == 0 and "The time is spent; the same command goes on from here." in stopped.output
     counts = {content.count(b"\n") for content in answered(tmp_path / "cut").values()}
-    assert counts == {32}
+    assert counts == {8}
     assert command(*arguments, "--out", tmp_path / "cut").exit_code == 0
     assert answered(tmp_path / "cut") == answered(tmp_path / "whole")
     for name in ("verdicts.md", "verdicts.tex", "verdicts.csv", "verdicts.html"):
@@ -193,7 +194,7 @@ def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_p
         "| VCD     | adversarial | Accuracy  | 80.88     |" in shown and "In miniature: tiny on emoji scenes." in shown
     )
     assert "Protocol: pope-vcd." in shown
-    # 48 questions are about 8 images: whatever the interval says, that decides nothing in favour.
+    # 16 questions are about 3 images: whatever the interval says, that decides nothing in favour.
     assert "| reproduced" not in shown
     lines = list(csv.DictReader((tmp_path / "whole" / "verdicts.csv").read_text().splitlines()))
     assert {"VCD; adversarial; Accuracy" in line["line"] for line in lines} == {True, False}
@@ -206,7 +207,8 @@ def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_p
     assert all(json.loads(line)["seconds"] > 0 for p in (tmp_path / "whole").rglob(TIMES) for line in p.open())
 
 
-def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path):
+def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr("lvlm_decode_evals.reproduce.FIRST_ROUND", 8)
     from lvlm_decode_evals.configs import source_of
 
     table = on_scenes(read_config(small(tmp_path)))
@@ -215,7 +217,7 @@ def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path):
     with pytest.raises(OutOfTime):
         execute([job], "tiny", True, time.monotonic() - 1, said.append, quiet=True)
     assert len(said) == 1
-    assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {32}
+    assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {8}
 
 
 def test_wrong_command_lines(command, tmp_path):
