@@ -118,7 +118,11 @@ def record(given: argparse.Namespace, loaded) -> None:
     head |= circumstances(loaded.model)
     stem = given.record / given.model
     stem.with_suffix(".json").write_text(json.dumps({**head, "cells": cells}, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(render([*blocks(results), *price_blocks(results)]))
+    priced = results
+    if given.shared:
+        # Of a machine with other work times compare nothing: the table does not find them here.
+        priced = [replace(result, folder=given.record) for result in results]
+    stem.with_suffix(".md").write_text(render([*blocks(results), *price_blocks(priced)]))
     answers = "".join(
         json.dumps([c["benchmark"], c["method"], c["decoding"], c["seed"], [row.answer for row in r.rows]]) + "\n"
         for c, r in zip(cells, results)
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument(
         "--record", type=Path, nargs="?", const=HERE, help="write the tables of what is finished here, ask nothing"
     )
+    parser.add_argument("--shared", action="store_true", help="the machine had other work: no times in the tables")
     given = parser.parse_args()
     loaded = load(given.model)
     if given.record is not None:
