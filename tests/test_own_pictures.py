@@ -176,3 +176,12 @@ def test_answers_that_wait_for_a_judge_are_kept_and_said_to_be(model_folder, tmp
                "--no-do-sample", "--max-new-tokens", "4", "--out", tmp_path / "out")  # fmt: skip
     assert done.exit_code == 1 and "The answers are all in" in done.stderr and "graded by a judge" in done.stderr
     assert next((tmp_path / "out").rglob("answers.jsonl")).read_bytes().count(b"\n") == 1
+
+
+def test_an_error_of_the_file_system_is_one_sentence_too(tmp_path, monkeypatch):
+    def refuse(*arguments, **how):
+        raise PermissionError(13, "Permission denied", "answers.jsonl")
+
+    monkeypatch.setattr("lvlm_decode_evals.api.found_cells", refuse)
+    done = cli("table", tmp_path)
+    assert done.exit_code == 1 and done.output == "error: answers.jsonl cannot be used (Permission denied).\n"
