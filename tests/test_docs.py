@@ -1,0 +1,102 @@
+"""The documentation: it builds without a warning, its code runs, its commands can be read, what it quotes is said."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import typer
+from conftest import ROOT
+
+from lvlm_decode import catalogue
+from lvlm_decode.cli import app
+from lvlm_decode.methods import METHODS
+from lvlm_decode_evals import EVALUATORS
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """Path -> Markdown of the pages that are made from the code."""
+    import docs_pages
+
+    return dict(docs_pages.pages())
+
+
+@pytest.mark.full
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in METHODS:
+        assert (tmp_path / "site" / "methods" / f"{name}.html").stat().st_size > 5000, name
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: p.name
+)
+def test_python_blocks_run_offline(page, tmp_path):
+    """The blocks of a page run one after the other in one process, as a reader types them."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_command_lines_can_be_read(generated):
+    """Every line of a bash block names a command, and options that it has."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES] + list(generated.values())
+    texts.append((ROOT / "README.md").read_text(encoding="utf-8"))
+    lines = {
+        line
+        for text in texts
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+        for line in block.splitlines()
+        if line.startswith("lvlm-decode ")
+    }
+    assert len(lines) > len(METHODS) + len(EVALUATORS)
+    for line in lines:
+        words, command = shlex.split(line, comments=True)[1:], typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        command.make_context("lvlm-decode", words)
+
+
+def test_every_method_and_benchmark_has_its_page(generated):
+    for name in METHODS:
+        page, found = generated[f"methods/{name}.md"], catalogue.describe(name)
+        assert found["summary"] in page and found["arxiv"] in page and found["cost"] in page
+        assert all(f"| `{parameter['name']}` |" in page for parameter in found["parameters"]), name
+    assert "| vcd | sample |" in generated["methods/vcd.md"] and "| plain | greedy |" in generated["methods/vcd.md"]
+    for name in EVALUATORS:
+        assert "## Columns" in generated[f"evaluators/{name}.md"]
+    assert "Accepted lines of answer files" in generated["evaluators/pope.md"]
+
+
+def test_quoted_messages_are_in_the_sources():
+    quoted = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(quoted) > 8
+    sources = "\n".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("lvlm_decode", "evals")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    for sentence in quoted:
+        assert sentence in sources, sentence
