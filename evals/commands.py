@@ -318,6 +318,10 @@ def table_command(
     listed: Annotated[bool, typer.Option("--list", help="List the papers' tables by name.")] = False,
     format: Annotated[str, typer.Option(help="Format: markdown, csv or latex.")] = "markdown",
     plot: Annotated[Path | None, typer.Option(help="Also write pictures into this folder.")] = None,
+    as_page: Annotated[
+        bool,
+        typer.Option("--html", help="Also write report.html into the run's folder: tables, pictures, all answers."),
+    ] = False,
     replicates: Annotated[int, typer.Option(min=100, help="Bootstrap replicates.")] = REPLICATES,
     rule: Rule = None,
     parser: Parser = None,
@@ -329,7 +333,9 @@ def table_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="For a config: folder of its answers.")] = None,
     limit: Annotated[int | None, typer.Option(help="For a config: first N questions of each split.")] = None,
-    images: Annotated[Path | None, typer.Option(help="For a config: folder of images.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images: for a config, and for the thumbnails of --html.")
+    ] = None,
     questions: Annotated[Path | None, typer.Option(help="For a config: question file or folder.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="For a config: only the first N of its seeds.")] = None,
     rerun: Annotated[bool, typer.Option("--run/--no-run", help="For a config: run rows that are missing.")] = True,
@@ -380,11 +386,12 @@ def table_command(
     results = [result for result in results if result.rows]
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
-    made = render([*extra, *Evaluation(results, replicates).blocks()], format)
+    made = [*extra, *Evaluation(results, replicates).blocks()]
+    text = render(made, format)
     if format == "markdown":
-        show(made)
+        show(text)
     else:
-        typer.echo(made, nl=False)
+        typer.echo(text, nl=False)
     if any(result.audit.incomplete or result.audit.failed for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:
@@ -392,6 +399,17 @@ def table_command(
 
         for path in write_pictures(results, plot, replicates):
             typer.echo(f"wrote {path}", err=True)
+    if as_page:
+        from . import report
+
+        # OUT of OUT/evaluator/split/method/decoding/seed-N.
+        folder = results[0].folder.parents[4] if target.is_file() else target
+        title = f"{target.stem if target.is_file() else target.resolve().name}: what the methods answered"
+        for sentence in report.write(
+            folder / "report.html", results, made, title, images=images, replicates=replicates
+        ):
+            typer.echo(f"warning: {sentence}", err=True)
+        typer.echo(f"wrote {folder / 'report.html'}", err=True)
     if status:
         raise typer.Exit(status)
 
