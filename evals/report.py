@@ -16,7 +16,7 @@ from lvlm_decode.errors import LvlmDecodeError
 from lvlm_decode.pages import data_uri, page
 
 from .base import Column, Row
-from .loaders import Images, folder_images
+from .loaders import ImageFiles, folder_images
 from .metrics import REPLICATES
 from .plan import Result, is_control, read_questions, split_folder
 from .tables import Block, Method, Value, gather, rate_values
@@ -93,7 +93,7 @@ class Thumbnails:
         self.folder = None if folder is None else folder_images(folder)
         self.uris: list[str] = []
         self._known: dict[tuple[str, str], int | None] = {}
-        self._scenes: dict[str, Images] = {}
+        self._scenes: dict[str, ImageFiles] = {}
         self.unknown = self.broken = self.left_out = 0
 
     def number(self, result: Result, name: str | None) -> int | None:
@@ -106,7 +106,7 @@ class Thumbnails:
             self._known[key] = self._made(source, name)
         return self._known[key]
 
-    def _source(self, result: Result) -> Images | None:
+    def _source(self, result: Result) -> ImageFiles | None:
         if (result.settings.get("data") or {}).get("questions") != "emoji scenes":
             return self.folder
         kind = result.evaluator.name
@@ -116,7 +116,7 @@ class Thumbnails:
             self._scenes[kind] = result.evaluator.scene_images(lvlm_decode_data.load_scenes("heldout"))
         return self._scenes[kind]
 
-    def _made(self, source: Images | None, name: str) -> int | None:
+    def _made(self, source: ImageFiles | None, name: str) -> int | None:
         if source is None:
             self.unknown += 1
             return None
