@@ -21,6 +21,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "score": ("lvlm-decode score runs", "lvlm-decode score pope answers.jsonl --rule pope-official"),
     "table": (
+        "lvlm-decode table runs --html",
         "lvlm-decode table runs --format latex",
         "lvlm-decode table --list",
         "lvlm-decode table pope-vcd-llava-1.5 --model tiny",
