@@ -12,10 +12,21 @@ from .errors import DependencyError
 from .method import Method
 from .methods import METHODS, foreign, load, names
 
+#: The kinds of methods, in the order in which they are shown: ``Method.kind`` -> in words.
+KINDS = {
+    "reference": "what the others are compared with",
+    "contrast": "another view of the sample is added or subtracted",
+    "layers": "predictions of earlier layers are added or subtracted",
+    "attention": "the decoder attends otherwise",
+    "steering": "hidden states are moved",
+    "search": "a search of its own",
+}
+
 #: What a view of each kind adds to plain decoding.
 COSTS = {
     "image": "a vision pass and a row in every forward",
     "text": "a row in every forward",
+    "prompts": "a forward of the prompt with the image and without, before decoding",
     "feature": "a row in every forward",
     "layers": "language-head projections of some hidden layers",
     "attention": "attention rows of some layers",
@@ -44,7 +55,8 @@ def documented(docstring: str) -> dict[str, str]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One method: ``name``, ``paper``, ``arxiv``, ``parameters``, ``costs``, ``refuses``, ``needs``, ``summary``, ``package``.
+    """One method: ``name``, ``kind``, ``paper``, ``arxiv``, ``parameters``, ``costs``, ``refuses``, ``needs``, ``summary``
+    and ``package``.
 
     Raises:
         UnknownNameError: no such method.
@@ -63,6 +75,7 @@ def describe(name: str) -> dict[str, Any]:
     aliases = {alias: target for alias, target in cls.aliases.items() if target in {p["name"] for p in parameters}}
     return {
         "name": name,
+        "kind": cls.kind,
         "paper": cls.paper,
         "arxiv": cls.arxiv,
         "summary": (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " "),
@@ -94,17 +107,18 @@ def broken() -> dict[str, str]:
     return found
 
 
+def by_kind(described: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Methods in groups, in the order of :data:`KINDS`; kinds that other packages bring come last."""
+    groups: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for method in described:
+        groups.setdefault(method["kind"], []).append(method)
+    return {kind: group for kind, group in groups.items() if group}
+
+
 def markdown() -> str:
-    """The table of methods in the README: what each does, and the paper it is from."""
-    lines = ["| method | what it does | paper |", "|---|---|---|"]
-    for method in map(describe, METHODS):
-        lines.append(f"| `{method['name']}` | {method['summary']} | {citation(method)} |")
+    """The table of methods in the README: kind by kind, each with a link to its paper."""
+    lines = ["| kind | methods |", "|---|---|"]
+    for kind, group in by_kind([describe(name) for name in METHODS]).items():
+        names = [f"[{m['name']}](https://arxiv.org/abs/{m['arxiv']})" if m["arxiv"] else m["name"] for m in group]
+        lines.append(f"| {kind}: {KINDS[kind]} | {', '.join(names)} |")
     return "\n".join(lines)
-
-
-def citation(method: dict[str, Any]) -> str:
-    """Venue and year of a method's paper as a Markdown link to arXiv."""
-    if not method["arxiv"]:
-        return "–"
-    venue = re.search(r"\((?:[^()]*, )?(?:Findings of )?([^(),]*\d{4})\)", method["paper"])
-    return f"[{venue[1] if venue else 'arXiv'}](https://arxiv.org/abs/{method['arxiv']})"

@@ -67,8 +67,8 @@ def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table of the README.")] = False,
 ) -> None:
-    """List the methods in one line each, or show one with its paper, parameters, cost and limits."""
-    from .catalogue import broken, describe, markdown
+    """List the methods by kind in one line each, or show one with its paper, parameters, cost and limits."""
+    from .catalogue import KINDS, broken, by_kind, describe, markdown
     from .catalogue import methods as described
 
     if as_markdown:
@@ -80,10 +80,13 @@ def methods(
     elif name:
         typer.echo(_whole(found[0]))
     else:
-        for method in found:
-            package = f" (from package {method['package']})" if method["package"] else ""
-            typer.echo(wrapped(f"{method['name']:<8} {method['summary']}{package}", 9))
-        typer.echo("\nlvlm-decode methods NAME shows the parameters, cost and limits of one.")
+        for kind, group in by_kind(found).items():
+            typer.echo(f"{kind}: {KINDS[kind]}" if kind in KINDS else kind)
+            for method in group:
+                package = f" (from package {method['package']})" if method["package"] else ""
+                typer.echo(wrapped(f"{method['name']:<8} {method['summary']}{package}", 9))
+            typer.echo()
+        typer.echo("lvlm-decode methods NAME shows the parameters, cost and limits of one.")
     for why in broken().values():
         typer.echo(f"warning: {why}", err=True)
 

@@ -112,7 +112,7 @@ class Step:
         logits: (V, B, T, N) float32, view 0 first.
         positions: (B, T) long; how many tokens were generated before the one these logits choose. Absolute: the same
             in a plain step, in a batch and while a draft is verified.
-        weights: signed weight of each of the V - 1 extra views.
+        weights: signed weight of each of the V - 1 extra views: a number, or (B,) where samples differ in it.
         hidden: layer -> (V, B, T, D), for the layers the method's probes named.
         project: (..., D) hidden states of an intermediate layer -> (..., N) float32 logits, through the final norm
             and the language head; ``normed=False`` leaves the final norm out. ``view`` is the view they come from, for
@@ -121,7 +121,7 @@ class Step:
 
     logits: Tensor
     positions: Tensor
-    weights: tuple[float, ...] = ()
+    weights: tuple[float | Tensor, ...] = ()
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     project: Callable[..., Tensor] = no_projection
 
@@ -161,6 +161,8 @@ class Method(Checked):
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     arxiv: ClassVar[str] = ""
+    #: What it works by, see ``catalogue.KINDS``.
+    kind: ClassVar[str] = "contrast"
     #: Other spellings of a parameter that users know from the authors' scripts.
     aliases: ClassVar[Mapping[str, str]] = {"cd_alpha": "alpha", "cd_beta": "beta"}
     #: What the extra views cost: "image" a vision pass each, "text" a prefill each, "layers" hidden states alone.
@@ -268,6 +270,10 @@ class Method(Checked):
             return NotImplemented
         return Sum.of(self, other)
 
+    def check_layers(self, name: str) -> None:
+        layers = getattr(self, name)
+        self.check(layers is None or 0 <= layers[0] <= layers[1], name, "the first and the last layer, or None")
+
     def check_beta(self) -> None:
         beta = getattr(self, "beta")  # noqa: B009  (not every method has one)
         self.check(beta is None or 0 < beta <= 1, "beta", "in (0, 1], or None for no plausibility mask")
@@ -280,7 +286,7 @@ def _entry() -> Any:
 
 @dataclass(frozen=True)
 class Contrast(Method):
-    """A method whose views add up with fixed signed weights.
+    """A method whose views add up with signed weights, which may differ from sample to sample.
 
     out = (1 + sum a_neg) * l0 - sum a_neg * l_neg + sum a_pos * l_pos
     """
@@ -289,7 +295,11 @@ class Contrast(Method):
         main = step.logits[0]
         out = main
         for logits, weight in zip(step.logits[1:], step.weights):
-            out = out + weight * (logits - main if weight < 0 else logits)
+            if isinstance(weight, Tensor):
+                weight = weight.to(main)[:, None, None]
+                out = out + weight * (logits - torch.where(weight < 0, main, 0.0))
+            else:
+                out = out + weight * (logits - main if weight < 0 else logits)
         return out
 
 
@@ -304,6 +314,8 @@ class Sum(Method):
     methods: tuple[Method, ...] = ()
     #: How many views each method has; filled by the engine once the views are made.
     counts: tuple[int, ...] = ()
+    #: The hidden layers each method reads; filled by the engine once the model is known.
+    reads: tuple[Probes, ...] = ()
 
     @staticmethod
     def of(*methods: Method) -> Method:
@@ -355,6 +367,10 @@ class Sum(Method):
     def with_counts(self, counts: tuple[int, ...]) -> Sum:
         return dataclasses.replace(self, counts=counts)
 
+    def reading(self, model: torch.nn.Module) -> Sum:
+        """The sum whose methods see the hidden layers they asked for, and not each other's."""
+        return dataclasses.replace(self, reads=tuple(method.probes(model) for method in self.methods))
+
     def probes(self, model: torch.nn.Module) -> Probes:
         wanted = Probes()
         for method in self.methods:
@@ -363,8 +379,12 @@ class Sum(Method):
 
     def _steps(self, step: Step) -> list[tuple[Method, Step]]:
         out, start = [], 0
-        for method, count in zip(self.methods, self.counts):
-            out.append((method, step.of_views(start, start + count)))
+        for number, (method, count) in enumerate(zip(self.methods, self.counts)):
+            own = step.of_views(start, start + count)
+            if self.reads:
+                wanted = self.reads[number].hidden
+                own = dataclasses.replace(own, hidden={i: states for i, states in own.hidden.items() if i in wanted})
+            out.append((method, own))
             start += count
         return out
 

@@ -13,6 +13,7 @@ from zoo import tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.attachment import last_run
+from lvlm_decode.engine.hf import decoder
 from lvlm_decode.engine.hf.decoder import attention_of
 from lvlm_decode.engine.modes import NEEDS
 from lvlm_decode.engine.run import Run
@@ -39,6 +40,10 @@ SMALL = {
     "pai": dict(alpha=0.5, gamma=1.5, first_layer=1),
     "m3id": dict(decay=0.3),
     "uscd": dict(threshold=0.6),
+    "vaf": dict(enhance=1.6, suppress=0.5),
+    "spin": dict(share=0.5),
+    "vista": dict(strength=0.4),
+    "vti": dict(text=4.0),
 }
 
 
@@ -64,10 +69,25 @@ def projector(family: str) -> torch.nn.Module:
     return other
 
 
+@functools.cache
+def directions(family: str, *more: int) -> torch.Tensor:
+    """(L, D, ...) what calibration might give, orthonormal where there are several of a layer."""
+    module = family_of(tiny(family).model).decoding_module(tiny(family).model)
+    shape = decoder.layer_count(module), decoder.width(module), *more
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    return torch.linalg.qr(drawn).Q if more else drawn
+
+
+#: Methods that need vectors -> what makes them for a family.
+DIRECTIONS = {"vti": directions, "nullu": lambda family: directions(family, 6)}
+
+
 def method_of(name: str, family: str, parameters=None):
     parameters = dict(SMALL.get(name, {}) if parameters is None else parameters)
     if name == "dcd":
         parameters["negative"] = projector(family)
+    if name in DIRECTIONS:
+        parameters["vectors"] = DIRECTIONS[name](family)
     return load(name)(**parameters)
 
 
@@ -134,7 +154,7 @@ HONOURED = [pair for pair in CELLS if refusal(*pair) is None]
 REFUSED = [pair for pair in CELLS if refusal(*pair) is not None]
 
 #: A method of each kind, by what it changes: every family runs these in the default run (and OPERA, in its own file).
-KINDS = {"image": "vcd", "text": "icd", "layers": "dola", "attention": "pai"}
+KINDS = {"image": "vcd", "text": "icd", "layers": "dola", "attention": "pai", "steering": "vista"}
 
 
 def by_default(name: str, family: str) -> bool:
@@ -264,8 +284,8 @@ def adds_to_vcd(name):
     assert torch.equal(tokens, decode("llava", vcd + own, execution="sequential")[0])
     parts = [decode("llava", method)[2] for method in (vcd, own)]
     assert len(run.samples) - 1 == sum(len(part.samples) - 1 for part in parts)
-    plain = parts[0].lanes.last_step.logits[0] if own.owns != "the attention of view 0" else None
-    if plain is not None and len(run.views) > 1:
+    changed = own.owns in ("the attention of view 0", "the hidden states of view 0")
+    if not changed and len(run.views) > 1:
         told = retold("llava", vcd + own, range(3), tokens)
         assert_scores(told.transpose(0, 1), scores(out), atol=3e-5)
 

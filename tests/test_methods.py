@@ -822,6 +822,12 @@ DEFAULTS = {
     "deco": dict(alpha=0.6, layers=None, top_k=20, top_p=0.9),
     "lol": dict(strength=0.5, lower_strength=0.5, fusion=0.5, refocus=0.5, layer=None, beta=0.1),
     "uscd": dict(alpha=0.5, beta=0.1, threshold=0.9),
+    "spin": dict(share=0.95, damp=0.08, layers=None),
+    "vaf": dict(enhance=1.15, suppress=0.95, layers=None),
+    "hgai": dict(alpha=0.5, layers=None),
+    "vista": dict(strength=0.17, gamma=0.3, window=None, layers=None),
+    "vti": dict(text=0.8, layers=None),
+    "nullu": dict(rank=4, layers=None),
     "scmoe": dict(alpha=0.5, beta=0.1, rank=2, strong_temperature=1.0, weak_temperature=1.0),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Controller(Method):
     It has no views; ``attach(model, controller).generate(...)`` calls :meth:`decode` where ``generate()`` would have
     started its own loop, with everything ``generate()`` prepared.
     """
+
+    kind: ClassVar[str] = "search"
 
     def decode(self, run: Run, call: Call) -> Any:
         """Decode; returns what ``generate()`` would: (B, P + T) ids, or an output object.

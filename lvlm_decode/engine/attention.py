@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .hf import decoder
 from .hf.kwargs import left_pad
-from .running import current
+from .running import current, running_lane
 
 if TYPE_CHECKING:
+    from .run import Run
     from .stack import Lane
 
 NAME = "lvlm_decode_edited"
@@ -137,3 +138,50 @@ def to_layer(slots: Tensor, lane: Lane, size: int) -> Tensor:
     if size < lane.length:
         return slots[..., lane.length - size :]
     return torch.nn.functional.pad(slots, (0, size - lane.length))
+
+
+def choosing(lane: Lane) -> slice:
+    """The queries of the forward that is running that choose a token: the last of the prompt, later all."""
+    return slice(-1, None) if lane.prefilling else slice(None)
+
+
+class Rescored(Edit):
+    """Changes the attention scores of view 0 in the rows that choose a token; just these are computed by hand.
+
+    Args:
+        run: whose view 0 is meant.
+        layers: decoder layers whose scores change.
+        change: (scores (B, H, q, S) before the softmax, (B, 1, 1, S) bool which slots hold image tokens) -> scores.
+        first: also the row that chooses the first token.
+    """
+
+    def __init__(self, run: Run, layers: range, change: Callable[[Tensor, Tensor], Tensor], first: bool = True):
+        self.run, self.layers, self.change, self.first = run, layers, change, first
+
+    def output(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
+    ) -> Tensor:
+        lane = running_lane(self.run)
+        rows = lane.rows_of(0)
+        if rows is None or layer not in self.layers or (lane.prefilling and not self.first):
+            return out
+        queries = choosing(lane)
+        images = to_layer(image_slots(lane, self.run.family.image_token_id)[rows], lane, key.shape[2])[:, None, None]
+        seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
+        own = query[rows][:, :, queries]
+        attention = probabilities(own, key[rows], seen, scaling, lambda scores: self.change(scores, images))
+        if self.run.recorder is not None:
+            self._tell(lane, layer, "as the model attends", probabilities(own, key[rows], seen, scaling))
+            self._tell(lane, layer, "boosted", attention)
+        out = out.clone()
+        out[rows, queries] = weighted(attention, value[rows]).to(out.dtype)
+        return out
+
+    def _tell(self, lane: Any, layer: int, title: str, attention: Tensor) -> None:
+        """Tell the recorder of attention (B, H, q, S)."""
+        weights = left_pad(attention.mean(1)[..., : lane.length], lane.length, 0.0)
+        images = image_slots(lane, self.run.family.image_token_id)[lane.rows_of(0)]
+        assert self.run.recorder is not None
+        self.run.recorder.attended(
+            f"attention to the image, {title}, mean over the edited layers", layer, weights, images
+        )

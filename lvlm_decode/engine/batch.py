@@ -324,7 +324,7 @@ def views_of(method: Method, batch: Batch, seed: int) -> tuple[Method, list[list
         the method, and per view number the views of all B samples.
 
     Raises:
-        InputError: samples whose views differ in number or in weight.
+        InputError: samples whose views differ in number.
     """
     per_sample = []
     for sample in batch.samples:
@@ -338,9 +338,9 @@ def views_of(method: Method, batch: Batch, seed: int) -> tuple[Method, list[list
             per_sample.append([view for group in groups for view in group])
         else:
             per_sample.append(method.views(sample, rng_of(method.name)))
-    if len({tuple(view.weight for view in views) for views in per_sample}) != 1:
+    if len({len(views) for views in per_sample}) != 1:
         raise InputError(
-            f"{method.name} made views for the samples of one batch that differ in number or in weight; this is a bug in it."
+            f"{method.name} made views for the samples of one batch that differ in number; this is a bug in it."
         )
     return method, [list(column) for column in zip(*per_sample)]
 

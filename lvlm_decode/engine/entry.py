@@ -187,7 +187,7 @@ class ViewsProcessor(LogitsProcessor):
         step = Step(
             stacked,
             torch.full((rows, 1), at, device=scores.device),
-            tuple(view.weight for view in self.run.views),
+            self.run.weights(rows),
             hidden,
             self.run.project,
         )

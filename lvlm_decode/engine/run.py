@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..families import family_of
 from ..families.base import Family
-from ..method import Method, Probes, View
+from ..method import Method, Probes, Sum, View
 from . import hf, sampling
 from .attention import Edit, routed
 from .batch import Batch, views_of
@@ -101,6 +101,9 @@ class Run:
         #: The samples of every view, view 0 first.
         self.samples: list[list[Sample]] = [samples[i : i + count] for i in range(0, len(samples), count)]
         self.views: list[View] = [column[0] for column in columns]
+        self._weights = [[view.weight for view in column] for column in columns]
+        if isinstance(self.method, Sum):
+            self.method = self.method.reading(model)
         self.probes: Probes = self.method.probes(model)
         #: What is done to the decoder's attention in forwards of this run; see :meth:`editing`.
         self.edits: list[Edit] = []
@@ -216,9 +219,16 @@ class Run:
             if record and numbers[0] != 0:
                 lane.kv.record()
             lanes.append(lane)
-        weights = [view.weight for view in self.views]
-        self.lanes = Lanes(self.method, lanes, weights, self.probes, self.project, self.recorder)
+        self.lanes = Lanes(self.method, lanes, self.weights(lanes[0].rows), self.probes, self.project, self.recorder)
         return self.lanes
+
+    def weights(self, rows: int) -> tuple[float | Tensor, ...]:
+        """Signed weight of each extra view: one number where all samples agree, else (rows,), sample-major."""
+        device = self.family.model.device
+        return tuple(
+            own[0] if len(set(own)) == 1 else torch.tensor(own, device=device).repeat_interleave(rows // len(own))
+            for own in self._weights
+        )
 
     def project(self, hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
         """Hidden states (..., D) of an intermediate layer -> logits (..., N), through final norm and head; see ``Step``.

@@ -180,7 +180,7 @@ class Lanes:
     Args:
         method: whose scores are wanted.
         lanes: in running order; the first one holds view 0.
-        weights: signed weight of each extra view.
+        weights: signed weight of each extra view; see :class:`Step`.
         probes: hidden layers to hand to ``combine``.
         project: see :class:`Step`.
         recorder: is told of every step.
@@ -190,7 +190,7 @@ class Lanes:
         self,
         method: Method,
         lanes: Sequence[Lane],
-        weights: Sequence[float],
+        weights: Sequence[float | Tensor],
         probes: Probes,
         project: Callable[..., Tensor],
         recorder: Recorder | None = None,

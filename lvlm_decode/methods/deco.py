@@ -35,6 +35,7 @@ class DeCo(Method):
     """
 
     name: ClassVar[str] = "deco"
+    kind: ClassVar[str] = "layers"
     paper: ClassVar[str] = "Dynamic Correction Decoding (Wang et al., ICLR 2025)"
     arxiv: ClassVar[str] = "2410.11779"
     aliases: ClassVar[dict[str, str]] = {"threshold_top_p": "top_p", "threshold_top_k": "top_k"}

@@ -34,6 +34,7 @@ class DoLa(Method):
     """
 
     name: ClassVar[str] = "dola"
+    kind: ClassVar[str] = "layers"
     paper: ClassVar[str] = "Decoding by Contrasting Layers (Chuang et al., ICLR 2024)"
     arxiv: ClassVar[str] = "2309.03883"
     aliases: ClassVar[dict[str, str]] = {"dola_layers": "layers", "relative_top": "beta", **Method.aliases}

@@ -55,6 +55,7 @@ class LOL(Method):
     """
 
     name: ClassVar[str] = "lol"
+    kind: ClassVar[str] = "layers"
     paper: ClassVar[str] = "Lower Layer Matters (2024)"
     arxiv: ClassVar[str] = "2408.08769"
     costs: ClassVar[tuple[str, ...]] = ("text", "layers")

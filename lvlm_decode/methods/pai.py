@@ -18,10 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible, weighted
-from ..engine.hf import left_pad
+from ..engine.attention import Rescored
+from ..engine.hf import decoder
 from ..engine.run import Run
-from ..engine.running import running_lane
 from ..engine.samples import Sample
 from ..method import Contrast, View
 
@@ -40,6 +39,7 @@ class PAI(Contrast):
     """
 
     name: ClassVar[str] = "pai"
+    kind: ClassVar[str] = "attention"
     paper: ClassVar[str] = "Paying More Attention to Image (Liu et al., ECCV 2024)"
     arxiv: ClassVar[str] = "2407.21771"
     costs: ClassVar[tuple[str, ...]] = ("text", "attention")
@@ -68,44 +68,10 @@ class PAI(Contrast):
         return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
 
     def patch(self, run: Run) -> AbstractContextManager[Any]:
-        return run.editing(_Boost(self, run))
+        layers = range(self.first_layer, decoder.layer_count(run.module))
 
+        def boost(scores: Tensor, images: Tensor) -> Tensor:
+            return torch.where(images, scores + self.alpha * scores.abs(), scores)
 
-class _Boost(Edit):
-    def __init__(self, method: PAI, run: Run):
-        self.method, self.run, self.image_token_id = method, run, run.family.image_token_id
-
-    def output(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
-    ) -> Tensor:
-        lane = running_lane(self.run)
-        rows = lane.rows_of(0)
-        late = self.method.gamma is not None and self.method.first_token == "code"
-        if rows is None or layer < self.method.first_layer or (lane.prefilling and late):
-            return out
-        # Of the prompt only the last row chooses a token; later all rows do, one when decoding, several in a draft.
-        queries = slice(-1, None) if lane.prefilling else slice(None)
-        images = to_layer(image_slots(lane, self.image_token_id)[rows], lane, key.shape[2])[:, None, None]
-        seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
-
-        def boost(scores: Tensor) -> Tensor:
-            return torch.where(images, scores + self.method.alpha * scores.abs(), scores)
-
-        attention = probabilities(query[rows][:, :, queries], key[rows], seen, scaling, boost)
-        if self.run.recorder is not None:
-            self._tell(
-                lane, layer, "as the model attends", probabilities(query[rows][:, :, queries], key[rows], seen, scaling)
-            )
-            self._tell(lane, layer, "boosted", attention)
-        out = out.clone()
-        out[rows, queries] = weighted(attention, value[rows]).to(out.dtype)
-        return out
-
-    def _tell(self, lane: Any, layer: int, title: str, attention: Tensor) -> None:
-        """Tell the recorder of attention (B, H, q, S)."""
-        weights = left_pad(attention.mean(1)[..., : lane.length], lane.length, 0.0)
-        images = image_slots(lane, self.image_token_id)[lane.rows_of(0)]
-        assert self.run.recorder is not None
-        self.run.recorder.attended(
-            f"attention to the image, {title}, mean over the edited layers", layer, weights, images
-        )
+        late = self.gamma is not None and self.first_token == "code"
+        return run.editing(Rescored(run, layers, boost, first=not late))

@@ -13,6 +13,7 @@ class Plain(Method):
     """Leaves the model's own predictions as they are; the control of every method."""
 
     name: ClassVar[str] = "plain"
+    kind: ClassVar[str] = "reference"
     paper: ClassVar[str] = "none: the model's own decoding"
 
 
@@ -28,6 +29,7 @@ class Mask(Method):
     """
 
     name: ClassVar[str] = "mask"
+    kind: ClassVar[str] = "reference"
     paper: ClassVar[str] = "Contrastive Decoding (Li et al., ACL 2023), its plausibility constraint alone"
     arxiv: ClassVar[str] = "2210.15097"
 

@@ -6,6 +6,7 @@ transformers has beside that is known to it alone.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,52 @@ def layers(module: Any) -> list[nn.Module]:
     return list(module.get_decoder().layers)
 
 
+#: What a decoder layer calls the parts that methods steer.
+_PARTS = {"mlp": "mlp", "attention": "self_attn"}
+
+
+def parts(module: Any, name: str) -> list[nn.Module]:
+    """The part ``name`` of every decoder layer: "layer" for the layer itself, "mlp" or "attention".
+
+    Raises:
+        UnsupportedError: a decoder whose layers have no such part.
+    """
+    whole = layers(module)
+    if name == "layer":
+        return whole
+    if not all(hasattr(layer, _PARTS[name]) for layer in whole):
+        raise UnsupportedError(
+            f"the layers of {type(decoder_of(module)).__name__} have no part '{_PARTS[name]}', whose output this method "
+            "changes; choose another method or model."
+        )
+    return [getattr(layer, _PARTS[name]) for layer in whole]
+
+
+def layers_like(module: Any, first: int, last: int) -> range:
+    """The layers of ``module`` that ``first`` to ``last``, both included, are of 32 layers; at least one."""
+    count = layer_count(module)
+    start = min(round(first / 32 * count), count - 1)
+    return range(start, max(start + 1, round((last + 1) / 32 * count)))
+
+
+def layers_given(module: Any, name: str, given: tuple[int, int] | None, first: int, last: int) -> range:
+    """The layers a method works in: ``given``, first and last included, or what ``first`` to ``last`` are of 32 layers.
+
+    Args:
+        name: of the method, for the message.
+
+    Raises:
+        UnsupportedError: layers that the model does not have.
+    """
+    if given is None:
+        return layers_like(module, first, last)
+    if given[1] >= layer_count(module):
+        raise UnsupportedError(
+            f"{name}: layers = {given} are not all layers of this model, which are 0 to {layer_count(module) - 1}."
+        )
+    return range(given[0], given[1] + 1)
+
+
 def layer_number(attention: Any) -> int:
     """Which decoder layer an attention module belongs to, 0 for the first."""
     return attention.layer_idx
@@ -45,6 +92,11 @@ def layer_number(attention: Any) -> int:
 
 def layer_count(module: Any) -> int:
     return text_config(module).num_hidden_layers
+
+
+def width(module: Any) -> int:
+    """D, the width of the decoder's hidden states."""
+    return text_config(module).hidden_size
 
 
 def embeddings(module: Any) -> nn.Module:
@@ -69,11 +121,29 @@ def logits_of(module: Any, hidden: Tensor, normed: bool = True) -> Tensor:
         return out if softcap is None else torch.tanh(out / softcap) * softcap
 
 
+def fingerprint(module: Any) -> str:
+    """A short name of a model's language head, the same for a checkpoint loaded as float32, float16 or bfloat16.
+
+    Weights are rounded to bfloat16, and those that float16 holds with fewer bits (below 2 ** -14) taken for 0, before
+    they are hashed. That is exact for checkpoints stored in float16 or bfloat16; one stored in float32 may get another
+    name when it is loaded as float16, because two roundings are not one.
+    """
+    weight = head(module).weight.detach()
+    sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16)
+    sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
+    return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
+
+
 def states_of(output: Any) -> Tensor:
     """The hidden states that a decoder or one of its layers put out."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
+
+
+def with_states(output: Any, states: Tensor) -> Any:
+    """What a decoder layer or a part of one put out, with other hidden states."""
+    return states if isinstance(output, Tensor) else (states, *output[1:])
 
 
 def kinds_of(module: Any) -> tuple[set[str], int | None]:

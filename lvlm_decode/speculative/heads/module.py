@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...engine.hf.decoder import fingerprint
 from ...errors import EvalError, InputError, ParameterError, UnknownNameError
 from ...weights import load_into, read_safetensors
 
@@ -156,19 +156,6 @@ def _shape() -> type:
         default = ... if field.default is dataclasses.MISSING else field.default
         fields[field.name] = (Annotated[kind, Field(**limits)] if limits else kind, default)
     return create_model("HeadShape", __base__=Closed, **fields)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A short name of a model's language head, the same for a checkpoint loaded as float32, float16 or bfloat16.
-
-    Weights are rounded to bfloat16, and those that float16 holds with fewer bits (below 2 ** -14) taken for 0, before
-    they are hashed. That is exact for checkpoints stored in float16 or bfloat16; one stored in float32 may get another
-    name when it is loaded as float16, because two roundings are not one.
-    """
-    weight = module.get_output_embeddings().weight.detach()
-    sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16)
-    sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
-    return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
 
 
 class _Attention(nn.Module):

@@ -1,0 +1,155 @@
+"""Steering: what parts of the decoder's layers put out is changed for chosen rows, layers and positions of one run.
+
+The hooks act in forwards of that run's own lanes alone, find the rows of a view by the lane, and leave other views, other
+calls, caches and weights as they are. Every edit is a function of one row and one position, so that batches, beams, drafts
+and static caches give what single steps give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .hf import decoder
+from .hooks import hooked
+from .running import running_lane
+from .stack import Lane
+
+if TYPE_CHECKING:
+    from .run import Run
+    from .samples import Sample
+
+
+class Steer:
+    """What is done to the states (B, q, D), float32, that one part of a decoder layer puts out."""
+
+    def edit(self, layer: int, states: Tensor) -> Tensor:
+        """The states (B, q, D) of layer ``layer``, 0 for the first, as they should be."""
+        raise NotImplementedError
+
+
+class Turn(Steer):
+    """Turns states towards a vector and keeps their length: |y| * unit(unit(y) + s * unit(v)).
+
+    Args:
+        vectors: layer -> (D,), or (B, D) with one per sample; where a vector is zero nothing changes.
+        strength: s, at least 0.
+        boost: s grows by the factor 1 + max(0, cos(y, -v)), so that states which point away are turned most.
+    """
+
+    def __init__(self, vectors: Mapping[int, Tensor], strength: float, boost: bool = False):
+        self.vectors, self.strength, self.boost = vectors, strength, boost
+
+    def edit(self, layer: int, states: Tensor) -> Tensor:
+        vector = normalize(per_row(self.vectors[layer], states), dim=-1)
+        own, strength = normalize(states, dim=-1), torch.tensor(self.strength, device=states.device)
+        if self.boost:
+            strength = strength * (1 + (-(own * vector).sum(-1, keepdim=True)).clamp(min=0))
+        turned = states.norm(dim=-1, keepdim=True) * normalize(own + strength * vector, dim=-1)
+        # To take a length off and put it back rounds, and a row without a vector is to stay as it is.
+        return torch.where(vector.any(-1, keepdim=True), turned, states)
+
+
+class Add(Steer):
+    """Adds a vector, everywhere or where a gate is open: h + s * v where cos(h, v) < gate.
+
+    Args:
+        vectors: layer -> (D,), or (B, D) with one per sample.
+        strength: s.
+        gate: the cosine below which the vector is added; ``None`` adds it everywhere.
+    """
+
+    def __init__(self, vectors: Mapping[int, Tensor], strength: float, gate: float | None = None):
+        self.vectors, self.strength, self.gate = vectors, strength, gate
+
+    def edit(self, layer: int, states: Tensor) -> Tensor:
+        vector = per_row(self.vectors[layer], states)
+        added = states + self.strength * vector
+        if self.gate is None:
+            return added
+        cosine = (normalize(states, dim=-1) * normalize(vector, dim=-1)).sum(-1, keepdim=True)
+        return torch.where(cosine < self.gate, added, states)
+
+
+class Project(Steer):
+    """Takes a subspace out of the states: y - V V^T y.
+
+    Args:
+        bases: layer -> (D, k) with orthonormal columns.
+    """
+
+    def __init__(self, bases: Mapping[int, Tensor]):
+        self.bases = bases
+
+    def edit(self, layer: int, states: Tensor) -> Tensor:
+        basis = self.bases[layer].to(states)
+        return states - (states @ basis) @ basis.T
+
+
+def per_row(vector: Tensor, states: Tensor) -> Tensor:
+    """(1, 1, D) or (B, 1, D) of a vector (D,), or of one per sample, whose beams stand side by side."""
+    vector = vector.to(states)
+    if vector.dim() == 1:
+        return vector[None, None]
+    return vector.repeat_interleave(len(states) // len(vector), 0)[:, None]
+
+
+@contextmanager
+def steering(
+    run: Run, steer: Steer, layers: Sequence[int], at: str = "mlp", view: int = 0, positions: str = "all"
+) -> Iterator[None]:
+    """The forwards of ``run`` compute under ``steer`` for the length of the block.
+
+    Args:
+        layers: decoder layers to steer, 0 for the first.
+        at: whose output is edited: "mlp", "attention" (each before it is added to the stream) or "layer".
+        view: whose rows are edited; 0 is the sample itself.
+        positions: "all", or "choosing" for those that choose a token: the last of the prompt and all later ones.
+
+    Raises:
+        UnsupportedError: layers of the model without such a part.
+    """
+    parts = decoder.parts(run.module, at)
+
+    def hook(layer: int) -> Any:
+        def edited(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            lane = running_lane(run)
+            rows = None if lane is None else lane.rows_of(view)
+            if rows is None:
+                return None
+            states = decoder.states_of(output).clone()
+            queries = slice(-1, None) if positions == "choosing" and lane.prefilling else slice(None)
+            own = states[rows, queries]
+            states[rows, queries] = steer.edit(layer, own.float()).to(own.dtype)
+            return decoder.with_states(output, states)
+
+        return edited
+
+    with hooked(after={parts[layer]: hook(layer) for layer in layers}):
+        yield
+
+
+def last_states(run: Run, columns: Sequence[Sequence[Sample]]) -> Tensor:
+    """(L, C, B, D) float32: what each decoder layer puts out at the last prompt token, before the final norm.
+
+    Args:
+        columns: C lists of B samples, which run in one forward of the unsteered model.
+    """
+    resolved = run.batch.resolve([sample for column in columns for sample in column])
+    count = len(columns[0])
+    prepared = [run.batch.prepare(resolved[i : i + count]) for i in range(0, len(resolved), count)]
+    lane = Lane(prepared, range(len(columns)), pad_token_id=run.family.pad_token_id)
+    found: dict[Any, Tensor] = {}
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        found[module] = decoder.states_of(output)[:, -1].float()
+
+    layers = decoder.parts(lane.module, "layer")
+    with torch.no_grad(), hooked(after=dict.fromkeys(layers, keep)):
+        lane.prefill(1)
+    return torch.stack([found[layer] for layer in layers]).unflatten(1, (len(columns), count))

@@ -1,0 +1,336 @@
+"""Steered hidden states against literal re-statements, on copies of the model with hooks of the test's own."""
+
+import copy
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from zoo import IMAGE, tiny
+
+from lvlm_decode import attach, detach
+from lvlm_decode.engine import hf
+from lvlm_decode.engine.run import Run
+from lvlm_decode.engine.steer import Add, Project, Turn, last_states, steering
+from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
+from lvlm_decode.method import Contrast, Method
+from lvlm_decode.methods.deco import DeCo
+from lvlm_decode.methods.nullu import Nullu
+from lvlm_decode.methods.vcd import VCD
+from lvlm_decode.methods.vista import VISTA
+from lvlm_decode.methods.vti import VTI
+
+TEXTS = ("ab", "is it a dog?")
+D = 32
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def vectors(*more: int) -> Tensor:
+    drawn = torch.randn(4, D, *more, generator=torch.Generator().manual_seed(3))
+    return torch.linalg.qr(drawn).Q if more else drawn
+
+
+def decoder_layers(model):
+    return model.model.language_model.layers
+
+
+def stepped(inputs, tokens: Tensor, edit=None, layers=range(4), late=None, model=None) -> Tensor:
+    """(steps, N) logits of one row that is fed ``tokens``; ``edit(layer, y)`` changes what MLPs put out.
+
+    Args:
+        late: (first, last, gamma) the window of layer outputs that is mixed in without the final norm.
+    """
+    model = copy.deepcopy(model or tiny("llava").model)
+    states: dict[int, Tensor] = {}
+    for number, layer in enumerate(decoder_layers(model)):
+        if edit is not None and number in layers:
+            layer.mlp.register_forward_hook(lambda m, a, y, number=number: edit(number, y))
+        layer.register_forward_hook(lambda m, a, h, number=number: states.__setitem__(number, h))
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = []
+    with torch.no_grad():
+        for given in [inputs, *({"input_ids": token.view(1, 1)} for token in tokens)]:
+            logits = model(**given, **hf.with_cache(cache)).logits[0, -1]
+            if late is not None:
+                first, last, gamma = late
+                mixed = [model.lm_head(states[i][0, -1]) for i in range(first, last + 1)]
+                logits = (1 - gamma) * logits + gamma * sum(mixed) / len(mixed)
+            out.append(logits)
+    return torch.stack(out)
+
+
+def traced(method, texts=TEXTS, images=1, tokens: int = 5, **more):
+    """(steps, N) scores of the first row of a padded batch, and its tokens."""
+    zoo = tiny("llava")
+    inputs = zoo.inputs(list(texts), images)
+    attach(zoo.model, method, processor=zoo.processor)
+    options = dict(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+    try:
+        out = zoo.model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True, **more)
+    finally:
+        detach(zoo.model)
+    return torch.stack(out.logits)[:, 0], out.sequences[0, inputs["input_ids"].shape[1] :]
+
+
+def assert_stepped(method, plain: bool = False, **how) -> None:
+    logits, tokens = traced(method)
+    inputs = tiny("llava").inputs(TEXTS[:1])
+    torch.testing.assert_close(logits, stepped(inputs, tokens[:-1], **how), atol=3e-5, rtol=1e-4)
+    assert (logits - stepped(inputs, tokens[:-1])).abs().amax(-1).min() > 1e-2
+
+
+# --- the primitive ----------------------------------------------------------------------------------------------------
+
+
+def test_turn_is_the_authors_function():
+    """What the authors' VSV and VTI layers gave on these numbers, in half precision."""
+    x, v = torch.arange(8.0).sin().view(1, 2, 4), torch.arange(4.0).cos()
+    vsv = [0.13867, 0.90820, 0.84277, 0.00253, -0.62109, -1.05176, -0.51514, 0.49487]
+    away = [-0.13293, 0.75342, 0.94678, 0.27002, -0.79639, -0.91162, -0.18848, 0.70801]
+    vti = [0.07172, 0.87939, 0.87842, 0.07001, -0.72803, -0.98584, -0.33765, 0.62109]
+    for steer, want in (
+        (Turn({0: v}, 0.17, boost=True), vsv),
+        (Turn({0: -v}, 0.17, boost=True), away),
+        (Turn({0: v}, 0.09), vti),
+    ):
+        torch.testing.assert_close(steer.edit(0, x).flatten(), torch.tensor(want), atol=1e-3, rtol=1e-3)
+
+
+def test_turn_keeps_lengths_and_ends_at_the_vector():
+    y, v = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0)), vectors()[0]
+    torch.testing.assert_close(Turn({0: v}, 0.4, True).edit(0, y).norm(dim=-1), y.norm(dim=-1))
+    torch.testing.assert_close(Turn({0: 7 * v}, 0.4).edit(0, y), Turn({0: v}, 0.4).edit(0, y))
+    torch.testing.assert_close(unit(Turn({0: v}, 1e6).edit(0, y)), unit(v).expand(2, 3, D), atol=1e-4, rtol=1e-4)
+    assert torch.equal(Turn({0: torch.zeros(D)}, 0.4).edit(0, y), y)
+
+
+def test_add_with_its_gate_is_the_authors_function():
+    """What Revis' hook gave on these numbers: risk 0.03255 and 0.81764 against 0.2."""
+    x, v = torch.arange(8.0).sin().view(1, 2, 4), torch.arange(4.0).cos()
+    out = Add({0: v}, 2.5, gate=-0.2).edit(0, x)
+    assert torch.equal(out[0, 0], x[0, 0])
+    torch.testing.assert_close(out[0, 1], torch.tensor([1.74320, 0.39183, -1.31978, -1.81799]), atol=1e-4, rtol=1e-4)
+    assert torch.equal(Add({0: v}, 2.5, gate=-1.01).edit(0, x), x)
+    torch.testing.assert_close(Add({0: v}, 2.5, gate=1.01).edit(0, x), Add({0: v}, 2.5).edit(0, x))
+
+
+def test_project_twice_is_once_and_knows_no_basis():
+    y, basis = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(0)), vectors(4)[0]
+    once = Project({0: basis}).edit(0, y)
+    torch.testing.assert_close(Project({0: basis}).edit(0, once), once)
+    assert (once @ basis).abs().max() < 1e-5
+    turned = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
+    torch.testing.assert_close(Project({0: basis @ turned}).edit(0, y), once)
+
+
+class Steered(Method):
+    """Steers with what the test says."""
+
+    name = "steered"
+    how: ClassVar[dict] = {}
+
+    def patch(self, run):
+        return steering(run, **self.how)
+
+
+@pytest.mark.parametrize("at", ["mlp", "attention", "layer"])
+@pytest.mark.parametrize("positions", ["all", "choosing"])
+def test_sites_and_positions(at, positions):
+    """Adding a vector to what a part puts out, against a hook of the test's own."""
+    v = vectors()
+    Steered.how = dict(steer=Add(dict(enumerate(v)), 0.5), layers=(1, 3), at=at, positions=positions)
+    logits, tokens = traced(Steered())
+    model = copy.deepcopy(tiny("llava").model)
+
+    def add(number):
+        def hook(module, args, output):
+            states = (output if isinstance(output, Tensor) else output[0]).clone()
+            states[:, slice(None) if positions == "all" else slice(-1, None)] += 0.5 * v[number]
+            return states if isinstance(output, Tensor) else (states, *output[1:])
+
+        return hook
+
+    for number in (1, 3):
+        layer = decoder_layers(model)[number]
+        {"mlp": layer.mlp, "attention": layer.self_attn, "layer": layer}[at].register_forward_hook(add(number))
+    inputs = tiny("llava").inputs(TEXTS[:1])
+    torch.testing.assert_close(logits, stepped(inputs, tokens[:-1], model=model), atol=3e-5, rtol=1e-4)
+    assert (logits - stepped(inputs, tokens[:-1])).abs().amax(-1).min() > 1e-2
+
+
+def test_other_views_and_other_calls_stay_as_they_are():
+    """VCD's negative under Nullu is VCD's negative; the model's own calls in between are untouched."""
+    zoo = tiny("llava")
+    inputs = zoo.inputs(list(TEXTS))
+    tokens = torch.tensor([[5, 9], [7, 4]])
+    seen = {}
+    for name, method in (("alone", VCD()), ("both", VCD() + Nullu(vectors=vectors(4)))):
+        run = Run(zoo.model, method, inputs, seed=0)
+        with torch.no_grad(), run.method.patch(run):
+            lanes = run.open()
+            lanes.prefill()
+            lanes.extend(tokens)
+            seen[name, "plain"] = zoo.model(**inputs).logits
+        seen[name] = lanes.last_step.logits
+    assert torch.equal(seen["alone"][1], seen["both"][1])
+    assert (seen["alone"][0] - seen["both"][0]).abs().max() > 1e-2
+    assert torch.equal(seen["alone", "plain"], seen["both", "plain"])
+
+
+# --- VISTA ------------------------------------------------------------------------------------------------------------
+
+
+def literal_vectors(text: str, code: bool) -> Tensor:
+    """(L, D) states of the last prompt token with the image minus those without, from two plain forwards."""
+    model = copy.deepcopy(tiny("llava").model)
+    states: list[Tensor] = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(lambda m, a, h: states.append(h[0, -1]))
+    inputs = tiny("llava").inputs((text,))
+    words = inputs["input_ids"][:, inputs["input_ids"][0] != IMAGE]
+    with torch.no_grad():
+        model(**inputs)
+        model(input_ids=words)
+    out = torch.stack(states[:4]) - torch.stack(states[4:])
+    if code:
+        out[0, 0] += 1
+    return out
+
+
+@pytest.mark.parametrize("first_coordinate", ["code", "none"])
+def test_vista(first_coordinate):
+    v = literal_vectors(TEXTS[0], first_coordinate == "code")
+
+    def edit(layer, y):
+        s = 0.3 * (1 + (unit(y) * -unit(v[layer])).sum(-1, keepdim=True).clamp(min=0))
+        return y.norm(dim=-1, keepdim=True) * unit(unit(y) + s * unit(v[layer]))
+
+    method = VISTA(strength=0.3, gamma=0.4, window=(1, 2), first_coordinate=first_coordinate)
+    assert_stepped(method, edit=edit, late=(1, 2, 0.4))
+
+
+def test_vista_steers_the_layers_that_are_asked_for():
+    v = literal_vectors(TEXTS[0], False)
+
+    def edit(layer, y):
+        s = 0.3 * (1 + (unit(y) * -unit(v[layer])).sum(-1, keepdim=True).clamp(min=0))
+        return y.norm(dim=-1, keepdim=True) * unit(unit(y) + s * unit(v[layer]))
+
+    method = VISTA(strength=0.3, gamma=0.0, layers=(1, 2), first_coordinate="none")
+    assert_stepped(method, edit=edit, layers=(1, 2))
+
+
+def test_vista_window_follows_the_depth_and_keeps_off_the_last_layer():
+    config = copy.deepcopy(tiny("llava").model)
+    config.config.get_text_config().num_hidden_layers = 32
+    assert VISTA().probes(config).hidden == tuple(range(26, 32))
+    assert VISTA(gamma=0.0).probes(config).hidden == ()
+    with pytest.raises(UnsupportedError, match="reaches the last layer"):
+        VISTA(window=(25, 31)).probes(config)
+
+
+def test_vista_leaves_a_row_without_image_alone():
+    logits, tokens = traced(VISTA(strength=0.5, gamma=0.0), images=[0, 1])
+    plain, same = traced(VISTA(strength=0.0, gamma=0.0), images=[0, 1])
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(logits, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_last_states_are_before_the_final_norm():
+    zoo = tiny("llava")
+    run = Run(zoo.model, VISTA(), zoo.inputs(list(TEXTS)), seed=0)
+    states = last_states(run, [run.samples[0]])[:, 0]
+    with torch.no_grad():
+        normed = zoo.model.model.language_model.norm(states[-1])
+        hidden = zoo.model(**zoo.inputs(list(TEXTS)), output_hidden_states=True).hidden_states
+    torch.testing.assert_close(normed, hidden[-1][:, -1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(states[0], hidden[1][:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sum_hands_each_method_the_layers_it_asked_for():
+    """DeCo beside VISTA chooses among its own layers, not among VISTA's too."""
+    zoo = tiny("llava")
+    deco, vista = DeCo(layers=(1,)), VISTA(strength=0.0, gamma=0.5, window=(1, 2))
+    scores = []
+    for method in (deco, vista, deco + vista):
+        run = Run(zoo.model, method, zoo.inputs(list(TEXTS)), seed=0)
+        with torch.no_grad():
+            lanes = run.open()
+            lanes.prefill()
+        scores.append((run.method.combine(lanes.last_step), lanes.last_step.logits[0]))
+    (first, plain), (second, _), (both, _) = scores
+    torch.testing.assert_close(both, first + second - plain, atol=1e-4, rtol=1e-4)
+
+
+# --- VTI and Nullu ----------------------------------------------------------------------------------------------------
+
+
+def test_vti():
+    d = vectors()
+
+    def edit(layer, y):
+        return y.norm(dim=-1, keepdim=True) * unit(unit(y) + 0.1 * 3.0 * unit(d[layer]))
+
+    assert_stepped(VTI(vectors=d, text=3.0), edit=edit)
+
+
+def test_nullu_is_the_edited_weights():
+    """The authors write W <- (I - V V^T) W into the MLP's last product."""
+    bases = vectors(6)
+    logits, tokens = traced(Nullu(vectors=bases, rank=3))
+    model = copy.deepcopy(tiny("llava").model)
+    with torch.no_grad():
+        for number in (2, 3):
+            v, weight = bases[number, :, :3], decoder_layers(model)[number].mlp.down_proj.weight
+            weight.copy_((torch.eye(D) - v @ v.T) @ weight)
+    inputs = tiny("llava").inputs(TEXTS[:1])
+    torch.testing.assert_close(logits, stepped(inputs, tokens[:-1], model=model), atol=3e-5, rtol=1e-4)
+    assert (logits - stepped(inputs, tokens[:-1])).abs().amax(-1).min() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "words"),
+    [
+        (lambda: VTI(), ParameterError, "vectors"),
+        (lambda: VTI(vectors=vectors()[:3]), ParameterError, r"are \(3, 32\), and this model needs \(4, 32\)"),
+        (lambda: Nullu(vectors=vectors()), ParameterError, "and a number of directions"),
+        (lambda: Nullu(vectors=vectors(2), rank=3), UnsupportedError, "have 2 directions"),
+        (lambda: VTI(vectors="nowhere.safetensors"), InputError, "nowhere.safetensors cannot be read"),
+    ],
+)
+def test_vectors_that_do_not_fit(method, error, words):
+    with pytest.raises(error, match=words):
+        traced(method())
+
+
+def test_steers_do_not_add_to_each_other():
+    with pytest.raises(UnsupportedError, match="both own the hidden states of view 0"):
+        VISTA() + VTI(vectors=vectors())
+
+
+# --- weights that differ from sample to sample ------------------------------------------------------------------------
+
+
+class PerSample(Contrast):
+    """Subtracts the prompt without image from long prompts, and adds it to short ones."""
+
+    name = "per_sample"
+
+    def views(self, sample, rng):
+        return [sample.without_image(weight=-0.7 if len(sample.input_ids) > 25 else 1.5)]
+
+
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_a_views_weight_may_differ_from_sample_to_sample(more):
+    both, _ = traced(PerSample(), tokens=4)
+    assert len(tiny("llava").inputs(TEXTS[:1])["input_ids"][0]) <= 25
+    for texts in (TEXTS, TEXTS[::-1]):
+        _, batched = traced(PerSample(), texts, tokens=4, **more)
+        _, alone = traced(PerSample(), texts[:1], tokens=4, **more)
+        assert torch.equal(batched, alone)
+    one, _ = traced(PerSample(), TEXTS[:1], tokens=4)
+    torch.testing.assert_close(both, one, atol=3e-5, rtol=1e-4)
