@@ -29,6 +29,7 @@ COSTS = {
     "prompts": "a forward of the prompt with the image and without, before decoding",
     "feature": "a row in every forward",
     "layers": "language-head projections of some hidden layers",
+    "states": "a change of the hidden states of some layers",
     "attention": "attention rows of some layers",
     "forward": "a forward of its own per step",
     "search": "a search of its own",

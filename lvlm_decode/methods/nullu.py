@@ -39,6 +39,7 @@ class Nullu(Method):
     paper: ClassVar[str] = "Nullu (Yang et al., CVPR 2025)"
     arxiv: ClassVar[str] = "2412.13817"
     aliases: ClassVar[dict[str, str]] = {"top_k_ranks": "rank"}
+    costs: ClassVar[tuple[str, ...]] = ("states",)
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes hidden states, which a processor cannot."}
     off: ClassVar[dict[str, Any] | None] = {"rank": 0}
     owns: ClassVar[str | None] = "the hidden states of view 0"

@@ -77,14 +77,16 @@ class _Damp(Edit):
         images = to_layer(image_slots(lane, self.run.family.image_token_id)[rows], lane, key.shape[2])
         own, keys = query[rows][:, :, queries], key[rows]
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
+        # A sliding layer may have left the image behind: then no head is told from another by it.
+        shown = images[:, None] & seen[:, 0]
         if self.method.rank == "scores":
-            looks = _summed(own, keys, images[:, None] & seen[:, 0])
+            looks = _summed(own, keys, shown)
         else:
             looks = (probabilities(own, keys, seen, scaling) * images[:, None, None]).sum(-1)
         heads = looks.shape[1]
         keep = max(int(self.method.share * heads), 1)
         order = looks.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        damped = (order >= keep) & images.any(-1)[:, None, None]
+        damped = (order >= keep) & shown.any(-1)[:, None]
         out = out.clone()
         factor = torch.where(damped, self.method.damp, 1.0).transpose(1, 2)[..., None]
         out[rows, queries] *= factor.to(out.dtype)

@@ -45,7 +45,7 @@ class VISTA(Method):
     paper: ClassVar[str] = "The Hidden Life of Tokens (Li et al., ICML 2025)"
     arxiv: ClassVar[str] = "2502.03628"
     aliases: ClassVar[dict[str, str]] = {"vsv_lambda": "strength", "logits_alpha": "gamma", "logits_layers": "window"}
-    costs: ClassVar[tuple[str, ...]] = ("prompts", "layers")
+    costs: ClassVar[tuple[str, ...]] = ("prompts", "states", "layers")
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes hidden states, which a processor cannot."}
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "gamma": 0.0}
     owns: ClassVar[str | None] = "the hidden states of view 0"

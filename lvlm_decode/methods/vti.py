@@ -37,6 +37,7 @@ class VTI(Method):
     paper: ClassVar[str] = "Latent Space Steering (Liu et al., ICLR 2025)"
     arxiv: ClassVar[str] = "2410.15778"
     aliases: ClassVar[dict[str, str]] = {"alpha_text": "text"}
+    costs: ClassVar[tuple[str, ...]] = ("states",)
     refuses: ClassVar[dict[str, str]] = {"processor": "it changes hidden states, which a processor cannot."}
     off: ClassVar[dict[str, Any] | None] = {"text": 0.0}
     owns: ClassVar[str | None] = "the hidden states of view 0"
