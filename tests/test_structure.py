@@ -12,6 +12,7 @@ FLOORS = [
     "errors",
     "parameters",
     "plugins",
+    "weights",
     "engine.hf",
     "engine.hooks",
     "families",
