@@ -51,7 +51,7 @@ def verify_command(
     what: Annotated[list[str] | None, typer.Argument(help="Data sets, or any files; default: all data sets.")] = None,
     to: Folder = None,
 ) -> None:
-    """Compare files with their pinned checksums; a file given by its path is told by its content.
+    """Compare files with their pinned checksums; a file given by its path is recognised by its content.
 
     Exit status 1 when a file is other than pinned, or when none is there.
     """

@@ -180,7 +180,7 @@ def attach(
         drafter: proposes tokens that the stacked forward verifies; a name or a drafter.
         execution: "stacked" or "sequential"; see :class:`~lvlm_decode.engine.run.Run`.
         family: the adapter of a model family that is not registered.
-        recorder: is told what happens while the model decodes; :func:`lvlm_decode.explain` listens with one.
+        recorder: receives what happens while the model decodes; :func:`lvlm_decode.explain` uses one.
 
     Raises:
         UnsupportedError: the model's family or a combination that cannot be honoured, or a model attached already.

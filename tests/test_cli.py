@@ -149,7 +149,7 @@ def test_help_of_every_command_fits_80_columns_and_shows_examples(name):
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
     assert f"  lvlm-decode {name}" in text.partition("Examples:")[2]
     for option in commands()[name].params:
-        assert option.help, f"{name}: {option.name} has no help"
+        assert option.help and option.help.rstrip().endswith("."), (name, option.name, option.help)
         assert option.help[0].isupper() or option.help.split()[0].rstrip(",:.") in LOWER, (name, option.help)
 
 

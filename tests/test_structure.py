@@ -10,6 +10,7 @@ PACKAGES = {"lvlm_decode": ROOT / "lvlm_decode", "lvlm_decode_evals": ROOT / "ev
 #: Rooms from the ground up; a file imports from its own room and from those before it.
 FLOORS = [
     "errors",
+    "weights",
     "parameters",
     "plugins",
     "weights",

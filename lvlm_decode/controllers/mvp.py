@@ -161,7 +161,7 @@ def _draw_captions(
     warpers = [TemperatureLogitsWarper(method.caption_temperature), TopPLogitsWarper(method.caption_top_p)]
 
     def choose(logits: Tensor, live: list[int], position: int) -> list[int]:
-        # A caption is words; a placeholder among them would want features.
+        # An image placeholder in the caption would need image features, so it is dropped.
         logits = logits.clone()
         logits[:, run.family.image_token_id] = float("-inf")
         for warper in warpers:

@@ -68,8 +68,9 @@ _FORMS: dict[str, dict[str, Any]] = {
 class OPERA(Controller):
     """Beam search that penalises tokens which lean on an earlier token, and goes back when it repeats.
 
-    Candidates are the likeliest tokens of the model itself, before the caller's processors; these see the log-probabilities
-    among candidates, as in the authors' code, so a processor that bans all candidates of a beam leaves tokens at ``fill``.
+    The candidates are the most probable tokens of the model itself, before the caller's processors. The processors then get
+    the log-probabilities among the candidates, as in the authors' code, so a processor that bans all candidates of a beam
+    leaves tokens at ``fill``.
 
     A streamer is refused under ``attach``. ``generate(custom_generate=OPERA(), streamer=...)`` cannot refuse it:
     transformers gives it the prompt and does not pass it on, so it never sees the answer.
@@ -375,7 +376,7 @@ class Search:
                 all it sees.
 
         Returns:
-            (beams, t') the tokens to go back to, whose logits :meth:`rewound` then wants; ``None`` to go on.
+            (beams, t') the tokens to go back to, whose logits :meth:`rewound` then needs; ``None`` to go on.
         """
         method, state, t = self.method, self.state, self.length
         self._weights = weights = (method.scale_factor * response).to(state.products.dtype)
@@ -627,7 +628,7 @@ class Model:
 
     def look(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run candidates (B, beams, C); attention to the image (B, beams, C), and per sample to the response
-        (beams, C, t + 1), as :meth:`Search.judge` wants them."""
+        (beams, C, t + 1), as :meth:`Search.judge` takes them."""
         c = tokens.shape[-1]
         self.recorder.on = True
         self.rows.look(tokens.flatten(0, 1))

@@ -206,7 +206,7 @@ def describe(run: Run, samples: list[Any], method: VDGD, ends: Sequence[int]) ->
         said, before = logits.log_softmax(-1), grounds[live]
         grounds[live] = torch.maximum(before, said) if method.reduction == "min" else before + said
         steps[live] += 1
-        # A description is words; a placeholder among them would want features.
+        # An image placeholder in the description would need image features, so it is dropped.
         words = logits.clone()
         words[:, run.family.image_token_id] = float("-inf")
         return words.argmax(-1).tolist()

@@ -273,7 +273,7 @@ class Batch:
         for ids in out[:, text["input_ids"].shape[1] :]:
             stop = next((i for i, token in enumerate(ids.tolist()) if token in ends), len(ids))
             ids = ids[:stop]
-            # Words only: a placeholder among them would want features.
+            # An image placeholder among the words would need image features, so it is dropped.
             answers.append(ids[self.family.drop_image(ids)])
         return answers
 

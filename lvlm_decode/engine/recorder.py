@@ -1,4 +1,4 @@
-"""What a run tells whoever wants to see it decode; :func:`lvlm_decode.explain` listens with it.
+"""Reports what happens while a run decodes; :func:`lvlm_decode.explain` records it.
 
 A run without a recorder, the usual case, tests for ``None`` and does nothing else.
 """
@@ -14,7 +14,7 @@ from ..method import Method, Step
 
 
 class Recorder:
-    """Is told what happens while a run decodes; every method here does nothing, so that a subclass takes what it wants."""
+    """Receives what happens while a run decodes; every method here does nothing, and a subclass overrides what it needs."""
 
     def step(self, method: Method, step: Step, scores: Tensor) -> None:
         """A forward ended: its step, and the scores (B, T, N) that the method made of it."""

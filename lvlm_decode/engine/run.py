@@ -63,7 +63,7 @@ class Run:
         family: the model's adapter, where it is known already.
         features: the images, where the caller encoded them.
         memory: what methods may keep between the calls of one attached model.
-        recorder: is told what happens while the run decodes.
+        recorder: receives what happens while the run decodes.
     """
 
     def __init__(

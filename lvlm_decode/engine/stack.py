@@ -183,7 +183,7 @@ class Lanes:
         weights: signed weight of each extra view; see :class:`Step`.
         probes: hidden layers to hand to ``combine``.
         project: see :class:`Step`.
-        recorder: is told of every step.
+        recorder: receives every step.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
     D = 1/2 * sum_k log2(|p_v - p_d|_k ** eta + 1) * (p_v + p_d)_k         in [0, 1]
     scores = (2 - D) * l(image) - (1 - D) * l(description in place of the image),   kept: p_v >= D * max p_v
 
-The description is the model's own, greedy, of the sample's image, written once for all samples of a call that show it;
-the next call writes it anew. Like branches (D
-near 0) are contrasted strongly under a loose mask, unlike ones hardly and nearly greedily. eta 0.7 is the default of
+The model describes the sample's image itself, greedily, once for all samples of a call that show it; the next call writes
+the description again. Where the two branches agree (D near 0) they are contrasted strongly under a loose mask; where they
+differ (D near 1) hardly at all, and the mask leaves little more than the greedy token. eta 0.7 is the default of
 the authors' command line (their function's is 0.2); their ``cd_beta`` is unused there and does not exist here. eta = 0
 makes D = 1: greedy decoding of the plain model.
 """

@@ -1,11 +1,11 @@
-"""Uncertainty-aware Selective Contrastive Decoding (arXiv 2409.05923), with the image as what the lame prompt lacks.
+"""Uncertainty-aware Selective Contrastive Decoding (arXiv 2409.05923), applied to images.
 
     scores = l(image) - alpha * l(no image)     where the next token is uncertain,    l(image) elsewhere
 
-Written for code generation, where the lame prompt is the prompt without its examples. What carries over to an LVLM is
-the gate: contrast only where the model is unsure. The lame prompt here is the prompt without its image. A token counts
-as uncertain when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
-certain one. A row without an image is its own lame prompt and scores (1 - alpha) * l where it is uncertain. No code was
+The paper is about code generation, and its "lame prompt" is the prompt without its examples. Here it is the prompt without
+its image. What carries over to an LVLM is the gate: contrast only where the model is uncertain. A token counts as uncertain
+when the standard deviation of its distribution over the vocabulary is below ``threshold`` times that of a
+certain one. A row without an image is its own lame prompt, and scores (1 - alpha) * l where it is uncertain. No code was
 released; alpha, beta and threshold are not the paper's.
 """
 
@@ -53,8 +53,8 @@ class USCD(Method):
         return [sample.without_image()]
 
     def combine(self, step: Step) -> Tensor:
-        main, lame = step.logits
+        main, blind = step.logits
         certain = torch.zeros(main.shape[-1], device=main.device)
         certain[0] = 1.0
         unsure = main.softmax(-1).std(-1, keepdim=True) < self.threshold * certain.std()
-        return torch.where(unsure, main - self.alpha * lame, main)
+        return torch.where(unsure, main - self.alpha * blind, main)

@@ -80,7 +80,7 @@ class Measured:
 
 @contextmanager
 def ready(model: torch.nn.Module, processor: Any, arm: Arm):
-    """The model as the arm wants it, for the length of the block."""
+    """Prepare the model as the arm needs it, for the length of the block."""
     if arm.method is None:
         yield model
         return

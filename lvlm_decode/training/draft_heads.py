@@ -297,7 +297,7 @@ class Target:
         if pictures:
             inputs.update(self.family.cat_vision(pictures))
             if (index := inputs.pop("picture", None)) is not None:
-                # The engine encodes a picture once for all its views; a forward wants one per row.
+                # The engine encodes a picture once for all its views; a forward needs one per row.
                 inputs["pixel_values"] = inputs["pixel_values"][index]
         if "mm_token_type_ids" in self.family.token_keys and any(k.endswith("grid_thw") for k in inputs):
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.family.image_token_id).long()

@@ -220,7 +220,7 @@ def run(forward: Callable[..., Any], kwargs: dict[str, Any], cache: Any, keep: i
 
 
 def kept_of(kwargs: dict[str, Any]) -> int:
-    """How many of the last positions a loop wants logits of; 0 is all of them."""
+    """The number of last positions that a loop needs logits of; 0 is all of them."""
     return kwargs.get("logits_to_keep") or 0
 
 

@@ -13,7 +13,7 @@ FLOOR = TESTED[0]
 #: The next minor release after the newest tested one; the metadata stop below it.
 CEILING = f"{Version(TESTED[-1]).major}.{Version(TESTED[-1]).minor + 1}"
 TORCH_FLOOR = "2.11"
-#: What pip is told where another version is installed.
+#: What pip is asked to install where another version is installed.
 RANGE = f"transformers>={FLOOR},<{CEILING}"
 
 #: Model types that a release of transformers itself breaks: minor release -> model type -> what happens there.

@@ -264,7 +264,7 @@ class _HeadSession(Session):
             tokens.append(token)
             if self._log_stop is not None:
                 cumulative = cumulative + F.log_softmax(scores, -1).gather(-1, chosen)
-                # Asked this way round, so that a vocabulary of which processors leave nothing (NaN) stops too.
+                # `not any(>=)` rather than `all(<)`: it is also true for NaN, where processors leave no token.
                 if not bool((cumulative >= self._log_stop).any()):
                     # This token is drafted already and costs one row; what would follow it is not drafted.
                     break
@@ -286,12 +286,12 @@ class _HeadSession(Session):
         self._reserve(depth * k)
         scores, coupled = (x[:, -1] for x in self._scores(self.guess, 0))
         values, chosen = F.log_softmax(coupled, -1).topk(k, -1)  # (B, k)
-        # Of the frontier's paths, before the noise; only the confidence stop asks for them.
+        # Log-probabilities of the frontier's paths, before the noise; only the confidence stop reads them.
         sure = None if self._log_stop is None else F.log_softmax(scores, -1).gather(-1, chosen)
         tokens = runner.token_ids(chosen)
         pool_tokens, pool_values = [tokens], [values]
         pool_parents = [torch.full_like(tokens, -1)]
-        # Of the frontier: its place in the pool, and which drafted slots each row sees, itself last.
+        # For each row of the frontier: its place in the pool, and the drafted slots it sees, its own last.
         place = torch.arange(k, device=tokens.device).expand(samples, k)
         guess = self.guess.expand(-1, k, -1)
         seen = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(samples, k, k)
