@@ -11,6 +11,7 @@ from zoo import IMAGE, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine import hf
+from lvlm_decode.engine import vectors as store
 from lvlm_decode.engine.run import Run
 from lvlm_decode.engine.steer import Add, Project, Turn, last_states, steering
 from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
@@ -20,6 +21,7 @@ from lvlm_decode.methods.nullu import Nullu
 from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.methods.vista import VISTA
 from lvlm_decode.methods.vti import VTI
+from lvlm_decode.training import vectors as calibration
 
 TEXTS = ("ab", "is it a dog?")
 D = 32
@@ -334,3 +336,54 @@ def test_a_views_weight_may_differ_from_sample_to_sample(more):
         assert torch.equal(batched, alone)
     one, _ = traced(PerSample(), TEXTS[:1], tokens=4)
     torch.testing.assert_close(both, one, atol=3e-5, rtol=1e-4)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def test_directions_are_those_of_the_formulas():
+    """A known mean and a known spread are found again; the signs follow the largest score."""
+    g = torch.Generator().manual_seed(0)
+    mean, spread = torch.randn(3, 5, generator=g), unit(torch.randn(15, generator=g)).view(3, 5)
+    scores = torch.tensor([3.0, -1.0, -1.0, -1.0])
+    found = calibration.vti(mean + scores[:, None, None] * spread)
+    torch.testing.assert_close(found, mean + spread, atol=1e-5, rtol=1e-5)
+    bases = calibration.nullu(scores[:, None, None] * spread + mean, 2)
+    assert bases.shape == (3, 5, 2)
+    for layer in range(3):
+        inside = torch.stack([mean[layer], spread[layer]])
+        torch.testing.assert_close(inside @ bases[layer] @ bases[layer].T, inside, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="2 pairs have no 3 directions"):
+        calibration.nullu(torch.randn(2, 3, 5), 3)
+
+
+def test_a_file_knows_its_method_and_its_model(tmp_path):
+    model = tiny("llava").model
+    path = tmp_path / "v.safetensors"
+    store.save(path, "vti", vectors(), model, {"model": "tiny"})
+    _, tokens = traced(VTI(vectors=str(path), text=3.0))
+    assert torch.equal(tokens, traced(VTI(vectors=vectors(), text=3.0))[1])
+    with pytest.raises(ParameterError, match="holds vectors of vti"):
+        traced(Nullu(vectors=path))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    store.save(path, "vti", vectors(), other, {"model": "another"})
+    with pytest.raises(ParameterError, match="made for another model"):
+        traced(VTI(vectors=path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "pairs.jsonl:1 is no JSON object"),
+        ('{"image": "a.png", "question": "q", "truthful": "t"}', "pairs.jsonl:1 has no text in 'hallucinated'"),
+        ('{"image": "a", "question": "q", "truthful": "t", "hallucinated": "h"}', "the image a cannot be read"),
+        ("", "has 0 pairs"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, text, words):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        calibration.file_pairs(path)

@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -78,6 +78,38 @@ def negatives(
     train.train_amateur(loaded.model, loaded.processor, drawn, **settings)
     loaded.model.save_pretrained(output / "amateur")
     typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
+
+
+@app.command("vector")
+@one_sentence
+def vector(
+    kind: Annotated[Literal["vti", "nullu"], typer.Option(help="The method the vectors are for.")],
+    model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder or a hub id.")] = "tiny",
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON lines: image, question, truthful, hallucinated; scenes without it.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=2, help="Pairs of captions of rendered scenes.")] = 50,
+    rank: Annotated[int, typer.Option(min=1, help="Directions a layer, of nullu.")] = 8,
+    output: Annotated[Path, typer.Option(help="The file of vectors, in safetensors form.")] = Path(
+        "vectors.safetensors"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+) -> None:
+    """Vectors that VTI or Nullu steer with, from right and hallucinated captions of the same pictures."""
+    from lvlm_decode_evals.runner import load
+
+    from ..engine.vectors import save
+    from ..families import family_of
+    from . import vectors as train
+
+    drawn = train.scene_pairs(scenes, seed) if pairs is None else train.file_pairs(pairs)
+    loaded = load(model)
+    found = train.directions(loaded.model, loaded.processor, drawn, kind, rank)
+    source = f"scenes, seed {seed}" if pairs is None else pairs.name
+    about = {"model": model, "pairs": len(drawn), "source": source}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save(output, kind, found, family_of(loaded.model).decoding_module(loaded.model), about)
+    typer.echo(f"{output}: {kind} vectors {tuple(found.shape)} from {len(drawn)} pairs")
 
 
 app.command("draft-head")(draft_head)

@@ -1,0 +1,117 @@
+"""What VTI and Nullu steer with: directions between right and hallucinated captions of the same pictures.
+
+VTI (arXiv 2410.15778): mean of the differences at the caption's last token, plus their first principal component. Nullu (arXiv
+2412.13817): the first right singular vectors of half the differences, each the mean over all positions of prompt and caption.
+As in the authors' code the last layer is read after the final norm. VTI's component is computed over the decoder layers; the
+authors' has the embeddings in it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..engine.hf import decoder
+from ..engine.hooks import hooked
+from ..errors import InputError
+from ..families import family_of
+from .negatives import Triple, batches, scene_triples
+
+FIELDS = ("image", "question", "truthful", "hallucinated")
+
+
+def scene_pairs(count: int, seed: int = 0) -> list[Triple]:
+    """``count`` pairs of captions of rendered scenes, of which the second names an absent object."""
+    return list(scene_triples(3 * count, seed))[::3]
+
+
+def file_pairs(path: Path) -> list[Triple]:
+    """The pairs of a JSON lines file with the fields image, question, truthful and hallucinated.
+
+    Args:
+        path: images are looked up from the folder it is in.
+
+    Raises:
+        InputError: names the line that is not such a pair, or the image that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; give a JSON lines file of pairs.") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number} is no JSON object: {error}.") from error
+        bad = [name for name in FIELDS if not isinstance(record, dict) or not isinstance(record.get(name), str)]
+        if bad:
+            raise InputError(f"{path}:{number} has no text in {bad[0]!r}; each line needs {', '.join(FIELDS)}.")
+        try:
+            image = Image.open(path.parent / record["image"]).convert("RGB")
+        except OSError as error:
+            raise InputError(f"{path}:{number}: the image {record['image']} cannot be read: {error}.") from error
+        pairs.append(Triple(image, record["question"], record["truthful"], record["hallucinated"]))
+    if len(pairs) < 2:
+        raise InputError(f"{path} has {len(pairs)} pairs; a direction needs at least 2.")
+    return pairs
+
+
+def states(model: Any, processor: Any, pair: Triple, which: str) -> Tensor:
+    """(L, T, D) float32 states of prompt and answer, the end token included; the last layer's after the final norm."""
+    module = family_of(model).decoding_module(model)
+    layers = decoder.parts(module, "layer")
+    found: dict[Any, Tensor] = {}
+
+    def keep(part: Any, args: Any, kwargs: Any, output: Any) -> None:
+        found[part] = decoder.states_of(output)[0].float()
+
+    (row,) = batches(processor, [pair], which, 1, 1, 0)
+    row.pop("labels")
+    whole = decoder.decoder_of(module)
+    with torch.no_grad(), hooked(after=dict.fromkeys([*layers, whole], keep)):
+        model(**{key: value.to(model.device) for key, value in row.items()})
+    return torch.stack([*(found[layer] for layer in layers[:-1]), found[whole]])
+
+
+def directions(model: Any, processor: Any, pairs: Sequence[Triple], kind: str, rank: int) -> Tensor:
+    """The vectors of one method: (L, D) for ``kind`` "vti", (L, D, rank) for "nullu"."""
+
+    def read(pair: Triple, which: str) -> Tensor:
+        seen = states(model, processor, pair, which)
+        # The end token comes after the caption's last one.
+        return seen[:, -2] if kind == "vti" else seen.mean(1)
+
+    differences = torch.stack(
+        [read(pair, "chosen") - read(pair, "rejected") for pair in tqdm(pairs, desc="pairs", mininterval=1.0)]
+    )
+    return vti(differences) if kind == "vti" else nullu(differences, rank)
+
+
+def vti(differences: Tensor) -> Tensor:
+    """(L, D) mean plus first principal component, of norm 1 over all layers, of differences (n, L, D)."""
+    mean = differences.mean(0)
+    left, _, right = torch.linalg.svd((differences - mean).flatten(1), full_matrices=False)
+    sign = left[left[:, 0].abs().argmax(), 0].sign()
+    return mean + sign * right[0].view_as(mean)
+
+
+def nullu(differences: Tensor, rank: int) -> Tensor:
+    """(L, D, rank) first right singular vectors of each layer's differences (n, L, D) / 2.
+
+    Raises:
+        InputError: fewer pairs than directions.
+    """
+    if len(differences) < rank:
+        raise InputError(f"{len(differences)} pairs have no {rank} directions; give more pairs or a smaller --rank.")
+    right = torch.linalg.svd(differences.transpose(0, 1) / 2, full_matrices=False).Vh
+    return right[:, :rank].transpose(1, 2)
