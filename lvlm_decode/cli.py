@@ -1,4 +1,5 @@
-"""``lvlm-decode``: demo, methods, models, doctor, generate, explain, eval, score, table, reproduce, data, bench, train.
+"""``lvlm-decode``: demo, methods, models, doctor, generate, explain, export-hub, eval, score, table, reproduce, data, bench,
+train.
 
 Imports no torch before a command needs it: ``--help`` and ``score`` answer at once.
 """
@@ -285,6 +286,20 @@ def explain(
     if not told.changed:
         typer.echo("  No token differs from what plain decoding takes after the same words.")
     typer.echo(f"wrote {told.save(page)}", err=True)
+
+
+@app.command("export-hub")
+@one_sentence
+def export_hub(
+    method: Annotated[str, typer.Argument(help="A method: vcd, vcd+ritual, vcd(alpha=0.5).")],
+    folder: Annotated[Path, typer.Argument(help="The folder that is written.")],
+) -> None:
+    """Write a repository that generate(custom_generate=FOLDER, trust_remote_code=True) runs: code, card, settings."""
+    from .hub import export
+    from .methods import parse
+
+    export(parse(method), folder)
+    typer.echo(f"wrote {folder}", err=True)
 
 
 def show(answers: dict[str, str], scene: Any) -> None:

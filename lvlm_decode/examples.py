@@ -14,6 +14,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lvlm-decode generate photo.jpg --model llava-hf/llava-1.5-7b-hf",
     ),
     "explain": ("lvlm-decode explain scene:12 --method vcd --page why.html",),
+    "export-hub": ("lvlm-decode export-hub 'vcd(alpha=0.5)' my-vcd",),
     "eval": (
         "lvlm-decode eval pope --method vcd --limit 100 --out runs",
         "lvlm-decode eval chair --protocol opera-64 --method vcd --out opera",

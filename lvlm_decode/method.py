@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -175,6 +176,20 @@ class Method(Checked):
     off: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": None}
     #: Two methods that own the same rule cannot be added up.
     owns: ClassVar[str | None] = None
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write these settings into ``generation_config.json`` of ``folder``; what else stands there is kept."""
+        importlib.import_module(".hub", __package__).save_pretrained(self, folder)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> Method:
+        """The method, of whatever class, that :meth:`save_pretrained` wrote into ``folder``.
+
+        Raises:
+            MissingFileError: no method stands there.
+            FileFormatError: a file that cannot be read, an unknown method or parameter.
+        """
+        return importlib.import_module(".hub", __package__).from_pretrained(folder)
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         """The extra views of one sample; the same number for every sample. ``rng`` (CPU) belongs to the sample."""
