@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from .engine import hf
 from .engine.modes import check_modes, check_needs
@@ -71,15 +70,9 @@ class Attached:
 
     def __call__(
         self,
-        inputs: Tensor | None = None,
-        generation_config: Any = None,
-        *,
+        *args: Any,
         seed: int | None = None,
         sample_ids: Sequence[Hashable] | None = None,
-        custom_generate: Any = None,
-        streamer: Any = None,
-        assistant_model: Any = None,
-        synced_gpus: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """``generate()`` of the mitigated model.
@@ -96,16 +89,21 @@ class Attached:
             UnsupportedError: a mode the method cannot honour.
             InputError: images and prompts that do not belong together.
         """
-        if custom_generate is not None:
+        kwargs = {**hf.named(args), **kwargs}
+        streamer, assistant_model = kwargs.pop("streamer", None), kwargs.pop("assistant_model", None)
+        synced_gpus = kwargs.pop("synced_gpus", None)
+        if kwargs.pop("custom_generate", None) is not None:
             raise UnsupportedError(
                 f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
             )
         hf.check_empty(kwargs.values())
-        if inputs is not None:
+        if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
         family = self.family
+        if self._setting(family, kwargs, "token_healing"):
+            raise UnsupportedError(
+                "token_healing changes the end of the prompt after its views are made; leave it out, or heal the prompt before."
+            )
         hf.check_inputs(kwargs, family.input_keys, family.config.model_type)
         text = {
             key: kwargs.pop(key)
@@ -142,21 +140,21 @@ class Attached:
 
         return hf.generate(run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs)
 
-    def _rows_per_sample(self, family: Family, kwargs: dict[str, Any]) -> int:
-        """How many rows of the loop each sample takes, from the call and the configurations it falls back on."""
-
+    def _setting(self, family: Family, kwargs: dict[str, Any], name: str) -> Any:
+        """A setting of the call, or what the configurations it falls back on say; ``None`` where nobody says anything."""
         # A language model inside the LVLM whose loop decodes falls back on its own configuration.
         own = family.decoding_module(self.model).generation_config
+        values = [kwargs.get(name), getattr(kwargs.get("generation_config"), name, None), getattr(own, name, None)]
+        return next((value for value in values if value is not None), None)
 
-        def setting(name: str) -> int:
-            config = kwargs.get("generation_config")
-            values = [kwargs.get(name), getattr(config, name, None), getattr(own, name, None)]
-            return next((int(v) for v in values if v is not None), 1)
-
-        returns = setting("num_return_sequences")
+    def _rows_per_sample(self, family: Family, kwargs: dict[str, Any]) -> int:
+        """How many rows of the loop each sample takes."""
+        beams, returns = (
+            int(self._setting(family, kwargs, name) or 1) for name in ("num_beams", "num_return_sequences")
+        )
         # Here, because transformers would refuse it before the method is asked, and advise beams.
         check_modes(self.method, ["returns"] if returns > 1 else [])
-        return max(setting("num_beams"), returns)
+        return max(beams, returns)
 
 
 def attach(

@@ -183,3 +183,23 @@ def test_what_cannot_fill_a_cache_refuses_an_empty_one(method):
     with ld.attached(zoo.model, ld.VCD() if drafter else method, drafter=drafter, processor=zoo.processor):
         with pytest.raises(UnsupportedError, match="cannot fill a cache"):
             zoo.model.generate(**zoo.inputs(("is it",)), **hf.with_cache(DynamicCache()), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["vcd", "icd"])
+def test_the_processor_form_sees_a_cache_of_another_turn(name):
+    """A cache that holds this very prompt goes on as from nothing; one that holds more is refused."""
+    zoo = tiny("llava")
+    first, method = zoo.inputs(("is it",), seed=2), SHAPES[name]
+    cache = DynamicCache(config=zoo.model.config.get_text_config())
+    turn = zoo.model.generate(**first, max_new_tokens=NEW, do_sample=False, **hf.with_cache(cache))
+    how = dict(max_new_tokens=NEW, do_sample=False)
+    whole = {**first, "input_ids": turn, "attention_mask": torch.ones_like(turn)}
+    fresh = ask(zoo, whole, method, suppress_tokens=None, min_new_tokens=None)
+    form = method.processor(zoo.model, whole, processor=zoo.processor)
+    text = {key: value for key, value in whole.items() if key != "pixel_values"}
+    going_on = zoo.model.generate(**text, **how, **hf.with_cache(copy.deepcopy(cache)), logits_processor=[form])
+    assert torch.equal(going_on, fresh)
+    other = zoo.inputs(("no",), seed=5)
+    form = method.processor(zoo.model, other, processor=zoo.processor)
+    with pytest.raises((UnsupportedError, ValueError)):
+        zoo.model.generate(**other, **how, **hf.with_cache(cache), logits_processor=[form])

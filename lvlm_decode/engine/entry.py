@@ -1,7 +1,8 @@
 """The two entries beside ``attach``: ``generate(custom_generate=VCD())`` and ``generate(logits_processor=[...])``.
 
 **One call.** ``generate()`` hands a callable the rows it prepared, already expanded for beams; the samples are read back from
-them. Known limit of transformers: it drops ``streamer``, ``assistant_model`` and ``tokenizer`` on this path.
+them. It drops ``streamer``, ``assistant_model`` and ``tokenizer`` on this path: a streamer is looked up where ``generate()``
+holds it, an assistant is refused, and stop strings are refused by transformers itself.
 
 **The portable form.** A processor sees tokens and scores, never beams, drafts or caches. So this one keeps the views' own
 caches and finds, for every row it is shown, the tokens those caches hold already by their common prefix: a view's keys and
@@ -12,6 +13,7 @@ other forms the contrast comes first, as in the authors' code.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Hashable, Sequence
@@ -61,6 +63,13 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
         UnsupportedError: a language model inside an LVLM, to which pixels and other prompts never get.
     """
     hf.check_empty([call.cache])
+    asked = hf.asked()
+    if asked.get("assistant_model") is not None:
+        raise UnsupportedError(
+            f"generate(custom_generate={method.name}) is given no assistant_model by transformers; use "
+            "lvlm_decode.attach(model, method), or leave it out."
+        )
+    call = dataclasses.replace(call, streamer=asked.get("streamer"), synced=bool(asked.get("synced_gpus")))
     if call.inputs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             f"{method.name} got the embeddings of the language model inside an LVLM, in which the image is already mixed; "
@@ -171,6 +180,13 @@ class ViewsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows = len(input_ids)
         tokens = input_ids[:, self._prompt :] if input_ids.shape[1] >= self._prompt else input_ids
+        if not self._lanes:
+            cache = hf.asked().get(next(iter(hf.with_cache(None))))
+            if cache is not None and hf.KV(cache).length > input_ids.shape[1]:
+                raise UnsupportedError(
+                    f"the cache given to generate() holds tokens beside the {input_ids.shape[1]} of the prompt, and the views "
+                    "are read from the prompt alone; leave out the cache, or pass the whole conversation."
+                )
         if len(self._tokens) != rows:
             self._open(rows)
             self._tokens = tokens[:, :0]

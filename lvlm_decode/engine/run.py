@@ -84,6 +84,7 @@ class Run:
     ):
         hf.require()
         check_execution(execution)
+        hf.check_training(model)
         self.model, self.family = model, family or family_of(model)
         check_needs(method, self.family)
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample

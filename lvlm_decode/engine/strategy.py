@@ -37,10 +37,16 @@ def decode(run: Run, call: Call, strategy: Strategy | None = None) -> Any:
         UnsupportedError: a mode, a cache or a setting that the method or the engine cannot honour.
     """
     call = checked(run, call, None if strategy is None else strategy.name)
-    if strategy is not None:
-        return strategy.decode(run, call)
-    search = getattr(run.method, "decode", None)
-    return Stacked().decode(run, call) if search is None else search(run, call)
+    search = getattr(run.method, "decode", None) if strategy is None else strategy.decode
+    if search is None:
+        return Stacked().decode(run, call)
+    if call.synced:
+        name = run.method.name if strategy is None else strategy.name
+        raise UnsupportedError(
+            f"{name} cannot run with synced_gpus=True: it ends when its own answers do, and other processes would wait for it; "
+            "leave it out, or use a method without a search or a drafter."
+        )
+    return search(run, call)
 
 
 def checked(run: Run, call: Call, drafter: str | None) -> Call:

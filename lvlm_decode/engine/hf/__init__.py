@@ -23,7 +23,7 @@ from .kwargs import (
     with_images,
 )
 from .libraries import require, require_adapters, require_model
-from .loop import Call, Proxy, generate, given, prepare, run_loop
+from .loop import Call, Proxy, asked, check_training, generate, given, named, prepare, run_loop
 from .places import device_for, unwrapped
 from .vision import Encoded
 
@@ -34,12 +34,14 @@ __all__ = [
     "Encoded",
     "Prepared",
     "Proxy",
+    "asked",
     "cache_in",
     "check_empty",
     "check_inputs",
     "check_own",
     "check_plain",
     "check_positions",
+    "check_training",
     "device_for",
     "first_forward",
     "further_forward",
@@ -52,6 +54,7 @@ __all__ = [
     "left_pad",
     "mask_of",
     "model_inputs",
+    "named",
     "prepare",
     "require",
     "require_adapters",

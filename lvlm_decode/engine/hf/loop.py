@@ -7,7 +7,7 @@ loop runs on the stand-in, so that nothing is put on the module: calls nest, run
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 
-from ...errors import UnsupportedError
+from ...errors import InputError, UnsupportedError
 from . import kwargs as names
 from .kwargs import Prepared
 
@@ -91,6 +91,51 @@ class Call:
         return self.input_ids.shape[1]
 
 
+#: The code of ``generate()`` itself, without its decorators.
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+def asked() -> dict[str, Any]:
+    """The arguments of the ``generate()`` call that is running, by name; empty where none is on the stack.
+
+    ``generate()`` hands neither a streamer nor an assistant to a ``custom_generate`` callable, and no cache to a processor, so
+    they are read where it holds them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back
+    return {} if frame is None else {**frame.f_locals.get("kwargs", {}), **frame.f_locals}
+
+
+def named(args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments of ``generate()`` by the names that its signature gives them.
+
+    Raises:
+        InputError: more than it takes.
+    """
+    known = [
+        parameter.name
+        for parameter in inspect.signature(GenerationMixin.generate).parameters.values()
+        if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"
+    ]
+    if len(args) > len(known):
+        raise InputError(f"generate() takes {len(known)} arguments without a name, and {len(args)} were given.")
+    return dict(zip(known, args))
+
+
+def check_training(module: Any) -> None:
+    """Raise for a model whose forwards keep no keys and values.
+
+    Raises:
+        UnsupportedError: gradient checkpointing while training.
+    """
+    if module.training and getattr(module, "is_gradient_checkpointing", False):
+        raise UnsupportedError(
+            "gradient checkpointing in training mode keeps no keys and values, which views need; call model.eval(), or "
+            "model.gradient_checkpointing_disable()."
+        )
+
+
 def given(
     input_ids: Tensor,
     logits_processor: Any,
@@ -108,7 +153,6 @@ def given(
         stopping_criteria,
         generation_config,
         inputs,
-        synced=bool(inputs.pop("synced_gpus", False)),
         **more,
     )
 
