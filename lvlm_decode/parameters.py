@@ -31,7 +31,7 @@ class _Parameters(type):
         given = own._named(args, kwargs)
         hints = own._hints()
         for name, value in given.items():
-            if isinstance(value, list | range) and _fits(value, hints[name]):
+            if isinstance(value, list | range) and _fits(value, hints[name]) and _holds(hints[name], tuple):
                 given[name] = value = tuple(value)
             if not _fits(value, hints[name]):
                 raise own._wrong(name, value, hints[name], given)
@@ -157,6 +157,11 @@ class Checked(metaclass=_Parameters):
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _holds(hint: Any, kind: type) -> bool:
+    """Whether ``hint`` is a ``kind``, or has one among its options."""
+    return any(typing.get_origin(option) is kind for option in (typing.get_args(hint) if _is_union(hint) else [hint]))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -155,10 +155,12 @@ def test_a_method_of_another_package_is_checked_by_its_annotations():
         aliases: typing.ClassVar[dict[str, str]] = {"w": "weight"}
         weight: float = 1.0
         steps: tuple[int, ...] = (1,)
+        texts: list[str] = dataclasses.field(default_factory=list)
 
         def __post_init__(self):
             self.check(self.weight > 2 or self.weight == 1, "weight", "1 or above 2")
 
+    assert Own(texts=["a"]).texts == ["a"] and Own().texts == []
     assert Own(w=3).weight == 3 and Own(4.0, [1, 2]).steps == (1, 2)
     with pytest.raises(
         ParameterError, match=r"^own: weight = 'x' is not valid; it must be a finite number, 1 or above 2\.$"
