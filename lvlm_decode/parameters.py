@@ -176,7 +176,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in args)
     if origin is tuple:
-        return isinstance(value, tuple | list | range) and all(_fits(item, args[0]) for item in value)
+        if not isinstance(value, tuple | list | range):
+            return False
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
     if hint is float:
         return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
@@ -190,7 +193,8 @@ def _words(hint: Any) -> str:
     if hint is None or hint is type(None):
         return "None"
     if typing.get_origin(hint) is tuple:
-        return f"several of: {_words(typing.get_args(hint)[0])}"
+        kinds = typing.get_args(hint)
+        return f"{'several' if kinds[-1] is Ellipsis else len(kinds)} of: {_words(kinds[0])}"
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     return f"a {getattr(hint, '__name__', hint)}"

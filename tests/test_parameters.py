@@ -17,7 +17,7 @@ from lvlm_decode.speculative.drafters import DRAFTERS, get
 
 CLASSES = {name: load(name) for name in METHODS} | {name: get(name) for name in DRAFTERS}
 #: Without these a class cannot be made.
-NEEDED = {"dcd": {"negative": "a folder"}}
+NEEDED = {"dcd": {"negative": "a folder"}, "vti": {"vectors": "a file"}, "nullu": {"vectors": "a file"}}
 ODD = [
     "1",
     "",
@@ -61,8 +61,8 @@ def test_a_value_is_taken_or_refused_in_one_sentence(name, parameter):
             assert parameter == "path"
         else:
             kept = getattr(made, parameter)
-            assert kept == (tuple(value) if isinstance(value, list) else value)
-            assert kept is None or not isinstance(kept, float) or kept == kept
+            assert kept is value or kept == (tuple(value) if isinstance(value, list) else value)
+            assert not isinstance(kept, float) or kept == kept
     assert refused > 0 or parameter in ("disturbance",)
 
 
