@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from contract import family_for, is_controller, method_of
 from transformers import DynamicCache, StaticCache
 from zoo import IMAGE, VIDEO, tiny
 
@@ -163,13 +164,8 @@ def test_a_cache_that_holds_tokens_is_refused(family, form):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_refuses_a_cache_that_holds_tokens(name):
-    zoo = tiny("qwen3_vl_moe" if name == "scmoe" else "llava")
-    if name in ("dcd", "lol"):
-        method = ld.DCD(negative=zoo.model.model.multi_modal_projector) if name == "dcd" else None
-        if method is None:
-            pytest.skip("its amateur is loaded from a folder; the cache is looked at before any method")
-    else:
-        method = parse(name)
+    family = family_for(name)
+    zoo, method = tiny(family), parse(name) if is_controller(name) else method_of(name, family)
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8), 0)
     with pytest.raises(UnsupportedError, match="holds 7 tokens already"):
