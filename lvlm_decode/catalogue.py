@@ -117,9 +117,9 @@ def by_kind(described: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown() -> str:
-    """The table of methods in the README: kind by kind, each with a link to its paper."""
-    lines = ["| kind | methods |", "|---|---|"]
-    for kind, group in by_kind([describe(name) for name in METHODS]).items():
-        names = [f"[{m['name']}](https://arxiv.org/abs/{m['arxiv']})" if m["arxiv"] else m["name"] for m in group]
-        lines.append(f"| {kind}: {KINDS[kind]} | {', '.join(names)} |")
+    """The table of methods in the README: kind by kind, what each does, and the arXiv id of its paper."""
+    lines = ["| method | what it does | arXiv |", "|---|---|---|"]
+    for group in by_kind([describe(name) for name in METHODS]).values():
+        for method in group:
+            lines.append(f"| `{method['name']}` | {method['summary'].removesuffix('.')} | {method['arxiv'] or '–'} |")
     return "\n".join(lines)
