@@ -14,7 +14,8 @@ import lvlm_decode_data
 from lvlm_decode.cli import app
 from lvlm_decode.engine.hooks import hooked
 from lvlm_decode.engine.recorder import Recorder
-from lvlm_decode.errors import DependencyError, InputError
+from lvlm_decode.errors import DependencyError, InputError, ParameterError, UnsupportedError
+from lvlm_decode.methods import METHODS
 from lvlm_decode_evals.runner import load
 
 PROMPT = "Please describe this image in detail."
@@ -172,6 +173,19 @@ def test_a_view_is_described_by_what_it_changes(explained):
     assert [view.title for view in explained("avisc").views] == ["edited image features"]
     assert [view.title for view in explained("damro").views] == ["fewer image tokens"]
     assert [view.title for view in explained("icd").views] == ["another prompt"]
+    assert [view.title for view in explained("code").views] == ["other tokens in the image's place"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_explained(explained, name):
+    try:
+        told = explained(name, max_new_tokens=3)
+    except (ParameterError, UnsupportedError) as error:
+        pytest.skip(str(error))
+    assert len(told.tokens) == 3 and told.html()
+    assert all(token.candidates and token.id in {c.id for c in token.candidates} for token in told.tokens)
+    noted = {"mvp": {"captions", "certainties"}, "vdgd": {"descriptions"}, "cntp": {"trials"}}
+    assert set(told.facts) == noted.get(name, set())
 
 
 def test_a_run_without_a_recorder_asks_for_nothing(tiny, monkeypatch):

@@ -249,7 +249,8 @@ def shown_view(family: Family, sample: Sample, view: View, own: Sample) -> Shown
     elif view.patch is not None:
         title = "the model changed for this view"
     elif sample.images and not own.images:
-        title = "no image"
+        bare = sample.input_ids[family.drop_image(sample.input_ids)]
+        title = "no image" if torch.equal(own.input_ids, bare) else "other tokens in the image's place"
     elif pixels is not None and base is not None and (pixels.shape != base.shape or not torch.equal(pixels, base)):
         title = "edited pixels"
         image = seen_picture(family, own)
