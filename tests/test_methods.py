@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import needs_adapters
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedTokenizerFast
 from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 from lvlm_decode import attach, detach
@@ -370,6 +372,23 @@ def words(run: Run, view: int, row: int = 0) -> str:
     zoo = tiny(run.family.config.model_type)
     ids = run.samples[view][row].input_ids
     return zoo.tokenizer.decode(ids[ids != IMAGE], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("system", ["SYS", "SYS "])
+def test_icd_takes_the_system_prompt_away_where_tokens_begin_with_their_space(system):
+    """As LLaMA's tokenizer has it: " USER:" is one token, and so the blank after the system prompt is none of its own."""
+    vocabulary = {"<unk>": UNKNOWN, "▁SYS": 10, "▁USER:": 11, "▁fuzzy": 12, "▁": 14}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    processor = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>"))
+    inputs = {"input_ids": torch.tensor([[1, 10, 11, *[IMAGE] * 16, 11]]), "pixel_values": torch.zeros(1, 3, 28, 28)}
+    run = Run(tiny("llava").model, ICD(disturbance="fuzzy", system=system), inputs, processor=processor)
+    assert run.samples[1][0].input_ids.tolist() == [1, 12, 11, *[IMAGE] * 16, 11]
+
+
+def test_icd_says_when_the_system_prompt_is_not_there():
+    with pytest.raises(InputError, match="does not begin with 'SYSTEM', which is to be taken away"):
+        run_of("llava", ICD(system="SYSTEM"))
 
 
 def test_icd_puts_the_disturbance_first_and_takes_the_system_prompt_away():

@@ -7,7 +7,9 @@ caption; from each, the likeliest first tokens start paths. An answer collects t
 
 A path whose first token is the answer counts with p(first token) alone in the authors' code (``form="code"``), with its
 margin like any other in the paper's formula (``form="paper"``). The released code does not run; this follows the description
-and the settings in it. Margins are those of the model's own distribution, before the temperature that paths are drawn with.
+and the settings in it. In the code a path that says none of the answers counts for "Yes" and a tie is "No"; here such a path
+counts for nothing and a tie is the first answer. The code takes margins after the temperature that paths are drawn with; here
+they are those of the model's own distribution.
 Captions belong to the image: questions about the same image share them, within a batch and from call to call.
 """
 

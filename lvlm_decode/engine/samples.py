@@ -215,14 +215,28 @@ class Sample:
         """The sample with ``prefix`` put before its prompt, after the begin token.
 
         Args:
-            instead_of: text that is taken away first, if the prompt begins with it.
+            instead_of: text at the prompt's beginning that ``prefix`` takes the place of.
+
+        Raises:
+            InputError: the prompt does not begin with ``instead_of``.
         """
         base = self.input_ids
         if instead_of:
             _, at = self.family.insert_prefix(base, base[:0])
-            begins = self._tokens(instead_of)
-            if torch.equal(base[at : at + len(begins)], begins):
-                base = torch.cat([base[:at], base[at + len(begins) :]])
+            images = (~self.family.drop_image(base)).nonzero().flatten()
+            end = int(images[0]) if len(images) else len(base)
+
+            def exchange(text: str) -> str:
+                if not text.startswith(instead_of):
+                    raise InputError(
+                        f"the prompt does not begin with {instead_of!r}, which is to be taken away; it begins with "
+                        f"{text[:40]!r}. Give the text as it stands in the prompt."
+                    )
+                rest = text.removeprefix(instead_of)
+                return prefix + (rest.removeprefix(" ") if prefix.endswith(" ") else rest)
+
+            # As text: some tokenizers join a word with the space before it, so that the words' own tokens are not there.
+            return self.with_ids(torch.cat([base[:at], self._edited(base[at:end], exchange), base[end:]]), weight)
         return self.with_ids(self.family.insert_prefix(base, self._tokens(prefix))[0], weight)
 
     def with_text(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
@@ -250,8 +264,11 @@ class Sample:
         tail = next(n for n in range(head, len(ids) + 1) if n == len(ids) or rest.endswith(read(ids[n:])))
         if tail < len(ids):
             rest = rest[: len(rest) - len(read(ids[tail:]))]
-        # Some tokenizers put a space before any text they are given.
-        candidates = [torch.cat([ids[:head], self._tokens(words), ids[tail:]]) for words in (rest, rest.lstrip(" "))]
+        # Some tokenizers put a space before any text they are given, and their tokens begin with the space before a word.
+        candidates = [
+            torch.cat([ids[:head], self._tokens(words), ids[tail:]])
+            for words in (rest, rest.lstrip(" "), rest.rstrip(" "), rest.strip(" "))
+        ]
         return next((found for found in candidates if read(found) == new), candidates[0])
 
     def _tokens(self, text: str) -> Tensor:

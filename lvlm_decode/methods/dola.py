@@ -5,7 +5,8 @@
 
 Follows the authors' code: no final norm on the early layers (``norm_early``), and Jensen-Shannon with both divergences
 reversed, KL(M || q) instead of KL(q || M) (``divergence="jsd"`` gives the paper's). Unlike it, every row and position
-chooses its own layer; the code averages over the batch, so that one row's choice depends on the others.
+chooses its own layer; the code averages over the batch, so that one row's choice depends on the others. For open answers
+the authors run it with ``repetition_penalty=1.2``, which is an argument of ``generate()``.
 """
 
 from __future__ import annotations

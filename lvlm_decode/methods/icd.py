@@ -5,7 +5,8 @@
 The disturbance is a role that confuses. In the authors' code it replaces LLaVA's system prompt (``system``: give it
 as it stands in your prompt and it is taken out of the second branch) and goes to InstructBLIP's Q-Former only, alone
 or before the question (``qformer``). They release five disturbances and do not say which gave their table; the
-default is one of them.
+default is one of them. For InstructBLIP their processor also lower-cases the disturbance, drops its punctuation, and leaves
+out the question's request for the form of the answer; here the words stay as they are.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 Follows the authors' code: alpha 0.2, decoder layers from the third on, gamma 1.1 of their README (their CHAIR script
 passes 2), a mask at 0.1 together with the second branch, and no boost on the prompt when there is one, so that the
-first token is unboosted; ``first_token="boosted"`` boosts it as the paper's equation reads. Only rows that choose a
+first token is unboosted; ``first_token="boosted"`` boosts it as the paper's equation reads. At gamma 1 with a branch their code
+boosts nothing at all; here it boosts from the second token on. Only rows that choose a
 token are boosted, and only those are computed beside sdpa.
 """
 

@@ -6,8 +6,9 @@ In the second branch the newest token's attention in one early layer, mean over 
 layers after it see the lowest ``share`` of them only. The ranking is made anew for every token. Follows the authors'
 code: the second layer ranks (their ``fast_v_agg_layer=2`` names the first pruned layer and is ``rank_layer=1`` here), 100
 of 576 tokens stay (50 for captions); the paper says the third layer and 10 %: ``rank_layer=2, share=0.1``. Image tokens
-are masked, not dropped. The authors' greedy path leaves the mask out: ``beta=None``; their sampler runs at alpha 0.5, the
-value of the paper and of their parser is 1.
+are masked, not dropped. On InstructBLIP the authors' span of the image begins one token late, so that its first query is never
+hidden; here all queries are ranked. The authors' greedy path leaves the mask out: ``beta=None``; their sampler runs at
+alpha 0.5, the value of the paper and of their parser is 1.
 """
 
 from __future__ import annotations
