@@ -128,7 +128,7 @@ def fingerprint(module: Any) -> str:
     they are hashed. That is exact for checkpoints stored in float16 or bfloat16; one stored in float32 may get another
     name when it is loaded as float16, because two roundings are not one.
     """
-    weight = head(module).weight.detach()
+    weight: Tensor = module.get_output_embeddings().weight.detach()
     sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16)
     sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
     return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
