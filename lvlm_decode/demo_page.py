@@ -7,39 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .pages import page as framed
+
 if TYPE_CHECKING:
     from .demo import Caption, Line, Picture, Shown
-
-STYLE = """
-:root { --ink:#1d2430; --dim:#667085; --paper:#ffffff; --card:#f6f7f9; --line:#e2e6ec; --bad:#b42318; --badbg:#fde7e4;
-  --accent:#2f5fd0; --soft:#c9d6f6; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e7eaf0; --dim:#98a2b3; --paper:#14171d; --card:#1d222b;
-  --line:#303744; --bad:#ff9d92; --badbg:#4a1d19; --accent:#8fb0ff; --soft:#2b3a63; } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif }
-main { max-width:1020px; margin:0 auto; padding:40px 20px 64px }
-h1 { font-size:30px; line-height:1.2; margin:0 0 6px; letter-spacing:-.02em }
-h2 { font-size:20px; margin:44px 0 4px }
-p { max-width:72ch } .dim { color:var(--dim) } small, .dim { font-size:14px }
-.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; margin-top:12px; font-variant-numeric:tabular-nums }
-th { text-align:left; font-weight:600; font-size:14px; color:var(--dim); padding:6px 14px 6px 0;
-  border-bottom:1px solid var(--line) }
-td { padding:9px 14px 9px 0; border-bottom:1px solid var(--line); vertical-align:middle; white-space:nowrap }
-tr.control td:first-child { color:var(--dim) } tr.first td { border-top:2px solid var(--line) }
-td .n { font-weight:600 } td .i { color:var(--dim); font-size:13px; margin-left:6px }
-.range { position:relative; display:block; height:6px; width:150px; margin-top:4px; border-radius:3px; background:var(--card) }
-.range i { position:absolute; top:0; bottom:0; background:var(--soft); border-radius:3px }
-.range b { position:absolute; top:-2px; width:3px; height:10px; background:var(--accent); border-radius:2px }
-figure { margin:20px 0 0; display:grid; grid-template-columns:240px 1fr; gap:24px; background:var(--card);
-  border-radius:14px; padding:18px } figure img { width:100%; border-radius:10px; display:block }
-figcaption { font-size:13px; color:var(--dim); margin-top:8px } dl { margin:0 } dt { font-size:13px; color:var(--dim) }
-dd { margin:0 0 12px } mark { background:var(--badbg); color:var(--bad); font-weight:600; border-radius:4px; padding:0 4px }
-.bar { display:grid; grid-template-columns:110px 1fr 64px; gap:12px; align-items:center; margin:8px 0; max-width:640px }
-.bar span { height:14px; border-radius:4px; background:var(--accent); display:block }
-.bar.plain span { background:var(--dim); opacity:.55 } .bar b { text-align:right; font-variant-numeric:tabular-nums }
-code { background:var(--card); padding:1px 6px; border-radius:5px; font-size:14px }
-@media (max-width:640px) { figure { grid-template-columns:1fr } main { padding-top:24px } }
-"""
 
 SPLITS = ("random", "popular", "adversarial")
 
@@ -72,10 +43,7 @@ def html(shown: Shown) -> str:
         f'<span style="width:{100 * ratio / slowest:.1f}%"></span><b>{ratio:.2f}×</b></div>'
         for name, ratio in shown.times.items()
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>lvlm-decode demo</title><style>{STYLE}</style></head><body><main>
-<h1>What the model says, and what is there</h1>
+    body = f"""<h1>What the model says, and what is there</h1>
 <p class="dim">Model <code>{escape(shown.model)}</code>, {shown.images} held-out scenes, seed {shown.seed}, measured in
 {shown.seconds:.0f} s on this machine by <code>lvlm-decode demo</code>.</p>
 <h2>Captions</h2>
@@ -98,9 +66,8 @@ the model says yes. The grey rows are the controls each method must be read agai
 <h2>Time per token</h2>
 <p>All views of a method run in one stacked forward. Relative to plain decoding, which takes {shown.milliseconds:.1f} ms a
 token here; the methods take turns, the figure is the median of paired ratios.</p>
-{bars}
-</main></body></html>
-"""
+{bars}"""
+    return framed("lvlm-decode demo", body, styles=("demo.css",))
 
 
 def _picture(picture: Picture) -> str:

@@ -24,7 +24,7 @@ def page(title: str, body: str, data: Any = None, styles: tuple[str, ...] = (), 
     Args:
         title: plain text.
         body: HTML.
-        data: JSON values; scripts read them from the element ``data``.
+        data: JSON values, which scripts read from the element ``data``; ``None`` for none.
         styles: names of style sheets beside ``base.css``.
         scripts: names of scripts, run after the body.
     """
@@ -32,12 +32,13 @@ def page(title: str, body: str, data: Any = None, styles: tuple[str, ...] = (), 
     script = "\n".join(f"<script>{part(name)}</script>" for name in scripts)
     # A closing tag inside a string would end the element.
     held = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    element = "" if data is None else f'<script type="application/json" id="data">{held}</script>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{style}</style></head>
 <body><main>{body}</main>
-<script type="application/json" id="data">{held}</script>
+{element}
 {script}</body></html>
 """
 
