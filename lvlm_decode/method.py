@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -142,11 +143,16 @@ class Step:
     def of_views(self, start: int, stop: int) -> Step:
         """The step with view 0 and the extra views ``start..stop-1`` (counted from 0) alone."""
         rows = [0, *range(1 + start, 1 + stop)]
+
+        def own(values: Tensor) -> Tensor:
+            # Slices, because a list as an index would be sent to the device.
+            return values[: 1 + stop] if start == 0 else torch.cat([values[:1], values[1 + start : 1 + stop]])
+
         return dataclasses.replace(
             self,
-            logits=self.logits[rows],
+            logits=own(self.logits),
             weights=self.weights[start:stop],
-            hidden={layer: states[rows] for layer, states in self.hidden.items()},
+            hidden={layer: own(states) for layer, states in self.hidden.items()},
             project=lambda x, normed=True, view=0: self.project(x, normed, rows[view]),
         )
 
@@ -448,7 +454,8 @@ def plausible_tokens(logits: Tensor, beta: float | Tensor) -> Tensor:
         logits: (..., N) of view 0, before any processor.
         beta: in (0, 1]; a float or a tensor that broadcasts against (..., 1).
     """
-    log_beta = torch.as_tensor(beta, dtype=logits.dtype, device=logits.device).log()
+    # A number stays on the host: made into a tensor it would be sent to the device for every token.
+    log_beta = beta.to(logits).log() if isinstance(beta, Tensor) else math.log(beta)
     return logits >= logits.amax(-1, keepdim=True) + log_beta
 
 

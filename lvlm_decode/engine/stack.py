@@ -57,6 +57,7 @@ class Lane:
         self.owner, self.edits = owner, edits
         self._patch = patch or (lambda module: nullcontext())
         self._forward = forward or self.module.forward
+        self._additive = hf.decoder.takes_additive(self.module)
         self._first = hf.first_forward(self.prepared, pad_token_id)
         seen = self._first["attention_mask"].bool()
         #: (V*B, S) bool over the cache's slots; ``None`` while every slot of every row is visible.
@@ -105,19 +106,34 @@ class Lane:
             depth: (q,) or (B, q) of each tree node, 0 for the root; positions are the row's next position plus depth.
         """
         views, q = len(self.views), tokens.shape[1]
-        steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
-        positions = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
+        if depth is not None:
+            steps = depth.to(tokens.device)
+            positions = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
+        else:
+            # One token is the common case, and every operator counts there.
+            positions = self.position + (1 if q == 1 else torch.arange(1, q + 1, device=tokens.device))
         mask: Tensor | None = None
         if ancestors is not None:
             mask = self._tree_mask(ancestors.to(tokens.device))
         if self.mask is not None:
             # Which of a tree's slots stay visible is known once a path is accepted; see accept_paths.
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), q)], 1)
-            mask = self.mask.long() if mask is None else mask
+            self.mask = torch.nn.functional.pad(self.mask, (0, q), value=True)
+            mask = self._row_mask(q) if mask is None else mask
         if ancestors is None:
-            self.position = self.position + q
+            self.position = positions[..., -1:]
         self.length += q
-        return self._run(hf.further_forward(tokens.repeat(views, 1), positions, mask), keep, call)
+        rows = tokens if views == 1 else tokens.repeat(views, 1)
+        return self._run(hf.further_forward(rows, positions, mask), keep, call)
+
+    def _row_mask(self, q: int) -> Tensor:
+        """The mask of further tokens in padded rows, (V*B, S) or, where the decoder takes it, additive (V*B, 1, 1, S).
+
+        Of an additive mask transformers does not ask whether it hides anything, which the host would have to wait for.
+        """
+        assert self.mask is not None
+        if q == 1 and self._additive and self.kv.capacity is None:
+            return additive(self.mask[:, None], self.module.dtype)
+        return self.mask.long()
 
     def _tree_mask(self, ancestors: Tensor) -> Tensor:
         """(V*B or 1, 1, q, S + q) additive mask: every visible slot of the past, and a node's ancestors."""
@@ -243,12 +259,16 @@ class Lanes:
             self.recorder.extended(tokens)
         q = tokens.shape[1]
         keep = q if not keep else keep
-        steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
-        positions = (self.generated[:, None] + 1 + steps)[:, -keep:]
+        if q == 1:
+            positions = self.generated[:, None] + 1
+        else:
+            steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
+            positions = self.generated[:, None] + 1 + steps
         tree = {} if ancestors is None else {"ancestors": ancestors, "depth": depth}
         first = self.main.extend(tokens, keep, **tree, **self._call(self.main, call))
         if ancestors is None:
-            self.generated = self.generated + q
+            self.generated = positions[:, -1]
+        positions = positions[:, -keep:]
         outputs = [first, *(lane.extend(tokens, keep, **tree, **self._call(lane, call)) for lane in self.lanes[1:])]
         return self._score(outputs, positions), first
 

@@ -5,6 +5,7 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 norm, head, attention.
 """
 
+from . import decoder
 from .cache import KV, check_empty, check_own, check_plain, is_fixed
 from .inputs import ENCODED_FIRST, check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
@@ -42,6 +43,7 @@ __all__ = [
     "check_plain",
     "check_positions",
     "check_training",
+    "decoder",
     "device_for",
     "first_forward",
     "further_forward",

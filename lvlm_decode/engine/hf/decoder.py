@@ -159,6 +159,13 @@ def kinds_of(module: Any) -> tuple[set[str], int | None]:
     return kinds, None
 
 
+def takes_additive(module: Any) -> bool:
+    """Whether all layers of a decoder take one additive mask (R, 1, q, S) as it is given."""
+    config = text_config(module)
+    known = attention_of(config) in ("sdpa", "eager") or str(attention_of(config)).startswith("lvlm_decode")
+    return known and not kinds_of(module)[0] and kinds_of(module)[1] is None
+
+
 def routers(module: Any) -> list[nn.Module]:
     """The decoder's top-k routers, each of which puts out (logits, weights, experts) per token."""
     return [part for part in module.get_decoder().modules() if type(part).__name__.endswith("TopKRouter")]

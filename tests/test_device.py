@@ -1,0 +1,142 @@
+"""Everything on a rehearsal device: the tokens of the CPU, no mixed devices; how much it is asked for per token."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from rehearsal import Counts, OnDevice, rehearsing, to_device
+from zoo import tiny
+
+import lvlm_decode as ld
+from lvlm_decode.engine.modes import NEEDS
+from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.methods import METHODS, load
+from lvlm_decode.methods.dcd import DCD
+
+NEW = 6
+
+
+@functools.cache
+def models(family: str):
+    """The tiny model, and a copy of it on the rehearsal device."""
+    built = tiny(family)
+    other = copy.deepcopy(built.model)
+    with rehearsing():
+        to_device(other)
+    return built, other
+
+
+def method_of(name: str, family: str):
+    """A method ready to run, or a skip that says what the family lacks."""
+    cls, adapter = load(name), family_of(tiny(family).model)
+    lacking = next((NEEDS[need] for need in cls.needs if not getattr(adapter, f"has_{need}")), None)
+    if lacking:
+        pytest.skip(f"{name} needs {lacking}")
+    if name == "dcd":
+        return DCD(negative={key: value + 0.3 for key, value in adapter.projector().state_dict().items()})
+    return cls()
+
+
+def run(family: str, method, texts=("is it a dog", "no"), drafter=None, on_device=True, **how):
+    """Tokens of one call on the device or on the CPU."""
+    built, other = models(family)
+    how = {"do_sample": False, "max_new_tokens": NEW, "seed": 0, **how}
+    inputs = built.inputs(list(texts), seed=2)
+    model = other if on_device else built.model
+    torch.manual_seed(0)
+    if not on_device:
+        with ld.attached(model, method, processor=processor_of(built), drafter=drafter):
+            return model.generate(**inputs, **how).tolist()
+    with rehearsing():
+        sent = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+        with ld.attached(model, method, processor=processor_of(built), drafter=drafter):
+            out = model.generate(**sent, **how)
+        assert isinstance(out, OnDevice), "the answer is where the prompt was"
+        return out.tolist()
+
+
+def processor_of(built):
+    return built.processor
+
+
+def same(family: str, method, **how):
+    assert run(family, method, **how) == run(family, method, on_device=False, **how)
+
+
+def test_the_rehearsal_device_behaves_like_one():
+    with rehearsing() as counts:
+        one = torch.ones(3, device="cuda")
+        assert one.device == torch.device("cuda", 0) and one.is_cuda and (one + 1).tolist() == [2, 2, 2]
+        with pytest.raises(RuntimeError, match="same device"):
+            one + torch.ones(3)
+        with pytest.raises(TypeError, match="numpy"):
+            one.numpy()
+        assert (one + torch.tensor(2.0)).cpu().tolist() == [3, 3, 3], "single values may come from the host"
+    assert counts == Counts(operators=3, synchronisations=2, copies=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_the_tokens_of_the_cpu(name):
+    family = (
+        "instructblip"
+        if "qformer" in load(name).needs
+        else "qwen3_vl_moe"
+        if "experts" in load(name).needs
+        else "llava"
+    )
+    texts = ("is it a dog",) if "batch" in load(name).refuses else ("is it a dog", "no")
+    same(family, method_of(name, family), texts=texts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_tokens_of_the_cpu(family):
+    if family == "gemma3":
+        pytest.skip(
+            "transformers makes its mask of a bidirectional image under vmap, which the rehearsal cannot follow"
+        )
+    same(family, "vcd")
+    same(family, "icd+ritual")
+
+
+MODES = {
+    "beams": dict(num_beams=3),
+    "sampled": dict(do_sample=True),
+    "static": dict(cache_implementation="static"),
+    "returns": dict(do_sample=True, num_return_sequences=2),
+    "lookup": dict(texts=("abcabc",), prompt_lookup_num_tokens=3),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["plain", "vcd", "pai", "dola"])
+def test_every_mode_gives_the_tokens_of_the_cpu(name, mode):
+    same("llava", name, **MODES[mode])
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "copyspec", "recycling", "automaton"])
+@pytest.mark.parametrize("mode", [None, "sampled", "static"])
+def test_drafters_give_the_tokens_of_the_cpu(drafter, mode):
+    same("llava", "vcd", drafter=drafter, **MODES.get(mode, {}))
+
+
+# --- what it is asked for per token -------------------------------------------------------------------------------------
+
+
+def spent(method=None, drafter=None, **how) -> Counts:
+    """Operators, synchronisations and copies of the tokens 4 to 7 of one sample, greedy unless ``how`` says otherwise."""
+    built, other = models("llava")
+    found = []
+    for length in (3, 7):
+        new = dict(do_sample=False, max_new_tokens=length, min_new_tokens=length, eos_token_id=None, pad_token_id=0)
+        with rehearsing() as counts:
+            sent = {key: value.to("cuda") for key, value in built.inputs(["is it a dog"], seed=2).items()}
+            torch.manual_seed(0)
+            before = copy.copy(counts)
+            if method is None:
+                other.generate(**sent, **{**new, **how})
+            else:
+                with ld.attached(other, method, processor=built.processor, drafter=drafter):
+                    other.generate(**sent, **{**new, **how})
+            found.append(counts - before)
+    return found[1] - found[0]
