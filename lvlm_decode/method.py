@@ -132,11 +132,12 @@ class Step:
 
         What view 0 bans is next to impossible in it, and of what another view bans that view says what view 0 says.
         """
-        main = finite(self.logits[0])
-        views = torch.where(self.logits[1:].isfinite(), self.logits[1:], main)
+        logits = finite(self.logits)
+        if len(logits) > 1:
+            logits = torch.where(logits.abs() < FLOOR, logits, logits[:1])
         return dataclasses.replace(
             self,
-            logits=torch.cat([main[None], views]),
+            logits=logits,
             project=lambda *args, **kwargs: finite(self.project(*args, **kwargs)),
         )
 
@@ -245,11 +246,10 @@ class Method(Checked):
 
     def scores(self, step: Step) -> Tensor:
         """(B, T, N): :meth:`combine`, then the mask, once. What the model itself bans under view 0, with -inf, stays banned."""
-        banned = ~(step.logits[0] > float("-inf"))
         step = step.finite()
-        scores, keep = self.combine(step), self.kept_tokens(step)
-        scores = scores if keep is None else masked(scores, keep, step.logits[0])
-        return scores.masked_fill(banned, float("-inf"))
+        scores, keep, main = self.combine(step), self.kept_tokens(step), step.logits[0]
+        scores = scores if keep is None else masked(scores, keep, main)
+        return scores.masked_fill(main <= -FLOOR, float("-inf"))
 
     def parts(self) -> tuple[Method, ...]:
         """The methods this one is a sum of; itself if it is not a sum."""

@@ -76,25 +76,35 @@ def test_the_rehearsal_device_behaves_like_one():
     assert counts == Counts(operators=3, synchronisations=2, copies=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+#: What the default run takes; the rest under --full.
+OFTEN = {"plain", "vcd", "icd", "pai", "dola", "opera", "llava", "instructblip", "qwen2_5_vl", "beams", "recycling"}
+
+
+def often(values):
+    """Parameters of a test, those that the default run leaves out marked."""
+    return [pytest.param(value, marks=() if value in OFTEN else pytest.mark.full) for value in values]
+
+
+@pytest.mark.parametrize("name", often(METHODS))
 def test_every_method_gives_the_tokens_of_the_cpu(name):
-    family = (
-        "instructblip"
-        if "qformer" in load(name).needs
-        else "qwen3_vl_moe"
-        if "experts" in load(name).needs
-        else "llava"
+    if name == "scmoe":
+        pytest.skip("transformers counts the tokens of experts by an operator that has no integer form on the CPU")
+    family = "instructblip" if "qformer" in load(name).needs else "llava"
+    same(
+        family,
+        method_of(name, family),
+        texts=("is it a dog",) if "batch" in load(name).refuses else ("is it a dog", "no"),
     )
-    texts = ("is it a dog",) if "batch" in load(name).refuses else ("is it a dog", "no")
-    same(family, method_of(name, family), texts=texts)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", often(FAMILIES))
 def test_every_family_gives_the_tokens_of_the_cpu(family):
     if family == "gemma3":
         pytest.skip(
             "transformers makes its mask of a bidirectional image under vmap, which the rehearsal cannot follow"
         )
+    if family == "qwen3_vl_moe":
+        pytest.skip("transformers counts the tokens of experts by an operator that has no integer form on the CPU")
     same(family, "vcd")
     same(family, "icd+ritual")
 
@@ -108,14 +118,16 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["plain", "vcd", "pai", "dola"])
+@pytest.mark.parametrize("mode", often(MODES))
+@pytest.mark.parametrize("name", often(["plain", "vcd", "pai", "dola"]))
 def test_every_mode_gives_the_tokens_of_the_cpu(name, mode):
     same("llava", name, **MODES[mode])
 
 
-@pytest.mark.parametrize("drafter", ["lookup", "copyspec", "recycling", "automaton"])
-@pytest.mark.parametrize("mode", [None, "sampled", "static"])
+@pytest.mark.parametrize("drafter", often(["lookup", "copyspec", "recycling", "automaton"]))
+@pytest.mark.parametrize(
+    "mode", [None, pytest.param("sampled", marks=pytest.mark.full), pytest.param("static", marks=pytest.mark.full)]
+)
 def test_drafters_give_the_tokens_of_the_cpu(drafter, mode):
     same("llava", "vcd", drafter=drafter, **MODES.get(mode, {}))
 
@@ -140,3 +152,52 @@ def spent(method=None, drafter=None, **how) -> Counts:
                     other.generate(**sent, **{**new, **how})
             found.append(counts - before)
     return found[1] - found[0]
+
+
+@functools.cache
+def bare() -> Counts:
+    """Of transformers' own loop."""
+    return spent()
+
+
+#: Launches per token over those of transformers' own loop on these four layers (205), at most: what was counted, and a little
+#: more. Each waits for the device once per token, for the token itself, and sends it nothing.
+LAUNCHES = {
+    "plain": 1.03,  # counted 1.024: position, count of tokens, NaN, whether a token is left
+    "mask": 1.07,  # 1.068
+    "vcd": 1.11,  # 1.102
+    "vcd+ritual": 1.17,  # 1.166
+    "icd": 1.13,  # 1.122: its longer prompt pads the sample's own
+    "m3id": 1.16,  # 1.151
+    "damro": 1.13,  # 1.122
+    "dola": 1.18,  # 1.171: two heads more
+    "pai": 1.34,  # 1.337: attention rows of three layers by hand
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("plain", "vcd", "icd") else pytest.mark.full) for n in LAUNCHES]
+)
+def test_a_token_launches_no_more_than_its_budget(name):
+    method = method_of(name, "llava") if name in METHODS and name not in ("plain", "mask") else name
+    counts = spent(method)
+    assert counts.operators <= LAUNCHES[name] * bare().operators
+    assert counts.synchronisations <= bare().synchronisations == 4, "once per token, for the token"
+    assert counts.copies == 0
+
+
+@pytest.mark.parametrize("drafter", ["automaton", pytest.param("recycling", marks=pytest.mark.full)])
+def test_a_verification_waits_for_the_device_at_most_twice(drafter):
+    """Once for the target's choices, and once for a draft that was made on the device; the statistics wait for nothing."""
+    built, other = models("llava")
+    with rehearsing() as counts:
+        sent = {key: value.to("cuda") for key, value in built.inputs(["is it a dog"], seed=2).items()}
+        with ld.attached(other, "plain", processor=built.processor, drafter=drafter):
+            new = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+            begun = []
+            for length in (2, 8):
+                before = copy.copy(counts)
+                other.generate(**sent, max_new_tokens=length, min_new_tokens=length, **new)
+                begun.append((counts - before, ld.last_run(other).trace.speculation.cycles))
+    (first, few), (second, many) = begun
+    assert many > few and (second - first).synchronisations <= 2 * (many - few)

@@ -12,6 +12,7 @@ FLOORS = [
     "errors",
     "weights",
     "parameters",
+    "weights",
     "plugins",
     "weights",
     "engine.hf",

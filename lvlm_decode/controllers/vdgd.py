@@ -111,7 +111,7 @@ class VDGD(Controller):
 
         def loop(prepared: Call) -> Any:
             # What generate() prepared from the grounded prompt alone; the caller's settings take the place of the rest.
-            process = sampling.guarded(call.processors, call.prompt_length, limits.eos)
+            process = sampling.guarded(call.processors, sampling.SomethingLeft(call.prompt_length, limits.eos))
             grounding = [Grounding(self, grounds), AsCaller(process, prompts, width)]
             return hf.run_loop(
                 run.module,

@@ -68,21 +68,52 @@ def check_left(scores: Tensor, what: str) -> None:
 
 
 class SomethingLeft(LogitsProcessor):
-    """Follows the caller's processors: no answer goes on from scores that hold no token.
+    """Follows the caller's processors: no answer comes from scores that hold no token.
 
     Args:
         prompt_length: width of ``input_ids`` before the first generated token.
         ends: end tokens; a row that said one is padded whatever its scores are.
+        at_once: raise in the step that has no token left, which makes the host wait for every step. Otherwise :meth:`check`
+            raises after the last one; rows must then be those of the answer, as in greedy decoding and sampling.
+        drawn: tokens are drawn from the scores.
     """
 
-    def __init__(self, prompt_length: int, ends: Sequence[int]):
-        self.prompt_length, self.ends = prompt_length, list(ends)
+    def __init__(self, prompt_length: int, ends: Sequence[int], at_once: bool = True, drawn: bool = False):
+        self.prompt_length, self.ends, self.at_once, self.drawn = prompt_length, list(ends), at_once, drawn
+        #: Per step (R,) bool, whether each row had a token left; NaN among the scores counts as none.
+        self._had: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        said = input_ids[:, self.prompt_length :]
-        ended = torch.isin(said, said.new_tensor(self.ends)).any(-1)
-        check_left(scores[~ended], f"at generated token {said.shape[1]}")
-        return scores
+        if self.at_once:
+            said = input_ids[:, self.prompt_length :]
+            check_left(scores[~self._ended(said)], f"at generated token {said.shape[1]}")
+            return scores
+        had = scores.amax(-1) > float("-inf")
+        self._had.append(had)
+        # A draw from nothing would fail before the sentence is said; what is drawn here never comes back.
+        return scores.masked_fill(~had[:, None], 0.0) if self.drawn else scores
+
+    def check(self, sequences: Tensor) -> None:
+        """Raise unless every row of ``sequences`` (R, P + t) had a token left in each step until it ended.
+
+        Raises:
+            InputError: names the first step that had none.
+        """
+        if not self._had:
+            return
+        had = torch.stack(self._had, 1)
+        if bool(had.all()):
+            return
+        said = sequences[:, self.prompt_length : self.prompt_length + had.shape[1]]
+        ended = torch.stack([self._ended(said[:, :step]) for step in range(had.shape[1])], 1)
+        bad = (~had & ~ended).any(0).nonzero()
+        if len(bad):
+            nothing = torch.full((1, 1), float("-inf"))
+            check_left(nothing, f"at generated token {int(bad[0])}")
+
+    def _ended(self, said: Tensor) -> Tensor:
+        """(R,) bool: which rows of generated tokens (R, t) hold an end token."""
+        return torch.isin(said, said.new_tensor(self.ends)).any(-1)
 
 
 class KeyedDraw(LogitsProcessor):
@@ -106,7 +137,7 @@ class KeyedDraw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
-def guarded(processors: LogitsProcessorList, prompt_length: int, ends: Sequence[int]) -> LogitsProcessorList:
-    """``processors`` followed by :class:`SomethingLeft`, before a keyed draw, which would leave one token of none."""
+def guarded(processors: LogitsProcessorList, guard: SomethingLeft) -> LogitsProcessorList:
+    """``processors`` followed by ``guard``, before a keyed draw, which would leave one token of none."""
     at = len(processors) - any(isinstance(one, KeyedDraw) for one in processors)
-    return LogitsProcessorList([*processors[:at], SomethingLeft(prompt_length, ends), *processors[at:]])
+    return LogitsProcessorList([*processors[:at], guard, *processors[at:]])

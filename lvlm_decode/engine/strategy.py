@@ -110,12 +110,15 @@ class Stacked:
         given, kv = call.cache, run.keys_for(call.cache)
         ends = call.config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
-        processors = sampling.guarded(call.processors, call.prompt_length, ends)
-        call = dataclasses.replace(call, cache=kv.cache, processors=processors)
+        # Rows of beams and drafts are not those of the answer, and a streamer has said what comes.
+        at_once = assisted or call.mode.startswith("beam") or call.streamer is not None
+        guard = sampling.SomethingLeft(call.prompt_length, ends, at_once, bool(call.config.do_sample))
+        call = dataclasses.replace(call, cache=kv.cache, processors=sampling.guarded(call.processors, guard))
         with run.method.patch(run):
             lanes = run.open(kv, record=assisted)
             with kv.led(lanes.reorder, lanes.drop):
                 out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length))
+        guard.check(out if isinstance(out, Tensor) else out.sequences)
         # Its rows are those of every view; the caller is given those of the samples.
         own = kv.give(given, lanes.main.rows, run.extra_width)
         hf.give_cache(out, given if own else None)

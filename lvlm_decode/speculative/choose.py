@@ -90,7 +90,8 @@ class Chooser:
         self.size = scores.shape[-1]
         if self.row_wise and self.noise is None and not self.record:
             every = self._process_all(scores)
-            chosen, some = every.argmax(-1).tolist(), left(every).tolist()
+            # Together, so that the host waits once.
+            chosen, some = torch.stack([every.argmax(-1), left(every).long()]).tolist()
 
             def best(sample: int, row: int) -> int:
                 if not some[sample][row]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..engine.run import Run
 from ..errors import UnsupportedError
 from .cache_ops import accept_paths
 from .choose import Chooser, Stopper
+from .clock import Clock
 from .drafters.base import Context, Drafter, Features, Verified
 from .features import Watcher, watched
 from .stats import Stats
@@ -97,11 +97,10 @@ class _Loop:
         self.done = [False] * rows
         #: How many tokens each sample had when its stopping criteria first held.
         self.ended: list[int | None] = [None] * rows
-        self.synchronise = torch.cuda.synchronize if input_ids.is_cuda else (lambda: None)
+        self.clock = Clock(input_ids.device)
 
     def __call__(self, watcher: Watcher | None) -> Any:
         stats = self.stats
-        start = self._now()
         scores, _ = self.lanes.prefill(keep=1)
         for lane in self.lanes.lanes:
             lane.kv.check_rollback()
@@ -115,8 +114,7 @@ class _Loop:
             self.done[b] = self._emit(b, token)
             self.chooser.commit(b, token)
         self._settle()
-        now = self._now()
-        stats.prefill_s = now - start
+        self.clock.mark("prefill")
         if not all(self.done):
             prompt = None if watcher is None else self._prompt_features(watcher)
             context = Context(
@@ -130,7 +128,7 @@ class _Loop:
                 self.input_ids.device,
             )
             session = self.drafter.begin(context)
-            stats.draft_s += self._now() - now
+            self.clock.mark("draft")
             while not all(self.done):
                 self._cycle(session, watcher)
             session.finish()
@@ -138,19 +136,20 @@ class _Loop:
             longest = max(self.ended)
             self.generated = [own[:longest] for own in self.generated]
         stats.tokens = sum(map(len, self.generated))
+        stats.add_seconds(self.clock.seconds())
         if self.streamer is not None:
             self.streamer.end()
         return self._output()
 
     def _cycle(self, session: Any, watcher: Watcher | None) -> None:
-        stats, lanes, began = self.stats, self.lanes, self._now()
+        stats, lanes, clock = self.stats, self.lanes, self.clock
         room = max(self.stopper.room(len(own)) for own, done in zip(self.generated, self.done) if not done)
         tree = self._fit(session.propose(room), room)
-        drafted = self._now()
+        clock.mark("draft")
         if watcher is not None:
             watcher.reset()
         scores, _ = lanes.extend(tree.tokens.clamp(min=0), ancestors=tree.ancestors(), depth=tree.depths())
-        verified = self._now()
+        clock.mark("target")
         choose = self.chooser.at(scores, tree, [len(own) for own in self.generated])
         paths, committed = [], []
         for b, own in enumerate(self.generated):
@@ -176,18 +175,11 @@ class _Loop:
             accept_paths(
                 lanes, [[] if over else path for path, over in zip(paths, self.done)], tree.rows, tree.is_chain
             )
-        walked = self._now()
+        clock.mark("other")
         if not all(self.done):
             features = None if watcher is None else self._features(watcher)
             session.observe(Verified(tree, scores, paths, committed, features))
-        now = self._now()
-        stats.draft_s += drafted - began + now - walked
-        stats.target_s += verified - drafted
-        stats.other_s += walked - verified
-
-    def _now(self) -> float:
-        self.synchronise()
-        return perf_counter()
+        clock.mark("draft")
 
     def _fit(self, tree: Tree, room: int) -> Tree:
         """The tree without what the length limit or a static cache has no room for."""

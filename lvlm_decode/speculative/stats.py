@@ -50,6 +50,11 @@ class Stats:
         """Seconds after the prefill."""
         return self.target_s + self.draft_s + self.other_s
 
+    def add_seconds(self, spent: dict[str, float]) -> None:
+        """Add seconds by phase: "prefill", "target", "draft", "other"."""
+        for phase, seconds in spent.items():
+            setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)
+
     def level(self, depth: int, accepted: int) -> None:
         """Count one cycle: its draft was ``depth`` levels deep and ``accepted`` of them were right."""
         while len(self.reached) < depth:

@@ -182,13 +182,18 @@ class Tree:
         n = max(len(shape) for _, shape in rows)
         if all(shape.is_chain for _, shape in rows):
             filled = [[*tokens, *[PAD] * (n - len(tokens))] for tokens, _ in rows]
-            return Tree.chain(torch.tensor(filled, dtype=torch.long, device=device))
+            return Tree.chain(torch.tensor(filled, dtype=torch.long, device=device))._with_lists(filled)
         tokens, shapes = [], []
         for own, shape in rows:
             missing = n - len(shape)
             tokens.append([*own, *[PAD] * missing])
             shapes.append(shape_of((*shape.parents, *[0] * missing)) if missing else shape)
-        return Tree(torch.tensor(tokens, dtype=torch.long, device=device), tuple(shapes))
+        return Tree(torch.tensor(tokens, dtype=torch.long, device=device), tuple(shapes))._with_lists(tokens)
+
+    def _with_lists(self, lists: list[list[int]]) -> Tree:
+        """This tree, whose tokens the host knows already and need not read from the device."""
+        self.__dict__["lists"] = lists
+        return self
 
     @cached_property
     def lists(self) -> list[list[int]]:
