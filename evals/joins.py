@@ -86,7 +86,8 @@ def _same_number(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
     """Whether one is called by the bare number that ends the other's name."""
     numbers = [re.search(r"\d+$", parts[-1]) for parts in (first, second)]
     bare = any(len(parts) == 1 and parts[0].isdecimal() for parts in (first, second))
-    return bare and all(numbers) and int(numbers[0][0]) == int(numbers[1][0])
+    # As text: a number of thousands of digits is no integer that Python reads.
+    return bare and all(numbers) and numbers[0][0].lstrip("0") == numbers[1][0].lstrip("0")
 
 
 def same_text(one: str, other: str) -> bool:

@@ -344,5 +344,5 @@ def test_every_reader_takes_its_valid_input_and_a_few_wrong_ones(tmp_path):
     sys.modules["fuzz"] = fuzz
     spec.loader.exec_module(fuzz)
     for name in fuzz.readers():
-        counts = fuzz.fuzz(name, 0.3, seed=7, keep=None)
+        counts = fuzz.fuzz(name, 60, seed=7, keep=None, most=12)
         assert counts["accepted"] and not counts["tracebacks"], (name, counts)

@@ -615,8 +615,8 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 # Running -----------------------------------------------------------------------------------------------------------
 
 
-def fuzz(name: str, seconds: float, seed: int, keep: Path | None) -> dict:
-    """Counts of one reader: cases, scored, refused, tracebacks by the project's line."""
+def fuzz(name: str, seconds: float, seed: int, keep: Path | None, most: int | None = None) -> dict:
+    """Counts of one reader: cases, scored, refused, tracebacks by the project's line; after ``most`` cases it ends."""
     reader, rng = readers()[name](), random.Random(f"{name} {seed}")
     counts: Counter[str] = Counter(cases=0, accepted=0, refused=0, tracebacks=0)
     found: Counter[str] = Counter()
@@ -624,7 +624,7 @@ def fuzz(name: str, seconds: float, seed: int, keep: Path | None) -> dict:
     single = name == "picture"
     counts["longer_than_a_sentence"] = 0
     with tempfile.TemporaryDirectory() as root:
-        while time.monotonic() - began < seconds:
+        while time.monotonic() - began < seconds and counts["cases"] != most:
             folder = Path(root) / str(counts["cases"])
             files = dict(reader.files)
             chosen = rng.choice(reader.mutate or sorted(files))
