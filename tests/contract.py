@@ -9,20 +9,30 @@ import functools
 
 import pytest
 import torch
+import transformers
 from zoo import tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.attachment import last_run
-from lvlm_decode.engine.hf import decoder
+from lvlm_decode.engine.hf import decoder, versions
 from lvlm_decode.engine.hf.decoder import attention_of
 from lvlm_decode.engine.modes import NEEDS
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
-from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.families import FAMILIES as REGISTERED
+from lvlm_decode.families import family_of
 from lvlm_decode.method import BELOW
 from lvlm_decode.methods import METHODS, load
 
 NEW = 4
+
+
+#: All families but those that the installed transformers itself breaks.
+FAMILIES = [
+    family
+    for family in REGISTERED
+    if family not in versions.BROKEN.get(versions.minor_of(transformers.__version__), {})
+]
 
 
 def is_controller(name: str) -> bool:

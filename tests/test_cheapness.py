@@ -98,10 +98,12 @@ def test_one_vision_pass_whatever_the_views(name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_forward_per_token(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
-    extra = dict(avisc=1, code=3)  # one prefill that is looked at; a description of three tokens
+    # One prefill that is looked at; a description of three tokens; one prefill with and without the image.
+    extra = dict(avisc=1, code=3, vista=1)
     assert count.forwards == NEW + extra.get(name, 0)
     rows = count.views * B
-    assert count.rows == ({B, rows} if name in extra else {rows})
+    own = {"avisc": {B}, "code": {B}, "vista": {2 * B}}.get(name, set())
+    assert count.rows == {rows} | own
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,6 +114,8 @@ def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
         "pai": [(B, 1)] * (NEW - 1) * (LAYERS - 1),
         # One layer, the newest row of the pruned view.
         "sid": [(B, 1)] * NEW,
+        # One layer, the row of every token, the prompt's too.
+        "hgai": [(B, 1)] * NEW,
         # Every layer's last row, once.
         "avisc": [(B, 1)] * LAYERS,
     }.get(name, [])
@@ -123,11 +127,15 @@ def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
 def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
     layers = {"dola": [0, 1, 3], "deco": [2, 3], "lol": [2]}.get(name, [])
+    if name == "vista":
+        # Its vector comes from a prefill of its own, which is asked for no states by the method's probes.
+        count.states.pop(0)
+        layers = [3]
     assert all(states == layers for states in count.states)
     # The head sees the newest position of every row, and that of the early layers: of view 0, and of the amateur's.
     rows = count.views * B
     early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2}.get(name, [])
-    if name not in ("avisc", "code"):
+    if name not in ("avisc", "code", "vista"):
         assert count.projected == [rows, *early] * NEW
 
 

@@ -2,9 +2,8 @@
 
 import contract
 import pytest
-from contract import CELLS, HONOURED, KINDS, NAMES, REFUSED, SMALL, by_default, family_for
+from contract import CELLS, FAMILIES, HONOURED, KINDS, NAMES, REFUSED, SMALL, by_default, family_for
 
-from lvlm_decode.families import FAMILIES
 from lvlm_decode.methods import load
 
 

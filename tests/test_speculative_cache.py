@@ -131,10 +131,14 @@ def test_caches_that_hold_more_than_keys_and_values_are_refused():
     layers = [Quantized(residual_length=4) for _ in range(zoo.LAYERS)]
     attach(tiny.model, parse("plain"), drafter="recycling")
     try:
-        with pytest.raises(UnsupportedError, match="layer 0 is a Quantized, which holds more than keys and values"):
+        with pytest.raises(
+            UnsupportedError, match="recycling keeps keys and values of its own and cannot fill a cache"
+        ):
             tiny.model.generate(**tiny.inputs(["is it"]), **hf.with_cache(Cache(layers=layers)), max_new_tokens=4)
     finally:
         detach(tiny.model)
+    with pytest.raises(UnsupportedError, match="layer 0 is a Quantized, which holds more than keys and values"):
+        hf.KV(Cache(layers=layers)).check_rollback()
     mixed = Cache(layers=[cache_utils.DynamicLayer(), cache_utils.LinearAttentionAndFullAttentionLayer()])
     with pytest.raises(UnsupportedError, match="layer 1 is a LinearAttentionAndFullAttentionLayer"):
         hf.KV(mixed).check_rollback()

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lvlm_decode_data
-from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError
+from lvlm_decode.errors import FileFormatError, InputError, LvlmDecodeError, ParameterError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.bench import Arm, Measured, measure, mismatches, ratio, summary
@@ -373,7 +373,7 @@ def test_files_of_pictures_and_texts(tmp_path):
     with pytest.raises(InputError, match="3 records with an image"):
         file_items(path, 3)
     path.write_text('{"image": "x.png"}')
-    with pytest.raises(InputError, match=r"data\.jsonl:1: .*'prompt'"):
+    with pytest.raises(FileFormatError, match=r"data\.jsonl, line 1: field 'prompt' is missing"):
         file_items(path, 1)
     assert frequent_tokens([Counted([5, 5, 5, 7, 7, 7, 2], 1)], 2, 10).tolist() == [5, 7]
 

@@ -72,9 +72,6 @@ class OPERA(Controller):
     the log-probabilities among the candidates, as in the authors' code, so a processor that bans all candidates of a beam
     leaves tokens at ``fill``.
 
-    A streamer is refused under ``attach``. ``generate(custom_generate=OPERA(), streamer=...)`` cannot refuse it:
-    transformers gives it the prompt and does not pass it on, so it never sees the answer.
-
     Args:
         num_beams: Number of beams (N_beam), at least 1. ``generate()``'s own ``num_beams`` stays 1.
         num_attn_candidates: Number of candidates per beam whose attention is read (N_can), at least 1; 1 is greedy
