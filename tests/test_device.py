@@ -188,9 +188,9 @@ def test_a_token_launches_no_more_than_its_budget(name):
     assert counts.copies == 0
 
 
-@pytest.mark.parametrize(("drafter", "waits"), [("automaton", 2), pytest.param("recycling", 3, marks=pytest.mark.full)])
-def test_a_verification_waits_for_the_device_no_more_than_its_budget(drafter, waits):
-    """For the target's choices, a draft made on the device, and what recycling learns; the statistics wait for nothing."""
+@pytest.mark.parametrize("drafter", ["automaton", "recycling"])
+def test_a_verification_waits_for_the_device_at_most_twice(drafter):
+    """Once for the target's choices, and once for a draft that was made on the device; the statistics wait for nothing."""
     built, other = models("llava")
     with rehearsing() as counts:
         sent = {key: value.to("cuda") for key, value in built.inputs(["is it a dog"], seed=2).items()}
@@ -202,4 +202,4 @@ def test_a_verification_waits_for_the_device_no_more_than_its_budget(drafter, wa
                 other.generate(**sent, max_new_tokens=length, min_new_tokens=length, **new)
                 begun.append((counts - before, ld.last_run(other).trace.speculation.cycles))
     (first, few), (second, many) = begun
-    assert many > few and (second - first).synchronisations <= waits * (many - few)
+    assert many > few and (second - first).synchronisations <= 2 * (many - few)

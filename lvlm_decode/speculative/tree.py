@@ -243,7 +243,7 @@ class Tree:
             kept = [row for row, d in enumerate(shape.depth) if d <= depth]
             place = {row: at for at, row in enumerate(kept)}
             parents = tuple(-1 if row == 0 else place[shape.parents[row]] for row in kept)
-            rows.append(([int(self.tokens[sample, row]) for row in kept], shape_of(parents)))
+            rows.append(([self.lists[sample][row] for row in kept], shape_of(parents)))
         return Tree.of(rows, self.tokens.device)
 
     def select(self, rows: list[int]) -> Tree:
@@ -253,7 +253,11 @@ class Tree:
         parents = tuple(-1 if row == 0 else place[shape.parents[row]] for row in rows)
         index = torch.tensor(rows, device=self.tokens.device)
         logprobs = None if self.logprobs is None else self.logprobs[:, index]
-        return Tree(self.tokens[:, index], (shape_of(parents),), logprobs)
+        out = Tree(self.tokens[:, index], (shape_of(parents),), logprobs)
+        if "lists" in self.__dict__:
+            # Read from the device already.
+            out._with_lists([[tokens[row] for row in rows] for tokens in self.lists])
+        return out
 
     def pruned(self) -> Tree:
         """The tree without rows that are :data:`PAD` in every sample; one shape for all samples only."""
