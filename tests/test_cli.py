@@ -110,6 +110,7 @@ def test_bad_input_is_one_sentence(arguments, said, tmp_path, monkeypatch):
     assert result.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.full
 def test_demo_measures_and_writes_one_page(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "CAPTION_SCENES", 6)
     monkeypatch.setattr(demo, "TIMED_ROUNDS", 1)

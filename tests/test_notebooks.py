@@ -9,13 +9,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHIPPED = ROOT / "data" / "tiny-llava" / "model.safetensors"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem == "quickstart" else pytest.mark.full)
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_a_notebook_runs(path, monkeypatch):
     if not SHIPPED.exists():
         pytest.skip("the small model's weights are not in data/tiny-llava; run python -m tools.small_models tiny-llava")

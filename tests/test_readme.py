@@ -114,6 +114,7 @@ def test_links_lead_somewhere(path):
     assert (ROOT / path).exists()
 
 
+@pytest.mark.full
 def test_captions_of_the_demo_are_what_the_model_says():
     """The page of the demo and the README's figures on 32 scenes, computed again."""
     page = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())

@@ -383,7 +383,7 @@ class Counted:
         self.ids, self.start = ids, start
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", "tiny-instructblip"])
+@pytest.mark.parametrize("name", ["tiny-llava", pytest.param("tiny-instructblip", marks=pytest.mark.full)])
 def test_shipped_heads_draft_for_their_model(name):
     """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
     from lvlm_decode.attachment import attach, detach, last_run

@@ -100,6 +100,7 @@ def test_sampling_is_worse_than_greedy(tiny):
         assert pope["sampled"][split]["accuracy"] < pope["greedy"][split]["accuracy"]
 
 
+@pytest.mark.full
 def test_captions_hallucinate_what_co_occurs(tiny):
     captions = measured("caption", tiny.name)
     assert captions["captions"] == measurement.CAPTIONS
@@ -109,6 +110,7 @@ def test_captions_hallucinate_what_co_occurs(tiny):
     assert captions["typical_by_chance"] < 0.25
 
 
+@pytest.mark.full
 def test_captions_are_detailed_and_end(tiny):
     captions = measured("caption", tiny.name)
     assert captions["mean_tokens"] > 45

@@ -50,6 +50,7 @@ def _copy(source, target) -> None:
     target.write_bytes(source.read_bytes())
 
 
+@pytest.mark.full
 def test_demo_from_the_wheel(installed, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     code = (
