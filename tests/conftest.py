@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # Their assertions say what differed, as those of test files do.
-pytest.register_assert_rewrite("contract", "helpers", "zoo")
+pytest.register_assert_rewrite("contract", "helpers", "runs", "zoo")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -66,3 +66,40 @@ def _one_thread_per_test_process():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model_folder():
+    """The folder of the small LLaVA."""
+    import lvlm_decode_data
+
+    return lvlm_decode_data.tiny_path("tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def loaded(model_folder):
+    """The small LLaVA as the runner loads it, once for a test process."""
+    from lvlm_decode_evals.runner import load
+
+    return load(str(model_folder))
+
+
+@pytest.fixture(scope="session")
+def source():
+    """Twenty questions of POPE's adversarial split about the scenes that ship."""
+    import lvlm_decode_data
+    from lvlm_decode_evals import evaluator
+    from lvlm_decode_evals.loaders import scene_source
+
+    whole = scene_source(evaluator("pope"), lvlm_decode_data.load_scenes("heldout")[:12])
+    return whole.only(["adversarial"]).first(20)
+
+
+@pytest.fixture(scope="session")
+def finished(loaded, source, tmp_path_factory):
+    """The folder of one uninterrupted run."""
+    from runs import run_of
+
+    out = tmp_path_factory.mktemp("whole")
+    run_of(loaded, source, out).execute()
+    return out

@@ -1,16 +1,12 @@
 """Evaluations from Python: the same numbers as the command line, as objects that a notebook shows."""
 
-# The fixtures of test_runner are used here as arguments.
-# ruff: noqa: F401, F811
-
 import json
 import subprocess
 import sys
 from html.parser import HTMLParser
 
 import pytest
-from test_joins import as_file, questions_about, write
-from test_runner import cli, files_of, loaded, model_folder
+from runs import as_file, cli, questions_about, write
 
 from lvlm_decode.errors import EvalError, SettingsError, UnknownNameError
 from lvlm_decode_evals import evaluate, read_run, score

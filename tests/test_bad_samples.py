@@ -1,8 +1,5 @@
 """One bad sample never ends a run; nothing outside the images' folder is read; no code of a checkpoint is run."""
 
-# The fixtures of test_runner are used here as arguments.
-# ruff: noqa: F401, F811
-
 import json
 import shutil
 import subprocess
@@ -12,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, shared_path
 from PIL import Image
+from runs import BATCH, SAMPLE, cell_folder, cli, files_of, run_of
 from safetensors.torch import save_file
-from test_runner import BATCH, SAMPLE, cell_folder, cli, files_of, finished, loaded, model_folder, run_of, source
 
 from lvlm_decode.errors import EvalError, MissingFileError, OutsideError, UnsupportedError
 from lvlm_decode_evals.answers import resume_answers

@@ -1,13 +1,13 @@
 """Answers in the forms that the authors' own scripts write; every other form is refused with those that are accepted."""
 
 import json
-import sys
 
 import pytest
 from conftest import shared_path
+from runs import main, write
 
 from lvlm_decode.errors import EvalError, FileFormatError
-from lvlm_decode_evals import commands, evaluator
+from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.joins import join
 
 QUESTIONS = [
@@ -24,11 +24,6 @@ TEXTS = [question["text"] for question in QUESTIONS]
 SAID = ["Yes", "No", "Yes"]
 
 
-def write(path, records, lines=True):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records) if lines else json.dumps(records))
-    return path
-
-
 def scored(benchmark, answers, questions=None, **options):
     """Rows of a file of answers, joined with a question file as `lvlm-decode score` does it."""
     chosen = evaluator(benchmark, **options)
@@ -38,19 +33,6 @@ def scored(benchmark, answers, questions=None, **options):
         found, contradicted = join(chosen.matched(found, asked, str(answers)), asked, str(answers))
         assert not contradicted
     return chosen.rows(found)
-
-
-def run(*arguments, capsys):
-    """(exit status, stdout, stderr) of the command line."""
-    before, sys.argv = sys.argv, ["lvlm-decode", *map(str, arguments)]
-    try:
-        commands.main()
-        status = 0
-    except SystemExit as ended:
-        status = ended.code or 0
-    finally:
-        sys.argv = before
-    return status, *capsys.readouterr()
 
 
 POPE_FORMS = {
@@ -314,7 +296,7 @@ def test_hallusionbench_answers_without_gold_meet_their_questions(tmp_path):
 )
 def test_any_other_form_is_refused_with_the_accepted_ones(tmp_path, capsys, benchmark, line):
     path = write(tmp_path / "a.jsonl", [line])
-    status, out, err = run("score", benchmark, path, capsys=capsys)
+    status, out, err = main("score", benchmark, path, capsys=capsys)
     assert status == 1 and not out and "Traceback" not in err
     assert "a.jsonl, line 1: field" in err and "Accepted, each with an example line" in err
     # The example of this project's own form is one that it reads.
@@ -323,10 +305,14 @@ def test_any_other_form_is_refused_with_the_accepted_ones(tmp_path, capsys, benc
 
 def test_the_recorded_cases(capsys):
     mme = shared_path("cases/10-mme-llava-jsonl")
-    status, out, err = run("score", "mme", mme / "answers.jsonl", "--questions", mme / "questions.jsonl", capsys=capsys)
+    status, out, err = main(
+        "score", "mme", mme / "answers.jsonl", "--questions", mme / "questions.jsonl", capsys=capsys
+    )
     assert status == 0 and "Existence 200.0" in out and not err
-    status, out, err = run("score", "mme", mme / "answers.jsonl", capsys=capsys)
+    status, out, err = main("score", "mme", mme / "answers.jsonl", capsys=capsys)
     assert status == 1 and "give --questions FILE" in err
     pope = shared_path("cases/11-pope-own-answer-format")
-    status, out, err = run("score", "pope", pope / "answers.jsonl", "--questions", pope / "labels.jsonl", capsys=capsys)
+    status, out, err = main(
+        "score", "pope", pope / "answers.jsonl", "--questions", pope / "labels.jsonl", capsys=capsys
+    )
     assert status == 0 and "Accuracy 100.0%" in out and not err

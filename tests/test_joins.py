@@ -4,8 +4,7 @@ import json
 
 import pytest
 from conftest import shared_path
-from test_runner import cli
-from test_tables import RIGHT, SAMPLE, make_run, results_of
+from runs import RIGHT, SAMPLE, WORDS, as_file, cli, make_run, one_cell, questions_about, results_of, write
 
 from lvlm_decode.errors import EvalError
 from lvlm_decode_evals.answers import resume_answers
@@ -13,24 +12,6 @@ from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.joins import join, same_image, same_text
 from lvlm_decode_evals.plan import found_cells, read_cell
 from lvlm_decode_evals.tables import blocks, gather, markdown
-
-WORDS = ("dog", "cat", "car", "bus", "cup", "pen")
-
-
-def questions_about(words=WORDS, image="im"):
-    return [
-        Question(i, f"Is there a {word} in the image?", f"{image}{i}.jpg", ("yes", "no")[i % 2])
-        for i, word in enumerate(words)
-    ]
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def as_file(path, questions):
-    return write(path, [{"question_id": q.id, "image": q.image, "text": q.text, "label": q.label} for q in questions])
 
 
 def test_answers_about_the_same_questions_take_their_facts_from_them():
@@ -122,11 +103,6 @@ def edit(path, before, after, count=1):
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after, count))
-
-
-def one_cell(out):
-    (folder,) = found_cells(make_run(out, {("vcd", SAMPLE): 0.8}))
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
-from test_joins import one_cell
-from test_runner import files_of
+from runs import cli, files_of, one_cell
 
 from lvlm_decode.errors import LockedError, OutputError
 from lvlm_decode_evals import locks
@@ -181,8 +180,6 @@ def test_a_folder_that_is_a_file_or_read_only_gets_one_sentence(tmp_path, monkey
 
 
 def test_scores_can_be_read_while_a_run_writes(tmp_path, holder):
-    from test_runner import cli
-
     folder = one_cell(tmp_path)
     holder(folder.parents[2])
     done = cli("score", tmp_path)
@@ -199,8 +196,6 @@ def test_the_note_says_when_it_was_taken(tmp_path):
 
 
 def test_eval_on_a_held_folder_ends_in_one_sentence_and_changes_nothing(tmp_path, holder):
-    from test_runner import cli
-
     holder(tmp_path / "pope" / "random")
     before = files_of(tmp_path)
     done = cli("eval", "pope", "--limit", "2", "--split", "random", "--no-do-sample", "--out", tmp_path)
@@ -209,8 +204,6 @@ def test_eval_on_a_held_folder_ends_in_one_sentence_and_changes_nothing(tmp_path
 
 
 def test_a_run_removes_what_a_killed_one_left_anywhere_in_its_split(tmp_path):
-    from test_runner import cli
-
     arguments = ("eval", "pope", "--limit", "2", "--split", "random", "--no-do-sample", "--out", tmp_path)
     assert cli(*arguments).exit_code == 0
     whole = files_of(tmp_path)

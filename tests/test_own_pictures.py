@@ -1,24 +1,18 @@
 """A user's own pictures end in a result: what is lacking is asked for before a model is loaded, scoring locks nothing."""
 
-# The fixtures of test_runner are used here as arguments.
-# ruff: noqa: F401, F811
-
 import inspect
 import json
 import re
 
 import pytest
 from PIL import Image
-from test_runner import cli, files_of, loaded, model_folder
-from test_tables import make_run
+from runs import SAMPLE, cli, files_of, make_run
 
 from lvlm_decode.errors import EvalError, SettingsError
 from lvlm_decode_evals import commands, evaluator
 from lvlm_decode_evals.api import check_folder, prepare
 from lvlm_decode_evals.base import Question
-from lvlm_decode_evals.plan import GREEDY, Decoding, cells, check_without
-
-SAMPLE = Decoding(do_sample=True)
+from lvlm_decode_evals.plan import GREEDY, cells, check_without
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_price import SAMPLE, captions, naturalbench, pope
+from runs import SAMPLE, captions, naturalbench, pope
 
 from lvlm_decode_evals.metrics import intervals
 from lvlm_decode_evals.plots import scatter, trades, write_pictures

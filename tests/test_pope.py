@@ -10,6 +10,7 @@ import pytest
 from conftest import shared_path
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import cli
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
 from lvlm_decode_evals import evaluator
@@ -370,17 +371,6 @@ def test_ids_may_be_text_and_line_separators_may_occur_in_answers(tmp_path):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"question_id": "q1", "answer": "Yes\u2028it is", "label": "yes"}, ensure_ascii=False))
     assert read_answers(path)[0].answer == "Yes\u2028it is"
-
-
-def cli(*arguments):
-    import typer
-    from typer.testing import CliRunner
-
-    from lvlm_decode_evals.commands import add_to
-
-    app = typer.Typer()
-    add_to(app)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_a_file_of_answers_is_scored_from_the_command_line(tmp_path):

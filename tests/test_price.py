@@ -3,42 +3,12 @@
 import json
 
 import pytest
-from typer.testing import CliRunner
+from runs import IMAGES, SAMPLE, captions, cli, naturalbench, pope, result
 
-from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer
-from lvlm_decode_evals.plan import GREEDY, TIMES, Decoding, Result
+from lvlm_decode_evals.plan import TIMES
 from lvlm_decode_evals.price import lines, price_blocks, trade
 from lvlm_decode_evals.tables import render
-
-SAMPLE = Decoding(do_sample=True)
-IMAGES = 40
-
-
-def result(name, split, method, answers, decoding=GREEDY, folder="nowhere", **settings):
-    scorer = evaluator(name)
-    settings = {"model": {"name": "m"}, "method": {"name": method, "parameters": {}}, **settings}
-    return Result(scorer, split, method, decoding, 0, scorer.rows(answers), Audit(), settings, folder)
-
-
-def pope(method, right, **how):
-    answers = [Answer(i, "Yes" if i < right else "No", image=str(i), label="yes") for i in range(IMAGES)]
-    return result("pope", "random", method, answers, **how)
-
-
-def naturalbench(method, groups, **how):
-    """Of 40 groups so many whole; in the others everything is Yes."""
-    answers = [
-        Answer(4 * g + k, ("Yes", "No", "No", "Yes")[k] if g < groups else "Yes", meta={"type": "yes_no"}, image=str(g))
-        for g in range(IMAGES) for k in range(4)
-    ]  # fmt: skip
-    return result("naturalbench", "all", method, answers, **how)
-
-
-def captions(method, text, **how):
-    answers = [Answer(i, text, image=str(i), label=["dog", "cat"]) for i in range(IMAGES)]
-    return result("chair", "captions", method, answers, **how)
 
 
 def test_a_gain_paid_for_in_ability_is_said_in_one_line():
@@ -125,16 +95,10 @@ def test_time_is_that_of_the_longest_answers_without_warming_up(tmp_path):
 
 
 def test_eval_records_times_only_when_told_to(tmp_path):
-    import typer
-
-    from lvlm_decode_evals.commands import add_to
-
-    app = typer.Typer()
-    add_to(app)
     arguments = ["eval", "chair", "--limit", "6", "--batch-size", "2", "--max-new-tokens", "4", "--method", "vcd"]
     arguments += ["--no-do-sample", "--out"]
     for name, more in (("without", []), ("with", ["--times"])):
-        done = CliRunner().invoke(app, [*arguments, str(tmp_path / name), *more])
+        done = cli(*arguments, tmp_path / name, *more)
         assert done.exit_code == 0, done.output
     assert not list((tmp_path / "without").rglob(TIMES)) and "Ratio" in done.output
     (first, *_) = sorted((tmp_path / "with").rglob(TIMES))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_forms import run, write
+from runs import main, write
 
 from lvlm_decode.errors import FileFormatError, LvlmDecodeError, MissingFileError, OutputError
 from lvlm_decode_evals.answers import write_whole
@@ -273,17 +273,17 @@ def cell(tmp_path):
     ],
 )
 def test_files_of_a_former_run_are_named(cell, capsys, name, content, sentence):
-    assert run("score", cell.parents[4], capsys=capsys)[0] == 0
+    assert main("score", cell.parents[4], capsys=capsys)[0] == 0
     (cell / name).write_text(content)
     for command in ("score", "table"):
-        status, _, err = run(command, cell.parents[4], capsys=capsys)
+        status, _, err = main(command, cell.parents[4], capsys=capsys)
         assert status == 1 and sentence in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("value", ["rule=[a", "rule=*x", "rule=2001-99-99", "rule=3", "rule"])
 def test_options_of_the_command_line(tmp_path, capsys, value):
     answers = write(tmp_path / "a.jsonl", [{"question_id": 1, "answer": "Yes", "label": "yes"}])
-    status, _, err = run("score", "pope", answers, "-o", value, capsys=capsys)
+    status, _, err = main("score", "pope", answers, "-o", value, capsys=capsys)
     assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, shared_path
+from conftest import ROOT
 from PIL import Image
-from typer.testing import CliRunner
+from runs import BATCH, SAMPLE, cell_folder, cli, files_of, run_of
 
 import lvlm_decode
 import lvlm_decode_data
@@ -36,54 +36,6 @@ from lvlm_decode_evals.runner import (
     token_counts,
 )
 from lvlm_decode_evals.tables import blocks, render
-
-SAMPLE = Decoding(do_sample=True)
-METHODS = [("vcd", SAMPLE)]
-BATCH = 4
-
-
-@pytest.fixture(scope="module")
-def model_folder():
-    try:
-        return lvlm_decode_data.tiny_path("tiny-llava")
-    except FileNotFoundError:
-        return shared_path("prototypes/tiny-llava")
-
-
-@pytest.fixture(scope="module")
-def loaded(model_folder):
-    return load(str(model_folder))
-
-
-@pytest.fixture(scope="module")
-def source():
-    whole = scene_source(evaluator("pope"), lvlm_decode_data.load_scenes("heldout")[:12])
-    return whole.only(["adversarial"]).first(20)
-
-
-def run_of(loaded, source, out, **how):
-    options = how.pop("options", Options(batch_size=BATCH))
-    return Run(
-        evaluator("pope"), source, loaded, Path(out), how.pop("methods", METHODS), options=options, quiet=True, **how
-    )
-
-
-def files_of(folder):
-    """relative path -> content of every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def finished(loaded, source, tmp_path_factory):
-    """The folder of one uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole")
-    run_of(loaded, source, out).execute()
-    return out
-
-
-def cell_folder(out, method="vcd", decoding=SAMPLE, seed=0):
-    return Cell("adversarial", method, decoding, seed).folder(out, "pope")
-
 
 # --- the plan
 
@@ -316,14 +268,6 @@ def bad_images(tmp_path):
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file, folder
-
-
-def cli(*arguments):
-    from lvlm_decode_evals.commands import add_to, typer
-
-    app = typer.Typer()
-    add_to(app)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_bad_images_are_reported_not_scored_and_retried(bad_images, model_folder, tmp_path):

@@ -120,3 +120,20 @@ def test_scorers_import_no_model_code():
         if module.startswith("lvlm_decode_evals.") and any("torch" in ast.dump(node) for node in top):
             found.add(module.rpartition(".")[2])
     assert found <= allowed, found
+
+
+def test_no_test_file_imports_from_another():
+    """What several test files share stands in a module beside them: an import would collect the other's tests and fixtures."""
+    files = {path.stem: path for path in (ROOT / "tests").glob("*.py")}
+    tests = {name for name in files if name.startswith("test_")}
+    found = {}
+    for name, path in files.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module or "")
+            elif isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+        if wrong := {module.rpartition(".")[2] for module in imported} & tests:
+            found[name] = wrong
+    assert len(tests) > 50 and found == {}

@@ -3,84 +3,30 @@
 import csv
 import io
 import json
-import random
 import re
 
 import pytest
 import yaml
 from conftest import ROOT
-from typer.testing import CliRunner
+from runs import SAMPLE, cli, make_run, results_of
 
 import lvlm_decode
 from lvlm_decode.errors import FileFormatError, MissingFileError, UnknownNameError
 from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.answers import append_answers
-from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.configs import MEAN, on_scenes, paper_blocks, read_config, scene_split
 from lvlm_decode_evals.plan import (
     GREEDY,
-    Cell,
-    Decoding,
-    Settings,
-    claim,
     found_cells,
     mask_of,
-    read_cell,
     score_cell,
-    write_questions,
 )
 from lvlm_decode_evals.plots import dots, write_pictures
 from lvlm_decode_evals.pope import Pope
 from lvlm_decode_evals.tables import Value, blocks, gather, markdown, render
 
-SAMPLE = Decoding(do_sample=True)
 # Printed F1 that does not follow from the printed precision and recall; the files say so in their notes.
 SLIPS = {("pope-avisc-instructblip", "VCD", "coco-random"), ("pope-icd-instructblip", "ICD", "coco-random")}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RIGHT = {("plain", GREEDY): 0.9, ("plain", SAMPLE): 0.7, ("mask", SAMPLE): 0.8, ("vcd", SAMPLE): 0.8}
-
-
-def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model="tiny-llava", skip=()):
-    """A finished run without a model: answers that are right with the given probability."""
-    asked = [Question(i, "Is there a dog?", f"im{i // 6}", ("yes", "no")[i % 2]) for i in range(questions)]
-    for (method, decoding), right in pairs.items():
-        for seed in seeds if decoding.do_sample else seeds[:1]:
-            folder = Cell(split, method, decoding, seed).folder(out, "pope")
-            decides = {
-                "evaluator": "pope",
-                "split": split,
-                "method": {"name": method, "parameters": {}},
-                "decoding": dict(
-                    do_sample=decoding.do_sample, temperature=decoding.temperature, num_beams=decoding.num_beams
-                ),
-                "seed": seed,
-                "model": {"name": model},
-            }
-            settings = Settings(decides, {})
-            claim(folder, settings)
-            write_questions(folder.parents[2], asked)
-            rng = random.Random(f"{method} {decoding.name} {seed}")
-            answers = [
-                Answer.to(q, (q.label if rng.random() < right else {"yes": "no", "no": "yes"}[q.label]).capitalize(), 2)
-                for q in asked
-                if q.id not in skip
-            ]
-            append_answers(folder / "answers.jsonl", (answer.sealed(settings.key) for answer in answers))
-    return out
-
-
-def results_of(out):
-    return [read_cell(folder) for folder in found_cells(out)]
-
-
-def cli(*arguments):
-    import typer
-
-    from lvlm_decode_evals.commands import add_to
-
-    app = typer.Typer()
-    add_to(app)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 def test_every_method_stands_beside_its_controls(tmp_path):
