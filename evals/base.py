@@ -221,6 +221,10 @@ class Evaluator:
 
         return scene_images(scenes)
 
+    def shown(self, question: Question, image: Any) -> Any:
+        """The picture that the model sees with a question: `image` itself, unless a benchmark draws on it."""
+        return image
+
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """Split name -> questions of the benchmark's own files."""
         raise EvalError(f"{self.name} has no question files; leave --questions out.")

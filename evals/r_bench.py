@@ -3,8 +3,11 @@
 Image-level questions ("Is there a person riding a horse?"), scored like POPE on five balanced subsets; the printed
 figure is the mean of the five. The subsets come as lists of ids beside the question file; without them all questions
 are one set, which the authors call Image(All) and do not compare with the mean. Precision, recall and F1 have 0.00001
-in their denominators, as in the authors' script. Instance-level questions need boxes drawn on the image and are not
-asked here; their answers are scored the same way.
+in their denominators, as in the authors' script.
+
+Instance-level questions are about two objects in boxes ("the person in red bounding box"): the boxes are drawn on the
+image, the subject's red and the object's green, 4 pixels wide, and the question names them, as in the authors' code. Their
+other form, coloured masks instead of boxes, is not drawn here. Answers are scored as at image level.
 """
 
 from __future__ import annotations
@@ -14,16 +17,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
+from .joins import same_text
 from .reading import Identity, Record, checked, read_json, read_records
 
 _TINY = 1e-5
 SUBSETS = (1, 2, 3, 4, 5)
+# Instance level: of the subject's and the object's box, its width in pixels, how the question calls it, and the fields that
+# tell such a record.
+_COLOURS = ("red", "green")
+_WIDTH = 4
+_IN_BOX = "bounding box"
+_MARKS = {"subject", "object", "sub_box", "obj_box"}
 _COUNTS = ("tp", "fp", "tn", "fn", "n", "yes")
 _OPPOSITE = {"to the left of": "to the right of", "above": "below"}
 _OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
@@ -54,21 +66,40 @@ class RBench(Evaluator):
         parsers.rule(self.rule)
 
     def scene_questions(self, scenes: Sequence, seed: int = 0) -> dict[str, list[Question]]:
-        """A relation between two objects that are each the only one of their kind, and its opposite."""
+        """A relation between two objects that are each the only one of their kind, and its opposite; split "box" asks the
+        same about the two in boxes.
+        """
+        from lvlm_decode_data.scenes import SIZE
         from lvlm_decode_data.texts import relations
 
-        questions = []
+        splits: dict[str, list[Question]] = {"all": [], "box": []}
         for scene in scenes:
             for first, word, second in relations(scene, sorted(scene.categories))[:1]:
+                corners = [[n / SIZE for n in (x, y, x + w, y + h)] for x, y, w, h in _boxes(scene, first, second)]
                 for asked, label in ((word, "yes"), (_OPPOSITE[word], "no")):
                     text = f"Is the {first} {asked} the {second} in the image?"
-                    questions.append(Question(f"{scene.image_id}/{label}", text, str(scene.image_id), label))
-        return {"all": questions}
+                    question = Question(f"{scene.image_id}/{label}", text, str(scene.image_id), label)
+                    splits["all"].append(question)
+                    splits["box"].append(_marked(question, first, second, *corners))
+        return splits
+
+    def shown(self, question: Question, image: Any) -> Any:
+        """The image with the boxes of an instance-level question."""
+        if "boxes" not in question.meta:
+            return image
+        from PIL import ImageDraw
+
+        image = image.convert("RGB")
+        drawing = ImageDraw.Draw(image)
+        for colour, box in question.meta["boxes"].items():
+            drawing.rectangle([share * side for share, side in zip(box, image.size * 2)], outline=colour, width=_WIDTH)
+        return image
 
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """A question file (question_id, image, text, label, perhaps type); `*_ids_1.json` to `_5` lie beside it.
 
-        With a `type` (the web data's counterfactual and illusion) every type is a split.
+        With a `type` (the web data's counterfactual and illusion) every type is a split. Instance-level records have
+        subject, object, sub_box and obj_box (left, top, right, bottom as shares of the image's sides) besides.
         """
         path = Path(path)
         if path.is_dir():
@@ -79,14 +110,31 @@ class RBench(Evaluator):
         member = _members(path)
         splits: dict[str, list[Question]] = {}
         for where, record in read_records(path):
-            asked = checked(_Asked, record, where)
+            asked = checked(_Instance if record.keys() & _MARKS else _Asked, record, where)
             meta = {"subsets": member[str(asked.question_id)]} if str(asked.question_id) in member else {}
             label = "no" if "no" in asked.label.lower() else "yes"
             question = Question(asked.question_id, asked.text, asked.image, label, meta=meta)
+            if isinstance(asked, _Instance):
+                question = _marked(question, asked.subject, asked.object, asked.sub_box, asked.obj_box)
+                if question.text.count(_IN_BOX) < len(_COLOURS):
+                    raise FileFormatError(
+                        f"{where}: text {asked.text!r} must name subject {asked.subject!r} and object {asked.object!r}."
+                    )
             splits.setdefault(asked.type, []).append(question)
-        if member and not any(question.meta for questions in splits.values() for question in questions):
+        if member and not any("subsets" in question.meta for questions in splits.values() for question in questions):
             raise FileFormatError(f"{path}: none of its ids is in the lists of ids beside it; they belong together.")
         return splits
+
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """The authors' answer files repeat instance-level questions without what names the boxes."""
+        marked = {str(q.id): q for q in questions if "boxes" in q.meta}
+        found = []
+        for answer in answers:
+            question = marked.get(str(answer.question_id))
+            if question is not None and same_text(answer.text, question.meta["text"]):
+                answer = replace(answer, text=question.text)
+            found.append(answer)
+        return found
 
     def row(self, answer: Answer) -> Row:
         if answer.label is None:
@@ -152,6 +200,34 @@ class _Asked(Record):
     text: str
     label: str
     type: str = "all"
+
+
+# Left, top, right, bottom as shares of the image's sides.
+_Box = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=4, max_length=4)]
+
+
+class _Instance(_Asked):
+    """A question about two objects in boxes."""
+
+    subject: str = Field(min_length=1)
+    object: str = Field(min_length=1)
+    sub_box: _Box
+    obj_box: _Box
+
+
+def _marked(question: Question, first: str, second: str, *boxes: Sequence[float]) -> Question:
+    """The question about `first` in the red box and `second` in the green one. The words are put in as by the authors: after
+    every place where the text has the name, the second's after the first's.
+    """
+    text = question.text
+    for name, colour in zip((first, second), _COLOURS):
+        text = text.replace(name.lower(), f"{name.lower()} in {colour} {_IN_BOX}")
+    meta = {**question.meta, "boxes": dict(zip(_COLOURS, map(list, boxes))), "text": question.text}
+    return replace(question, text=text, meta=meta)
+
+
+def _boxes(scene: Any, *names: str) -> list[tuple[int, int, int, int]]:
+    return [scene.of(name)[0].box for name in names]
 
 
 def _members(path: Path) -> dict[str, list[int]]:

@@ -583,7 +583,7 @@ class Run:
         for i, question in enumerate(batch):
             try:
                 if question.image is not None:
-                    images.append(self.source.images.open(question.image))
+                    images.append(self.evaluator.shown(question, self.source.images.open(question.image)))
                 asked.append(question)
             except Exception as error:
                 told = str(error) if isinstance(error, LvlmDecodeError) else _opening(question.image, error)

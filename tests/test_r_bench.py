@@ -2,11 +2,15 @@
 
 import json
 import random
+import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode_evals import joins
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.r_bench import RBench
 
@@ -86,7 +90,7 @@ def test_types_are_splits_and_answers_need_labels(tmp_path):
 
 def test_scene_relations_are_true_and_their_opposites_false():
     scenes = {str(scene.image_id): scene for scene in lvlm_decode_data.load_scenes("heldout")}
-    (questions,) = BENCH.scene_questions(list(scenes.values())).values()
+    questions = BENCH.scene_questions(list(scenes.values()))["all"]
     assert [q.label for q in questions[:4]] == ["yes", "no", "yes", "no"] and len(questions) > 200
     for question in questions:
         words = question.text.removeprefix("Is the ").removesuffix(" in the image?")
@@ -97,3 +101,74 @@ def test_scene_relations_are_true_and_their_opposites_false():
         truth = {" to the left of the ": first[0] < second[0], " to the right of the ": first[0] > second[0],
                  " above the ": first[1] < second[1], " below the ": first[1] > second[1]}[word]  # fmt: skip
         assert truth == (question.label == "yes")
+
+
+def instance(**more):
+    record = {"question_id": 3, "image": "a.jpg", "text": "Is there a cat on the table?", "label": "yes"}
+    record |= {"subject": "Cat", "object": "table", "sub_box": [0.1, 0.2, 0.5, 0.6], "obj_box": [0, 0, 1, 1]}
+    return {name: value for name, value in (record | more).items() if value is not None}
+
+
+def write(tmp_path, *records):
+    path = tmp_path / "instance-level_filterd.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_an_instance_level_question_names_the_boxes_that_are_drawn(tmp_path):
+    ((question,),) = BENCH.file_questions(write(tmp_path, instance())).values()
+    assert question.text == "Is there a cat in red bounding box on the table in green bounding box?"
+    plain = Image.new("RGB", (100, 50), "white")
+    seen = np.array(BENCH.shown(question, plain))
+    assert (np.array(plain) == 255).all(), "the image itself stays as it was"
+    red, green = (seen == (255, 0, 0)).all(-1), (seen == (0, 128, 0)).all(-1)
+    expected = np.zeros((50, 100), bool)
+    expected[10:31, 10:51] = True
+    expected[14:27, 14:47] = False
+    assert (red == expected).all()
+    edge = np.ones((50, 100), bool)
+    edge[4:46, 4:96] = False
+    # The green rectangle ends on the pixel beyond the image's last.
+    assert green[:4].all() and green[:, :4].all() and not (green & ~edge).any()
+    (first, *_) = BENCH.scene_questions(lvlm_decode_data.load_scenes("heldout"))["all"]
+    assert BENCH.shown(first, plain) is plain
+
+
+def test_boxes_of_scenes_lie_around_the_objects_that_are_asked_about():
+    scenes = {str(scene.image_id): scene for scene in lvlm_decode_data.load_scenes("heldout")}
+    splits = BENCH.scene_questions(list(scenes.values()))
+    for plain, marked in zip(splits["all"], splits["box"], strict=True):
+        assert (marked.id, marked.label, marked.meta["text"]) == (plain.id, plain.label, plain.text)
+        first, second = re.fullmatch(
+            r"Is the (.+) in red bounding box .+ the (.+) in green bounding box in the image\?", marked.text
+        ).groups()
+        for name, box in zip((first, second), marked.meta["boxes"].values()):
+            x, y = scenes[marked.image].of(name)[0].centre
+            assert box[0] < x < box[2] and box[1] < y < box[3]
+
+
+def test_the_authors_answers_to_instance_level_questions_are_joined(tmp_path):
+    questions = BENCH.file_questions(write(tmp_path, instance()))["all"]
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"question_id": 3, "prompt": instance()["text"], "text": "Yes"}))
+    answers = BENCH.matched(BENCH.read_answers(path), questions, str(path))
+    (joined,), _ = joins.join(answers, questions, str(path))
+    assert (joined.answer, joined.label) == ("Yes", "yes")
+    path.write_text(json.dumps({"question_id": 3, "prompt": "Is there a dog?", "text": "Yes"}))
+    with pytest.raises(EvalError, match="Is there a dog"):
+        joins.join(BENCH.matched(BENCH.read_answers(path), questions, str(path)), questions, str(path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"obj_box": None}, "obj_box"),
+        ({"sub_box": [0, 0, 2, 1]}, "sub_box"),
+        ({"sub_box": [0, 0, 1]}, "sub_box"),
+        ({"subject": "dog"}, "must name subject 'dog' and object 'table'"),
+        ({"object": ""}, "object"),
+    ],
+)
+def test_instance_level_records_are_checked(tmp_path, wrong, said):
+    with pytest.raises(FileFormatError, match=said):
+        BENCH.file_questions(write(tmp_path, instance(**wrong)))

@@ -24,6 +24,7 @@ from lvlm_decode_evals.answers import append_answers, line_of, resume_answers
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import Source, file_source, folder_images, scene_source
 from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
+from lvlm_decode_evals.pope import Pope
 from lvlm_decode_evals.runner import (
     Options,
     Run,
@@ -144,6 +145,30 @@ def test_a_run_writes_answers_settings_rows_and_summary_for_method_and_controls(
     assert summary["n"] == 20 and summary["problems"] == {} and summary["options"] == {"rule": "pope-official"}
     ran = {(p.parents[1].name, p.parent.name) for p in finished.rglob("seed-0")}
     assert ran == {("vcd", "sample"), ("plain", "sample"), ("plain", "greedy"), ("mask", "sample")}
+
+
+def test_the_model_sees_what_the_benchmark_draws(loaded, source, tmp_path):
+    """A benchmark that covers the picture gets the answers to a blank one."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Covered(Pope):
+        def shown(self, question, image):
+            return Image.new("RGB", image.size)
+
+    class Blank:
+        def open(self, name):
+            return Image.new("RGB", (240, 240))
+
+        def __getattr__(self, name):
+            return getattr(source.images, name)
+
+    def answers(chosen, asked):
+        out = tmp_path / type(chosen).__name__ / type(asked.images).__name__
+        Run(chosen, asked, loaded, out, [("plain", GREEDY)], options=Options(batch_size=BATCH), quiet=True).execute()
+        return [a.answer for a in resume_answers(cell_folder(out, "plain", GREEDY) / "answers.jsonl")]
+
+    covered = answers(Covered(), source)
+    assert covered == answers(Pope(), dataclasses.replace(source, images=Blank())) != answers(Pope(), source)
 
 
 def test_answers_do_not_depend_on_the_batch(loaded, source, finished, tmp_path):
