@@ -105,10 +105,13 @@ class Hold:
         lease = SoftFileLease(path, lease_duration=LEASE, thread_local=False)
         deadline = time.monotonic() + PATIENCE
         while True:
+            before = _state(path)
             try:
                 lease.acquire(timeout=WAIT)
                 return lease
             except Timeout as error:
+                if before is not None and before == _state(path) and _never_written(path):
+                    continue
                 if _in_passing(path) and time.monotonic() < deadline:
                     continue
                 if _elsewhere(path) and _silent(lease):
@@ -151,19 +154,35 @@ def _silent(lease: SoftFileLease) -> bool:
     """Watch the lock of another machine: True once it was taken over, False at its first sign of life."""
     path = Path(lease.lock_file)
     deadline = time.monotonic() + LEASE + WAIT
-    before = _last_sign(path)
-    while time.monotonic() < deadline and _last_sign(path) == before:
+    before = _state(path)
+    while time.monotonic() < deadline and _state(path) == before:
         with contextlib.suppress(Timeout):
             lease.acquire(timeout=WAIT)
             return True
     return False
 
 
-def _last_sign(path: Path) -> float | None:
+def _state(path: Path) -> tuple[float, int] | None:
+    """Time of the last change and inode of a lock; None where there is none."""
     try:
-        return path.stat().st_mtime
+        found = path.stat()
     except FileNotFoundError:
         return None
+    return found.st_mtime, found.st_ino
+
+
+def _never_written(path: Path) -> bool:
+    """Whether a lock is empty: its process was killed, or the disk was full, between making the file and writing into it.
+
+    filelock keeps empty locks for ever, for the sake of its own older versions, and takes over damaged ones that do not
+    change. So a character is put into an empty one. A holder that comes back to life writes over it.
+    """
+    # Not made anew where it has just gone.
+    with contextlib.suppress(OSError), open(path, "r+b") as file:
+        if not file.read(1):
+            file.write(b"?")
+            return True
+    return False
 
 
 def _noted(path: Path) -> dict[str, Any]:

@@ -72,6 +72,16 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_goes(tmp_path, holder):
     assert not files_of(tmp_path)
 
 
+@pytest.mark.parametrize("left", ["", "filelock/2\npid=1"])
+def test_a_lock_whose_process_was_killed_while_it_made_it_is_taken_over(tmp_path, monkeypatch, left):
+    # filelock takes over what has not changed for two seconds.
+    monkeypatch.setattr(locks, "WAIT", 2.5)
+    (tmp_path / ".lock").write_text(left)
+    with writing([tmp_path]):
+        assert locks._marker(tmp_path / ".lock")["pid"] == str(os.getpid())
+    assert not files_of(tmp_path)
+
+
 def test_shards_of_one_run_stand_side_by_side_and_nothing_else_does(tmp_path, holder):
     holder(tmp_path, 0, 3)
     with writing([tmp_path], 1, 3):
