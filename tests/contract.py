@@ -43,6 +43,7 @@ NAMES = [name for name in METHODS if not is_controller(name)]
 
 #: Parameters under which a method works on models this small.
 SMALL = {
+    "mod": dict(share=0.3),
     "damro": dict(k=3),
     "code": dict(max_description=3),
     "dola": dict(layers=(0, 1, 3)),

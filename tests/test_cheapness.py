@@ -98,11 +98,11 @@ def test_one_vision_pass_whatever_the_views(name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_forward_per_token(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
-    # One prefill that is looked at; a description of three tokens; one prefill with and without the image.
-    extra = dict(avisc=1, code=3, vista=1)
+    # One prefill that is looked at, and one of the view; a description of three tokens; a prefill with and without the image.
+    extra = dict(avisc=1, mod=2, code=3, vista=1)
     assert count.forwards == NEW + extra.get(name, 0)
     rows = count.views * B
-    own = {"avisc": {B}, "code": {B}, "vista": {2 * B}}.get(name, set())
+    own = {"avisc": {B}, "mod": {B}, "code": {B}, "vista": {2 * B}}.get(name, set())
     assert count.rows == {rows} | own
 
 
@@ -118,6 +118,7 @@ def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
         "hgai": [(B, 1)] * NEW,
         # Every layer's last row, once.
         "avisc": [(B, 1)] * LAYERS,
+        "mod": [(B, 1)] * LAYERS,
     }.get(name, [])
     assert count.attention == want
     assert count.eager == 0
@@ -135,7 +136,7 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     # The head sees the newest position of every row, and that of the early layers: of view 0, and of the amateur's.
     rows = count.views * B
     early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2}.get(name, [])
-    if name not in ("avisc", "code", "vista"):
+    if name not in ("avisc", "mod", "code", "vista"):
         assert count.projected == [rows, *early] * NEW
 
 

@@ -23,7 +23,8 @@ def block(name: str) -> str:
 
 
 def test_readme_is_short():
-    assert len(README.encode()) <= 10_500
+    """Beside the table of methods, which has a row for each."""
+    assert len(README.encode()) - len(block("methods").encode()) <= 7_300
 
 
 def test_table_of_models_names_every_family():

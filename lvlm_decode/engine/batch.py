@@ -360,17 +360,17 @@ class _LastRow(Edit):
         return out
 
 
-def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor]:
+def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """How the last prompt token of every sample attends, from one prefill of the batch.
 
     Returns:
-        (L, B, T) attention, mean over heads, and (B, T) bool, which of the T slots hold image tokens.
+        (L, B, T) attention, mean over heads; (B, T) bool, which of the T slots hold image tokens; and (B, N) float32 logits.
     """
     edits: list[Edit] = []
     lane = Lane([batch.prepare(batch.samples)], (0,), pad_token_id=batch.family.pad_token_id, edits=edits)
     recorder = _LastRow(lane.length)
     edits.append(recorder)
     with torch.no_grad(), routed(lane.module):
-        lane.prefill(1)
+        logits = lane.prefill(1).logits[:, -1].float()
     rows = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])
-    return rows, image_slots(lane, batch.family.image_token_id)
+    return rows, image_slots(lane, batch.family.image_token_id), logits

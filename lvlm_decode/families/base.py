@@ -13,6 +13,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..engine import hf
 from ..engine.hf import Encoded, Prepared, decoder
 from ..engine.hf import vision as encoded
+from ..engine.hooks import replaced
 from ..errors import InputError
 
 
@@ -198,6 +199,19 @@ class Family:
     def before_projector(self) -> list[torch.nn.Module]:
         """The modules whose outputs, kept, let the images be projected again without encoding them again."""
         return [self.model.get_encoder(modality="image")]
+
+    def vision_layers(self) -> list[torch.nn.Module]:
+        """The layers of the vision encoder, the first one first."""
+        return list(self.model.get_encoder(modality="image").encoder.layers)
+
+    def encode_from(self, states: Any, vision: dict[str, Tensor]) -> list[Encoded]:
+        """The images of ``vision`` as they would come if every layer of the encoder put out ``states``; no layer runs.
+
+        Args:
+            states: what one of :meth:`vision_layers` puts out.
+        """
+        with replaced(dict.fromkeys(self.vision_layers(), lambda *args, **kwargs: states)):
+            return self.encode(vision)
 
     def cls_layer(self) -> Any:
         """The self-attention of the encoder layer that produces the features."""

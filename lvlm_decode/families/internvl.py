@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from .base import Family
 
 #: What its processor normalises by: ImageNet's statistics.
@@ -17,6 +19,9 @@ class InternVL(Family):
     """
 
     has_cls = False
+
+    def vision_layers(self) -> list[torch.nn.Module]:
+        return list(self.model.get_encoder(modality="image").encoder.layer)
 
     @property
     def pixel_statistics(self) -> tuple[Sequence[float], Sequence[float]]:

@@ -39,9 +39,12 @@ class QwenVL(Family):
     def projector(self) -> torch.nn.Module:
         return self.model.get_encoder(modality="image").merger
 
+    def vision_layers(self) -> list[torch.nn.Module]:
+        return list(self.model.get_encoder(modality="image").blocks)
+
     def before_projector(self) -> list[torch.nn.Module]:
         # The merger is the encoder's last part.
-        return list(self.model.get_encoder(modality="image").blocks)
+        return self.vision_layers()
 
     def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         # Independent noise on the copies of a still image would average out in the temporal convolution.

@@ -85,5 +85,5 @@ class AvisC(Contrast):
 
     def _attention(self, sample: Sample) -> Tensor:
         """(L, n) attention of the last prompt token to the n image tokens, mean over heads."""
-        attention, images = sample.batch.once("attention to the prompt", attention_to_prompt)
+        attention, images, _ = sample.batch.once("attention to the prompt", attention_to_prompt)
         return attention[:, sample.index][:, images[sample.index]]
