@@ -1,11 +1,12 @@
 """The port: the only place that names what transformers can rename.
 
 ``versions``: which releases were tested. ``probe``: whether an untested one works. ``kwargs``: arguments by name. ``loop``:
-Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``vision``: encoded images. ``decoder``: layers,
-norm, head, attention.
+Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``vision``: encoded images. ``blueprint``: a model without weights.
+``decoder``: layers, norm, head, attention.
 """
 
 from . import decoder
+from .blueprint import blueprint, is_loaded
 from .cache import KV, check_empty, check_own, check_plain, is_fixed
 from .inputs import ENCODED_FIRST, check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
@@ -36,6 +37,7 @@ __all__ = [
     "Prepared",
     "Proxy",
     "asked",
+    "blueprint",
     "cache_in",
     "check_empty",
     "check_inputs",
@@ -51,6 +53,7 @@ __all__ = [
     "give_cache",
     "given",
     "is_fixed",
+    "is_loaded",
     "joined",
     "kept_of",
     "left_pad",
