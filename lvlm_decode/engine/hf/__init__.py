@@ -1,8 +1,8 @@
 """The port: the only place that names what transformers can rename.
 
 ``versions``: which releases were tested. ``probe``: whether an untested one works. ``kwargs``: arguments by name. ``loop``:
-Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``vision``: encoded images. ``blueprint``: a model without weights.
-``decoder``: layers, norm, head, attention.
+Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``vision``: encoded images.
+``blueprint``: a model without weights. ``decoder``: layers, norm, head, attention.
 """
 
 from . import decoder
