@@ -16,7 +16,7 @@ import torch
 from .engine import hf
 from .engine.modes import check_modes, check_needs
 from .engine.recorder import Recorder
-from .engine.run import Run
+from .engine.run import Run, Summary
 from .engine.strategy import Call, Strategy, decode
 from .errors import InputError, UnsupportedError
 from .families import family_of
@@ -52,7 +52,8 @@ class Attached:
         self.before: Any = model.__dict__.get("generate")
         #: What methods keep between the calls of this model.
         self.memory: dict[Any, Any] = {}
-        self.last_run: Run | None = None
+        #: No run itself: its views, images and keys are gigabytes on a large model.
+        self.last_run: Summary | None = None
         check_needs(method, self.family)
 
     @property
@@ -65,7 +66,7 @@ class Attached:
         return family_of(self.model) if self._family is None else self._family(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The last call's keys and values belong to no copy.
+        # What was decoded and remembered belongs to no copy.
         return {**self.__dict__, "last_run": None, "memory": {}}
 
     def __call__(
@@ -131,14 +132,16 @@ class Attached:
             memory=self.memory,
             recorder=self.recorder,
         )
-        self.last_run = run
         strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
 
         def loop(call: Call) -> Any:
             more = dataclasses.replace(call, streamer=streamer, assistant=assistant, synced=bool(synced_gpus))
             return decode(run, more, strategy)
 
-        return hf.generate(run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs)
+        try:
+            return hf.generate(run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs)
+        finally:
+            self.last_run = run.summary()
 
     def _setting(self, family: Family, kwargs: dict[str, Any], name: str) -> Any:
         """A setting of the call, or what the configurations it falls back on say; ``None`` where nobody says anything."""
@@ -246,8 +249,11 @@ def _attached(model: torch.nn.Module, method: Method | str, options: dict[str, A
             inner.__dict__["generate"] = outer
 
 
-def last_run(model: torch.nn.Module) -> Run | None:
-    """The newest run of the attached model: its lanes count forwards and hold the newest :class:`Step`."""
+def last_run(model: torch.nn.Module) -> Summary | None:
+    """What is known of the newest call of the attached model: counts, statistics and what was said on the way.
+
+    Tensors are not kept after a call. Who needs them passes a :class:`~lvlm_decode.engine.recorder.Recorder` to :func:`attach`.
+    """
     own = _of(model)
     return None if own is None else own.last_run
 

@@ -1,5 +1,7 @@
 """What several test files share beside the tiny models of ``zoo.py`` and the contract of ``contract.py``."""
 
+from lvlm_decode.engine.recorder import Recorder
+
 #: Letters of the tiny tokenizers that end a trial of CNTP, frequent enough for short answers.
 MARKS = "aeiou.,AEIOU01234#"
 
@@ -11,3 +13,12 @@ class TextProcessor:
 
     def __init__(self, built):
         self.tokenizer = self.qformer_tokenizer = built.tokenizer
+
+
+class Kept(Recorder):
+    """Keeps the newest run, with all its tensors; ``run.lanes`` counts forwards and holds the newest :class:`Step`."""
+
+    run = None
+
+    def began(self, run):
+        self.run = run

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from conftest import shared_path
+from helpers import Kept
 from transformers import LlavaForConditionalGeneration
 from zoo import tiny
 
 from lvlm_decode import attach, detach
-from lvlm_decode.attachment import last_run
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods.damro import DAMRO, cls_row
@@ -31,7 +31,8 @@ def test_recorded_cases_token_for_token(sampled):
     assert len(cases) == 2
     for case, model, pixels in cases:
         ids = torch.tensor([case["input_ids"]])
-        attach(model, DAMRO(**case["parameters"]))
+        kept = Kept()
+        attach(model, DAMRO(**case["parameters"]), recorder=kept)
         if sampled:
             torch.manual_seed(case["torch_seed"])
         out = model.generate(
@@ -48,7 +49,7 @@ def test_recorded_cases_token_for_token(sampled):
             eos_token_id=case["eos_token_id"],
         )
         assert out[0, ids.shape[1] :].tolist() == case["new_tokens"], case["model"]
-        views = last_run(model).prepared
+        views = kept.run.prepared
         images = int((ids == model.config.image_token_id).sum())
         assert views[1].input_ids.shape[1] == ids.shape[1] - images + case["parameters"]["k"]
 
@@ -76,10 +77,11 @@ def outliers(family: str, **parameters):
     encoder = zoo.model.get_encoder(modality="image")
     said = {}
     hook = encoder.register_forward_hook(lambda module, args, output: said.update(states=output.last_hidden_state))
-    attach(zoo.model, DAMRO(**parameters))
+    kept = Kept()
+    attach(zoo.model, DAMRO(**parameters), recorder=kept)
     try:
         zoo.model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        run = last_run(zoo.model)
+        run = kept.run
     finally:
         detach(zoo.model)
         hook.remove()

@@ -167,11 +167,11 @@ def test_a_good_draft_saves_forwards(zoo):
     ld.attach(zoo.model, METHODS["vcd"])
     try:
         zoo.model.generate(**single, max_new_tokens=16, do_sample=False)
-        plain = ld.last_run(zoo.model).lanes.forwards
+        plain = ld.last_run(zoo.model).forwards
         same = copy.deepcopy(ld.detach(zoo.model))
         ld.attach(zoo.model, ld.VCD(alpha=0))
         zoo.model.generate(**single, max_new_tokens=16, do_sample=False, assistant_model=same)
-        assert ld.last_run(zoo.model).lanes.forwards < plain
+        assert ld.last_run(zoo.model).forwards < plain
     finally:
         ld.detach(zoo.model)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import needs_adapters
+from helpers import Kept
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedTokenizerFast
@@ -703,10 +704,11 @@ def test_lol_with_a_lora_amateur_runs_one_set_of_weights_both_ways():
     lora(model)
     inputs = tiny("llava").inputs(["is it a dog?", "ab"])
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
-    attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor)
+    kept = Kept()
+    attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor, recorder=kept)
     model.generate(**inputs, do_sample=False, max_new_tokens=1)
-    seen = last_run(model).lanes.last_step
-    assert [lane.views for lane in last_run(model).lanes.lanes] == [(0,), (1,)]
+    seen = kept.run.lanes.last_step
+    assert last_run(model).lanes == ((0,), (1,))
     detach(model)
     with torch.no_grad():
         base = plain(**inputs)
@@ -728,10 +730,11 @@ def test_lol_with_another_model_uses_its_norm_and_head():
     zoo = tiny("llava")
     amateur = react(copy.deepcopy(zoo.model), seed=5)
     inputs = zoo.inputs(["is it a dog?", "ab"])
-    attach(zoo.model, LOL(model=amateur, refocus=0.0), processor=zoo.processor)
+    kept = Kept()
+    attach(zoo.model, LOL(model=amateur, refocus=0.0), processor=zoo.processor, recorder=kept)
     try:
         zoo.model.generate(**inputs, do_sample=False, max_new_tokens=1)
-        seen = last_run(zoo.model).lanes.last_step
+        seen = kept.run.lanes.last_step
     finally:
         detach(zoo.model)
     with torch.no_grad():
@@ -750,11 +753,11 @@ def test_scmoe_sends_the_weak_rows_to_one_expert():
     seen = []
     zoo.model.generate(**inputs, do_sample=False, max_new_tokens=1)
     hooked = [len(router._forward_hooks) for router in routers]
-    attach(zoo.model, SCMoE(rank=2))
+    kept = Kept()
+    attach(zoo.model, SCMoE(rank=2), recorder=kept)
     try:
         zoo.model.generate(**inputs, do_sample=False, max_new_tokens=2)
-        run = last_run(zoo.model)
-        logits = run.lanes.last_step.logits
+        logits = kept.run.lanes.last_step.logits
     finally:
         detach(zoo.model)
     assert [len(router._forward_hooks) for router in routers] == hooked
@@ -775,10 +778,11 @@ def test_scmoe_sends_the_weak_rows_to_one_expert():
     finally:
         for hook in hooks:
             hook.remove()
-    attach(zoo.model, SCMoE(rank=2))
+    kept = Kept()
+    attach(zoo.model, SCMoE(rank=2), recorder=kept)
     try:
         zoo.model.generate(**first, do_sample=False, max_new_tokens=1)
-        got = last_run(zoo.model).lanes.last_step.logits[1, :, -1]
+        got = kept.run.lanes.last_step.logits[1, :, -1]
     finally:
         detach(zoo.model)
     assert len(seen) == len(routers)
@@ -939,10 +943,11 @@ def test_lol_leaves_the_users_own_adapter_on_for_the_model():
             want[name] = model(**words, mm_encoder_outputs=image).logits[0, -1]
     for active in (["mine"], ["mine", "amateur"]):
         model.set_adapter(active)
-        attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor)
+        kept = Kept()
+        attach(model, LOL(adapter="amateur", refocus=0.0), processor=tiny("llava").processor, recorder=kept)
         try:
             model.generate(**inputs, do_sample=False, max_new_tokens=1)
-            seen = last_run(model).lanes.last_step.logits[:, 0, -1]
+            seen = kept.run.lanes.last_step.logits[:, 0, -1]
         finally:
             detach(model)
         torch.testing.assert_close(seen[0], want["mine"], atol=1e-5, rtol=1e-4)

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from conftest import needs_adapters
+from helpers import Kept
 
-from lvlm_decode import DCD, LOL, attach, detach, last_run
+from lvlm_decode import DCD, LOL, attach, detach
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.training.negatives import batches, scene_triples, train_amateur, train_projectors
@@ -101,9 +102,10 @@ def test_an_amateur_is_saved_loaded_and_contrasted(tiny_llava, triples, short, t
     other.load_adapter(str(tmp_path), adapter_name="amateur")
     other.disable_adapters()
     assert loss(other, processor, short, "rejected") == pytest.approx(plain, rel=1e-5)
-    attach(other, LOL(adapter="amateur"), processor=processor)
+    kept = Kept()
+    attach(other, LOL(adapter="amateur"), processor=processor, recorder=kept)
     other.generate(**rows(processor, triples), max_new_tokens=1, do_sample=False)
-    seen = last_run(other).lanes.last_step.logits
+    seen = kept.run.lanes.last_step.logits
     detach(other)
     assert (seen[0] - seen[1]).abs().max() > 1e-3
     assert loss(other, processor, short, "rejected") == pytest.approx(plain, rel=1e-5)

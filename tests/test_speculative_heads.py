@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 import zoo
+from helpers import Kept
 from torch.nn import functional as F
 
-from lvlm_decode.attachment import attach, detach, last_run
+from lvlm_decode.attachment import attach, detach
 from lvlm_decode.engine.sampling import gumbel
 from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError, UnknownNameError
 from lvlm_decode.methods import parse
@@ -164,9 +165,10 @@ def recorded(model, drafter, inputs, method="plain", tokens=10, instead=None, **
 
     drafter.begin = spied
     how = {"do_sample": False, "eos_token_id": None, "suppress_tokens": [zoo.IMAGE], **options}
-    with attach_for(model, method, drafter=drafter):
+    kept = Kept()
+    with attach_for(model, method, drafter=drafter, recorder=kept):
         model.generate(**inputs, max_new_tokens=tokens, **how)
-        return cycles, last_run(model).lanes.main.prepared
+        return cycles, kept.run.lanes.main.prepared
 
 
 @contextlib.contextmanager

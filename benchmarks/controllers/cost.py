@@ -112,7 +112,7 @@ class Measured:
         with torch.inference_mode():
             out = self.model.generate(**self.inputs, **how, **more)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        rollbacks = getattr(last_run(self.model), "rollbacks", None) if self.method is not None else None
+        rollbacks = last_run(self.model).trace.rollbacks or None if self.method is not None else None
         lvlm_decode.detach(self.model)
         hook.remove()
         written = out[:, self.inputs["input_ids"].shape[1] :]

@@ -38,7 +38,6 @@ class Rows:
     def __init__(self, prepared: Prepared, pad_token_id: int = 0, edits: Sequence[Edit] = ()):
         self.module: Any = prepared.module
         self.edits: Sequence[Edit] = edits
-        self.owner: object = self
         self._window, self._kinds = _attention_of(self.module)
         self._pad = pad_token_id
         lane = Lane([prepared], (0,), kv=KV.branching(), pad_token_id=pad_token_id, edits=edits)
@@ -64,6 +63,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def owner(self) -> object:
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +184,7 @@ class Rows:
         """The prompts of these rows, as rows of their own; no forward."""
         rows = list(rows)
         out = copy.copy(self)
-        out.owner, out.kv = out, self.kv.select(rows, self.prompt)
+        out.kv = self.kv.select(rows, self.prompt)
         out._reorder_prompts(torch.tensor(rows, device=self.device), False)
         out._prompts = [self._prompts[row] for row in rows]
         out.lengths, out._looked, out.forwards = [0] * len(rows), None, 0

@@ -111,12 +111,18 @@ class Batch:
                 "(apply_chat_template with an image part, or the processor's image token)."
             )
         rows = self._vision_rows(len(ids_tensor))
-        self.samples = []
+        self._rows: list[tuple[Hashable, dict[str, Tensor], dict[str, Tensor]]] = []
         for row in range(len(ids_tensor)):
             keep = mask[row].bool()
             text = {key: value[row][keep][None] for key, value in tokens.items()}
             sample_id = ids[row] if ids is not None else self._content_key(text["input_ids"], rows[row])
-            self.samples.append(Sample(sample_id, text, rows[row], self, row))
+            self._rows.append((sample_id, text, rows[row]))
+
+    @property
+    def samples(self) -> list[Sample]:
+        """The caller's own rows."""
+        # Made anew: samples know their batch, and a batch that held them would outlive its call until a collection.
+        return [Sample(key, text, vision, self, row) for row, (key, text, vision) in enumerate(self._rows)]
 
     @staticmethod
     def _content_key(input_ids: Tensor, vision: dict[str, Tensor]) -> str:
@@ -279,7 +285,7 @@ class Batch:
 
     def resolve(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with their images encoded; what is not encoded yet is encoded in one vision pass."""
-        pending = [s for s in samples if s.own_images is None and s.vision is not self.samples[s.index].vision]
+        pending = [s for s in samples if s.own_images is None and s.vision is not self._rows[s.index][2]]
         pending = [s for s in pending if s.has_image]
         fresh = self._encode(pending) if pending or not self._encoded else []
         encoded = {id(sample): images for sample, images in zip(pending, fresh)}

@@ -6,15 +6,21 @@ A run without a recorder, the usual case, tests for ``None`` and does nothing el
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..method import Method, Step
 
+if TYPE_CHECKING:
+    from .run import Run
+
 
 class Recorder:
     """Receives what happens while a run decodes; every method here does nothing, and a subclass overrides what it needs."""
+
+    def began(self, run: Run) -> None:
+        """A call begins. Its run holds images, views and keys, gigabytes on a large model: who keeps it keeps them too."""
 
     def step(self, method: Method, step: Step, scores: Tensor) -> None:
         """A forward ended: its step, and the scores (B, T, N) that the method made of it."""

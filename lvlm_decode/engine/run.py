@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,31 @@ class Trace:
     captions: list[list[str]] = field(default_factory=list)
     certainties: list[dict[str, float]] = field(default_factory=list)
     speculation: Stats | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known of a call that is over: settings, counts and what was said on the way, and no tensor.
+
+    Args:
+        method: that decoded.
+        seed: as given to ``generate()``.
+        sample_ids: the randomness key of each sample.
+        rows_per_sample: beams or return sequences.
+        views: of each sample, itself included.
+        lanes: the numbers of the views that ran in one forward, for each such forward; empty for a search of its own.
+        forwards: of all lanes.
+        trace: what the decoding noted.
+    """
+
+    method: Method
+    seed: int | None
+    sample_ids: tuple[Hashable, ...]
+    rows_per_sample: int
+    views: int
+    lanes: tuple[tuple[int, ...], ...]
+    forwards: int
+    trace: Trace
 
 
 class Run:
@@ -109,6 +134,8 @@ class Run:
         #: What is done to the decoder's attention in forwards of this run; see :meth:`editing`.
         self.edits: list[Edit] = []
         self.lanes: Lanes | None = None
+        if recorder is not None:
+            recorder.began(self)
 
     @property
     def processor(self) -> Any:
@@ -220,7 +247,8 @@ class Run:
             if record and numbers[0] != 0:
                 lane.kv.record()
             lanes.append(lane)
-        self.lanes = Lanes(self.method, lanes, self.weights(lanes[0].rows), self.probes, self.project, self.recorder)
+        weights = self.weights(lanes[0].rows)
+        self.lanes = Lanes(self.method, lanes, weights, self.probes, self._projection(), self.recorder)
         return self.lanes
 
     def weights(self, rows: int) -> tuple[float | Tensor, ...]:
@@ -237,8 +265,29 @@ class Run:
         Args:
             view: the view they come from; another model may run it.
         """
-        module = self.views[view - 1].module if view else None
-        return decoder.logits_of(self.module if module is None else module, hidden, normed)
+        return self._projection()(hidden, normed, view)
+
+    def _projection(self) -> Callable[..., Tensor]:
+        """:meth:`project` without the run: what holds a step then holds no more than the models."""
+        modules = [self.module, *(view.module or self.module for view in self.views)]
+
+        def project(hidden: Tensor, normed: bool = True, view: int = 0) -> Tensor:
+            return decoder.logits_of(modules[view], hidden, normed)
+
+        return project
+
+    def summary(self) -> Summary:
+        lanes = self.lanes
+        return Summary(
+            self.method,
+            self.seed,
+            tuple(self.sample_ids),
+            self.rows_per_sample,
+            len(self.samples),
+            () if lanes is None else tuple(lane.views for lane in lanes.lanes),
+            0 if lanes is None else lanes.forwards,
+            self.trace,
+        )
 
 
 @contextmanager

@@ -14,7 +14,9 @@ from typing import Any, Protocol
 class Runner(Protocol):
     """What may run a forward: a lane, or the rows of a search."""
 
-    owner: object
+    @property
+    def owner(self) -> object: ...
+
     #: What is done to the decoder's attention in its forwards.
     edits: Any
 

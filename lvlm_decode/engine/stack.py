@@ -6,6 +6,7 @@ return sequences.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -54,7 +55,8 @@ class Lane:
         self.module: Any = prepared[0].module
         self.kv = KV.growing(self.module) if kv is None else kv
         self.rows = len(prepared[0].input_ids)
-        self.owner, self.edits = owner, edits
+        # Weak, because the owner holds its lanes: together they would outlive the call until a collection.
+        self._owner, self.edits = None if owner is None else weakref.ref(owner), edits
         self._patch = patch or (lambda module: nullcontext())
         self._forward = forward or self.module.forward
         self._additive = hf.decoder.takes_additive(self.module)
@@ -67,6 +69,10 @@ class Lane:
         #: Slots of the cache in use: prompt width and everything after.
         self.length = self.width
         self.forwards = 0
+
+    @property
+    def owner(self) -> object:
+        return None if self._owner is None else self._owner()
 
     @property
     def width(self) -> int:

@@ -15,7 +15,7 @@ from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import folder_images
 from lvlm_decode_evals.runner import Options, prompt_of
 
-from ..attachment import attached, last_run
+from ..attachment import attached
 from ..engine.run import Run
 from ..engine.samples import Sample
 from ..errors import InputError
@@ -76,7 +76,7 @@ def explain(
     record = Record(top, later)
     with attached(model, method, processor=processor, drafter=drafter, recorder=record), torch.no_grad():
         out = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, seed=seed)
-        run = last_run(model)
+    run = record.run
     assert run is not None
     answer = out[0, inputs["input_ids"].shape[1] :].tolist()
     record.finish(answer)

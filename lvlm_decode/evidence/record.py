@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..engine.recorder import Recorder
 from ..method import Method, Step
+
+if TYPE_CHECKING:
+    from ..engine.run import Run
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,12 @@ class Record(Recorder):
         self.drafts: list[tuple[int, int, int, int]] = []
         self.drafted: set[int] = set()
         self.searches: Sequence[Any] = ()
+        self.run: Run | None = None
         self._held: tuple[Method, Step, Tensor, dict[str, list[Any]]] | None = None
         self._attended: dict[str, list[Any]] = {}
+
+    def began(self, run: Run) -> None:
+        self.run = run
 
     def step(self, method: Method, step: Step, scores: Tensor) -> None:
         self._held, self._attended = (method, step, scores, self._attended), {}

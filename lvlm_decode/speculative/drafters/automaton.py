@@ -15,6 +15,9 @@ from typing import ClassVar
 from ..tree import Tree, chain_shape
 from .base import Context, Drafter, Session, Verified
 
+#: Tokens of earlier answers that are kept at most.
+REMEMBERED = 100_000
+
 
 class Automaton:
     """Online suffix automaton of a token sequence; -1 separates texts and matches nothing."""
@@ -97,7 +100,7 @@ class SuffixAutomaton(Drafter):
     Args:
         tokens: how many tokens to propose at most.
         shortest: shortest match that proposes.
-        memory: keep the answers of earlier calls; ``forget()`` drops them.
+        memory: keep the answers of earlier calls, :data:`REMEMBERED` tokens at most; ``forget()`` drops them.
     """
 
     name: ClassVar[str] = "automaton"
@@ -117,6 +120,11 @@ class SuffixAutomaton(Drafter):
 
     def learn(self, tokens: list[int]) -> None:
         """Add one text to what is remembered between calls."""
+        if len(self.seen.text) + len(tokens) > REMEMBERED:
+            # States cannot be taken out one by one, so the newest half is read again.
+            newest, self.seen = self.seen.text[-(REMEMBERED // 2) :], Automaton()
+            for token in newest:
+                self.seen.extend(token)
         for token in [*tokens, -1]:
             self.seen.extend(token)
 
@@ -135,6 +143,8 @@ class _AutomatonSession(Session):
         self.own = [Automaton() for _ in context.tokens]
         self.matches = [(0, 0)] * len(self.own)  # in the automaton of the sample itself: state and length
         self.ends = [-1] * len(self.own)  # where that match ended before
+        # Another call that ends meanwhile may give the drafter a new one.
+        self.seen = drafter.seen
         self.past = [(0, 0)] * len(self.own)  # in that of earlier calls
         self.done = [0] * len(self.own)
 
@@ -145,7 +155,7 @@ class _AutomatonSession(Session):
                 self.matches[b] = self.own[b].follow(*self.matches[b], token)
                 self.ends[b] = self.own[b].end[self.matches[b][0]]
                 self.own[b].extend(token)
-                self.past[b] = self.drafter.seen.follow(*self.past[b], token)
+                self.past[b] = self.seen.follow(*self.past[b], token)
             self.done[b] = len(text)
 
     def propose(self, room: int) -> Tree:
@@ -157,7 +167,7 @@ class _AutomatonSession(Session):
             own_length, (past, past_length) = self.matches[b][1], self.past[b]
             if max(own_length, past_length) >= self.drafter.shortest:
                 if past_length > own_length:
-                    found = self.drafter.seen.after(self.drafter.seen.end[past], most)
+                    found = self.seen.after(self.seen.end[past], most)
                 else:
                     found = self.own[b].after(self.ends[b], most)
             tokens = [text[-1], *found]
