@@ -253,6 +253,9 @@ def last_run(model: torch.nn.Module) -> Summary | None:
     """What is known of the newest call of the attached model: counts, statistics and what was said on the way.
 
     Tensors are not kept after a call. Who needs them passes a :class:`~lvlm_decode.engine.recorder.Recorder` to :func:`attach`.
+    Between calls these alone are kept, and all are bounded: the captions of MVP (the newest 4,096 images), the table of Token
+    Recycling (four tokens for each of the vocabulary), the newest 100,000 tokens of earlier answers of the suffix automaton,
+    and the weights of a draft head as they are multiplied.
     """
     own = _of(model)
     return None if own is None else own.last_run
