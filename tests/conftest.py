@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 # Their assertions say what differed, as those of test files do.
-pytest.register_assert_rewrite("contract", "helpers", "runs", "zoo")
+pytest.register_assert_rewrite("contract", "helpers", "runs", "lvlm_decode.testing")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -103,3 +103,22 @@ def finished(loaded, source, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     run_of(loaded, source, out).execute()
     return out
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder with an installed package that registers one thing of every kind, on the path."""
+    import toys
+
+    import lvlm_decode as ld
+    from lvlm_decode import plugins
+
+    toys.install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.plugins.cache_clear()
+    with pytest.warns(
+        UserWarning, match="toy-package registers 'vcd' in lvlm_decode.methods, a name that lvlm_decode has"
+    ):
+        ld.methods.names()
+    yield tmp_path
+    plugins.plugins.cache_clear()

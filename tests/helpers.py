@@ -1,4 +1,4 @@
-"""What several test files share beside the tiny models of ``zoo.py`` and the contract of ``contract.py``."""
+"""What several test files share beside what ``lvlm_decode.testing`` has."""
 
 from lvlm_decode.engine.recorder import Recorder
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from zoo import IMAGE, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine import hf
@@ -16,6 +15,7 @@ from lvlm_decode.methods.hgai import HGAI
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
+from lvlm_decode.testing.models import IMAGE, tiny
 
 LAYERS = range(1, 3)
 TEXTS = [("ab", "is it a dog?"), ("is it a dog?", "ab")]

@@ -8,12 +8,12 @@ import torch
 from contract import NAMES, family_for, method_of
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
-from zoo import LAYERS, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.attachment import last_run
 from lvlm_decode.engine import attention
 from lvlm_decode.methods import load
+from lvlm_decode.testing.models import LAYERS, tiny
 
 B, NEW = 2, 4
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import MARKS, TextProcessor
 from transformers import StoppingCriteria
-from zoo import BUILDERS, EOS, tiny
 
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.cntp import CNTP, EndsTrial
 from lvlm_decode.engine import sampling
 from lvlm_decode.errors import ParameterError, UnsupportedError
+from lvlm_decode.testing.models import BUILDERS, EOS, tiny
 
 
 def generate(method, inputs, family="llava", model=None, **how):

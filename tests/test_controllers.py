@@ -8,7 +8,6 @@ import torch
 from helpers import MARKS, TextProcessor
 from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
-from zoo import tiny
 
 import lvlm_decode
 from lvlm_decode.cli import app
@@ -18,6 +17,7 @@ from lvlm_decode.engine import hf
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import METHODS
 from lvlm_decode.methods import load as method_class
+from lvlm_decode.testing.models import tiny
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import resume_answers
 from lvlm_decode_evals.loaders import scene_source

@@ -8,12 +8,12 @@ import torch
 from conftest import shared_path
 from helpers import Kept
 from transformers import LlavaForConditionalGeneration
-from zoo import tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods.damro import DAMRO, cls_row
+from lvlm_decode.testing.models import tiny
 
 
 def golden():

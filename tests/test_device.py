@@ -6,13 +6,13 @@ import functools
 import pytest
 import torch
 from rehearsal import Counts, OnDevice, rehearsing, to_device
-from zoo import tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine.modes import NEEDS
 from lvlm_decode.families import FAMILIES, family_of
 from lvlm_decode.methods import METHODS, load
 from lvlm_decode.methods.dcd import DCD
+from lvlm_decode.testing.models import tiny
 
 NEW = 6
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import TextIteratorStreamer
 from transformers.generation import LogitsProcessor
-from zoo import EOS, PAD, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine import hf
@@ -20,6 +19,7 @@ from lvlm_decode.engine.run import Run
 from lvlm_decode.engine.sampling import KeyedDraw, gumbel
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods import parse
+from lvlm_decode.testing.models import EOS, PAD, tiny
 
 METHODS = {
     "plain": ld.Plain(),
@@ -568,7 +568,7 @@ ONCE = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
-from zoo import tiny
+from lvlm_decode.testing.models import tiny
 import lvlm_decode as ld
 from lvlm_decode.methods import parse
 zoo = tiny("llava")

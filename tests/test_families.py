@@ -5,17 +5,18 @@ import inspect
 
 import pytest
 import torch
-from zoo import BUILDERS, GRIDS, IMAGE, VISION, VISION_END, VISION_START, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.batch import Batch
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
-from lvlm_decode.method import BELOW
 from lvlm_decode.methods.plain import Plain
 from lvlm_decode.methods.ritual import RITUAL, TRANSFORMS
 from lvlm_decode.methods.vcd import VCD
+from lvlm_decode.testing import families
+from lvlm_decode.testing.contract import Case
+from lvlm_decode.testing.models import BUILDERS, GRIDS, IMAGE, VISION, tiny
 
 ALL = list(FAMILIES)
 
@@ -24,83 +25,34 @@ def test_every_registered_family_has_a_tiny_model():
     assert set(BUILDERS) == set(FAMILIES)
 
 
+def case(family: str, method=None) -> Case:
+    return Case(method or Plain(), tiny(family))
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_reacts_to_its_image(family):
-    """Without this every other test of views could pass on a model that is blind."""
-    zoo = tiny(family)
-    one, other = zoo.inputs(["is it"], seed=0), zoo.inputs(["is it"], seed=5)
-    assert torch.equal(one["input_ids"], other["input_ids"])
-    with torch.no_grad():
-        a, b = (zoo.model(**inputs).logits[:, -1].log_softmax(-1) for inputs in (one, other))
-    assert float((a.exp() * (a - b)).sum()) > 0.05, "nats between the answers to two images"
-    noised = Run(zoo.model, VCD(), one, seed=0)
-    own, view = (noised.samples[v][0].images[0].features for v in (0, 1))
-    assert (own - view).abs().mean() > 0.05 * own.abs().mean()
+    families.reacts_to_its_image(case(family))
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_reacts_to_its_prompt(family):
-    zoo = tiny(family)
-    with torch.no_grad():
-        a, b = (zoo.model(**zoo.inputs([text])).logits[:, -1].log_softmax(-1) for text in ("is it", "no it"))
-    assert float((a.exp() * (a - b)).sum()) > 0.05
+    families.reacts_to_its_prompt(case(family))
 
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("method", [VCD(), RITUAL(transform="horizontal_flip")], ids=["vcd", "ritual"])
 def test_several_images_and_text_only_rows(family, method):
-    """A row of a mixed batch says what it says alone."""
-    zoo = tiny(family)
-    if zoo.text_only:
-        rows = [zoo.row("is it a dog", images=2, seed=1), zoo.row("ab", images=0), zoo.row("is", images=1, seed=3)]
-    else:
-        rows = [zoo.row("is it a dog", seed=1), zoo.row("ab", seed=2)]
-    new = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4, output_logits=True, return_dict_in_generate=True)
-    attach(zoo.model, method)
-    try:
-        whole = zoo.model.generate(**zoo.batch(rows), sample_ids=range(len(rows)), seed=0, **new)
-        for number, row in enumerate(rows):
-            alone = zoo.model.generate(**zoo.batch([row]), sample_ids=[number], seed=0, **new)
-            assert alone.sequences[0, -4:].tolist() == whole.sequences[number, -4:].tolist()
-            finite = alone.logits[0][0] > -BELOW / 2
-            torch.testing.assert_close(
-                alone.logits[0][0][finite], whole.logits[0][number][finite], atol=2e-5, rtol=1e-4
-            )
-    finally:
-        detach(zoo.model)
+    families.rows_of_a_mixed_batch_say_what_they_say_alone(case(family, method))
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_plain_rows_are_prepared_as_the_model_would(family):
-    zoo = tiny(family)
-    counts = [2, 0, 1] if zoo.text_only else [1, 1, 1]
-    inputs = zoo.inputs(["is it a dog", "ab", "is"], images=counts, seed=1)
-    kwargs = dict(do_sample=False, max_new_tokens=6)
-    before = zoo.model.generate(**copy.copy(inputs), **kwargs)
-    attach(zoo.model, Plain())
-    try:
-        attached = zoo.model.generate(**inputs, **kwargs)
-    finally:
-        detach(zoo.model)
-    assert torch.equal(before, attached)
+    families.plain_rows_are_prepared_as_the_model_would(case(family))
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_image_spans_hold_exactly_the_placeholders(family):
-    zoo = tiny(family)
-    images = 2 if zoo.max_images > 1 else 1
-    batch = Batch(family_of(zoo.model), zoo.inputs(["is it"], images=images))
-    (sample,) = batch.samples
-    inside = torch.zeros_like(sample.input_ids, dtype=torch.bool)
-    spans = sample.image_spans()
-    assert len(spans) == images
-    for (start, stop), image in zip(spans, sample.images):
-        inside[start:stop] = True
-        assert stop - start == len(image.features)
-    assert torch.equal(inside, sample.input_ids == IMAGE)
-    left = sample.without_image().sample.input_ids
-    assert not torch.isin(left, torch.tensor([IMAGE, VISION_START, VISION_END])).any()
-    assert len(left) == len(sample.input_ids) - len((~batch.family.drop_image(sample.input_ids)).nonzero())
+    families.image_spans_hold_exactly_the_placeholders(case(family))
 
 
 def test_an_unknown_family_raises_and_names_the_known_ones():

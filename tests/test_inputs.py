@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
-from zoo import IMAGE, PAD, VIDEO, VISION_END, VISION_START, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine.hf import inputs as hf_inputs
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.testing.models import IMAGE, PAD, VIDEO, VISION_END, VISION_START, tiny
 
 FORMS = ("attach", "custom_generate", "processor")
 HOW = dict(max_new_tokens=6, do_sample=False)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from contract import KINDS, NAMES, family_for, is_controller, method_of
 from helpers import Kept, TextProcessor
-from zoo import tiny
 
 from lvlm_decode import attach, detach, last_run
 from lvlm_decode.methods import METHODS, load
@@ -16,6 +15,7 @@ from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import automaton
 from lvlm_decode.speculative.heads import KINDS as HEADS
 from lvlm_decode.speculative.heads import DraftHead, HeadConfig
+from lvlm_decode.testing.models import tiny
 
 #: Bytes of tensors that may remain. A key or value of one row of these models has 16 slots of 64 bytes at least, its
 #: image more than that.

@@ -12,7 +12,6 @@ from helpers import Kept
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedTokenizerFast
-from zoo import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.attachment import last_run
@@ -41,6 +40,7 @@ from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.uscd import USCD
 from lvlm_decode.methods.vcd import VCD, diffuse, kept_share
 from lvlm_decode.methods.vdd import VDD
+from lvlm_decode.testing.models import IMAGE, LAYERS, UNKNOWN, VISION_END, VISION_START, react, tiny
 
 B, T, N, D = 2, 3, 12, 6
 INF = float("inf")

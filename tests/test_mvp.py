@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers import TextProcessor
 from transformers import StoppingCriteria
-from zoo import BUILDERS, EOS, tiny
 
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers import mvp
 from lvlm_decode.controllers.mvp import MVP, _decide, _Path
 from lvlm_decode.engine import sampling
 from lvlm_decode.errors import ParameterError, UnsupportedError
+from lvlm_decode.testing.models import BUILDERS, EOS, tiny
 
 #: Single letters stand as words often enough in what a random model says.
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from zoo import IMAGE, tiny
 
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.method import BELOW, Step
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.mod import MoD, divergence
+from lvlm_decode.testing.models import IMAGE, tiny
 
 B, T, N = 2, 3, 12
 

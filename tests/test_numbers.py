@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from contract import SMALL, family_for, method_of
-from zoo import EOS, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.errors import InputError, LvlmDecodeError
 from lvlm_decode.method import Contrast, Step
 from lvlm_decode.methods import METHODS, load
+from lvlm_decode.testing.models import EOS, tiny
 
 NEW = 5
 #: Controllers that are quick enough on a small model.

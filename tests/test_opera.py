@@ -10,7 +10,6 @@ from conftest import shared_path
 from opera_restatement import restate
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingCriteria, TextStreamer
-from zoo import BUILDERS, EOS, LAYERS, TEXT, react, tiny
 
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.base import Limits
@@ -21,6 +20,7 @@ from lvlm_decode.engine.attention import routed
 from lvlm_decode.engine.batch import Batch
 from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
+from lvlm_decode.testing.models import BUILDERS, EOS, LAYERS, TEXT, react, tiny
 
 # --- recorded answers -------------------------------------------------------------------------------------------------
 

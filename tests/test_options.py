@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, TextIteratorStreamer
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
-from zoo import EOS, PAD, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.errors import LvlmDecodeError, UnsupportedError
+from lvlm_decode.testing.models import EOS, PAD, tiny
 
 HOW = dict(max_new_tokens=5, do_sample=False)
 #: A value other than the default, and what must be set beside it.

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from zoo import tiny
 
 import lvlm_decode as ld
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import FAMILIES
+from lvlm_decode.testing.models import tiny
 
 HOW = dict(max_new_tokens=6, do_sample=False)
 METHODS = [ld.VCD(), ld.PAI(alpha=0.5, first_layer=1), ld.DoLa(layers=(0, 1, 3))]

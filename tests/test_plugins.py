@@ -6,92 +6,16 @@ import sys
 
 import pytest
 from typer.testing import CliRunner
-from zoo import tiny
 
 import lvlm_decode as ld
-from lvlm_decode import catalogue, plugins
+from lvlm_decode import catalogue
 from lvlm_decode.errors import DependencyError, UnknownNameError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.families.base import Family
 from lvlm_decode.methods import load, parse
 from lvlm_decode.speculative import drafters
+from lvlm_decode.testing.models import tiny
 from lvlm_decode_evals import evaluator_class
-
-CODE = '''
-from dataclasses import dataclass
-from typing import ClassVar
-
-from lvlm_decode.families.base import Family
-from lvlm_decode.method import Contrast
-from lvlm_decode.speculative.drafters import Drafter
-from lvlm_decode_evals.pope import Pope
-
-
-@dataclass(frozen=True)
-class Toy(Contrast):
-    """Averages the image-free answer in.
-
-    Args:
-        alpha: Weight of the view without the image.
-    """
-
-    name: ClassVar[str] = "toy"
-    paper: ClassVar[str] = "none"
-    costs: ClassVar[tuple[str, ...]] = ("text",)
-    alpha: float = 0.5
-
-    def views(self, sample, rng):
-        return [sample.without_image(weight=self.alpha)]
-
-
-class ToyDrafter(Drafter):
-    name = "toy-drafter"
-
-
-class ToyFamily(Family):
-    pass
-
-
-class ToyPope(Pope):
-    name = "toy-pope"
-
-
-not_a_class = 3
-'''
-ENTRIES = """
-[lvlm_decode.methods]
-toy = toy_package:Toy
-broken = toy_package_that_is_not_there:X
-number = toy_package:not_a_class
-vcd = toy_package:Toy
-
-[lvlm_decode.drafters]
-toy-drafter = toy_package:ToyDrafter
-
-[lvlm_decode.families]
-toy_lvlm = toy_package:ToyFamily
-
-[lvlm_decode.evaluators]
-toy-pope = toy_package:ToyPope
-"""
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder with an installed package that registers one thing of every kind, on the path."""
-    (tmp_path / "toy_package.py").write_text(CODE)
-    info = tmp_path / "toy_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(ENTRIES)
-    monkeypatch.syspath_prepend(tmp_path)
-    plugins.plugins.cache_clear()
-    with pytest.warns(
-        UserWarning, match="toy-package registers 'vcd' in lvlm_decode.methods, a name that lvlm_decode has"
-    ):
-        ld.methods.names()
-    yield tmp_path
-    plugins.plugins.cache_clear()
 
 
 def test_a_method_of_another_package_is_used_like_any_other(site):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from contract import family_for, is_controller, method_of
 from transformers import DynamicCache, StaticCache
-from zoo import IMAGE, VIDEO, tiny
 
 import lvlm_decode as ld
 from lvlm_decode.engine import hf
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.families import FAMILIES
 from lvlm_decode.methods import METHODS, parse
+from lvlm_decode.testing.models import IMAGE, VIDEO, tiny
 
 NEW = 5
 ASK = dict(return_dict_in_generate=True, output_hidden_states=True, output_attentions=True, output_scores=True)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import zoo
 from transformers import Cache, cache_utils
 
 from lvlm_decode.attachment import attach, detach
@@ -14,6 +13,7 @@ from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative.cache_ops import accept_paths
 from lvlm_decode.speculative.tree import Tree, chain_shape, shape_of
+from lvlm_decode.testing import models as zoo
 
 
 def opened(texts, method="vcd", static=False, dtype=torch.float64, family="llava", seed=3):

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-import zoo
 
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.errors import ParameterError, UnknownNameError
@@ -14,6 +13,7 @@ from lvlm_decode.speculative.drafters import DRAFTERS, Context, Verified
 from lvlm_decode.speculative.drafters.automaton import Automaton
 from lvlm_decode.speculative.heads import DraftHead, HeadConfig
 from lvlm_decode.speculative.tree import Tree
+from lvlm_decode.testing import models as zoo
 
 
 def context(*texts, vocabulary=50, prompt=None):

@@ -6,17 +6,18 @@ import importlib
 
 import pytest
 import torch
-import zoo
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from lvlm_decode.attachment import attach, detach, last_run
+from lvlm_decode.attachment import attach
 from lvlm_decode.errors import LvlmDecodeError, UnsupportedError
 from lvlm_decode.methods import METHODS, load, parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig
+from lvlm_decode.testing import models as zoo
+from lvlm_decode.testing.drafters import NEW, SAMPLED
+from lvlm_decode.testing.drafters import drafted as run
 from lvlm_decode.testing.replay import Replay
 
-NEW = 16
 METHOD_NAMES = ["plain", "vcd", "icd", "ritual", "vcd+ritual", "damro", "dola"]
 FREE = ["random", "oracle", "half", "half tree", "lookup", "copyspec", "recycling", "automaton"]
 HEADS = [f"{kind} {form}" for kind in KINDS for form in ("chain", "tree")] + ["vispec contrast", "msd stop"]
@@ -57,18 +58,6 @@ def drafter_of(name, family, dtype, answers):
         return drafters.parse(name)
     how = {"chain": {"top_k": 1}, "tree": {}, "contrast": {"contrast": True}, "stop": {"top_k": 1, "stop": 0.3}}[form]
     return drafters.get(kind)(head=head_of(family, kind, dtype), **how)
-
-
-def run(tiny, model, method, inputs, drafter=None, **options):
-    attach(model, method, processor=tiny.tokenizer, drafter=drafter)
-    try:
-        out = model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, "seed": 3, **options})
-        return out, last_run(model).trace.speculation
-    finally:
-        detach(model)
-
-
-SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])

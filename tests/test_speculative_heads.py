@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import zoo
 from helpers import Kept
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.features import watched
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint, from_state_dict, shipped
 from lvlm_decode.speculative.heads.runner import HeadRunner
+from lvlm_decode.testing import models as zoo
 from lvlm_decode.testing.replay import Replay
 
 SIZES = {

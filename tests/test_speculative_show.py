@@ -2,13 +2,13 @@
 
 import matplotlib
 import pytest
-import zoo
 
 from lvlm_decode.attachment import attach, detach
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters, show
 from lvlm_decode.speculative.stats import Stats
 from lvlm_decode.speculative.tree import ranked_shape, shape_of
+from lvlm_decode.testing import models as zoo
 
 matplotlib.use("Agg")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.bench import Arm, Measured, measure, mismatches, ratio, summary
 from lvlm_decode.speculative.commands import bench
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, shipped
+from lvlm_decode.testing import models as zoo
 from lvlm_decode.training.draft_heads import Item as TrainingItem
 from lvlm_decode.training.draft_heads import (
     Objective,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from zoo import IMAGE, tiny
 
 from lvlm_decode import attach, detach
 from lvlm_decode.engine import hf
@@ -21,6 +20,7 @@ from lvlm_decode.methods.nullu import Nullu
 from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.methods.vista import VISTA
 from lvlm_decode.methods.vti import VTI
+from lvlm_decode.testing.models import IMAGE, tiny
 from lvlm_decode.training import vectors as calibration
 
 TEXTS = ("ab", "is it a dog?")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import TextProcessor
 from transformers import TextStreamer
-from zoo import BUILDERS, EOS, tiny
 
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.vdgd import VDGD, Grounding, candidates_of
 from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
+from lvlm_decode.testing.models import BUILDERS, EOS, tiny
 
 QUICK = dict(describe="say {question}", prompt="see {description} {question}", description_tokens=10)
 

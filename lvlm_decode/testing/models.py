@@ -70,6 +70,8 @@ class Tiny:
         image_ids: n -> the placeholder ids (with markers) of the n images of one row, in order.
         pixels: (n, generator) -> what n images add to the inputs, each a list over images (or tiles).
         finish: adds the inputs that depend on the whole batch, such as token types.
+        special: the tokens that stand for an image or around it; ``image_token`` is the placeholder itself.
+        max_images: the most images of one row. text_only: whether a row may have none.
     """
 
     family: str
@@ -80,6 +82,7 @@ class Tiny:
     special: dict[str, int] = field(default_factory=lambda: {"<image>": IMAGE})
     max_images: int = 2
     text_only: bool = True
+    image_token: int = IMAGE
 
     @functools.cached_property
     def processor(self) -> SimpleNamespace:
