@@ -21,8 +21,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     CLIPImageProcessor,
@@ -175,7 +176,21 @@ def export(model: nn.Module, processor: ProcessorMixin, output: Path) -> None:
     half.config.dtype = "float16"
     half.save_pretrained(output)
     processor.save_pretrained(output)
-    (output / "model.safetensors").chmod(0o644)  # written readable by its owner alone, which a package would keep
+    weights = output / "model.safetensors"
+    save_file(published_names(load_file(weights)), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # written readable by its owner alone, which a package would keep
+
+
+def published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names of the checkpoints on the hub, which every transformers and vLLM read.
+
+    transformers 5 writes a new model's CLIP tower without ``vision_model.``, and vLLM knows no other name.
+    """
+    old, new = "vision_tower.vision_model.", "vision_tower."
+    return {
+        f"{old}{name.removeprefix(new)}" if name.startswith(new) and not name.startswith(old) else name: tensor
+        for name, tensor in state.items()
+    }
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
