@@ -185,7 +185,7 @@ def generate(
 ) -> None:
     """Answer one question about one picture, plain decoding beside one or several methods.
 
-    About an emoji scene the truth is known, and names of absent objects are marked.
+    About an emoji scene the truth is known: absent objects are marked, and false numbers and places in a second colour.
     """
     from lvlm_decode_evals.loaders import folder_images
 
@@ -303,16 +303,18 @@ def export_hub(
 
 
 def show(answers: dict[str, str], scene: Any) -> None:
-    """Answers beside one another on a terminal, below one another in a file; absent objects of a scene in brackets."""
+    """Answers beside one another on a terminal, below one another in a file; what a scene contradicts in brackets."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from .marks import STYLES, bracketed
+
     texts: dict[str, Text] = {}
     for name, answer in answers.items():
         texts[name] = Text()
-        for piece, absent in _marked(answer, scene):
-            texts[name].append(f"[{piece}]" if absent else piece, style="bold red" if absent else "")
+        for piece in _marked(answer, scene):
+            texts[name].append(bracketed([piece]), style=STYLES[piece[1]])
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if console.is_terminal and console.width >= 26 * len(texts):
         table = Table(*texts, expand=True)
@@ -323,24 +325,24 @@ def show(answers: dict[str, str], scene: Any) -> None:
             console.print(Text(f"{name}: ") + text)
     if scene is not None:
         counted = ", ".join(f"{name} ({count})" for name, count in sorted(scene.counts.items()))
-        console.print(f"In the picture: {counted}. Names in brackets are not in it.")
+        console.print(
+            f"In the picture: {counted}. Marked: [absent objects], {{false numbers and places}}.", markup=False
+        )
 
 
-def _marked(answer: str, scene: Any) -> Sequence[tuple[str, bool]]:
-    """``answer`` in pieces, those that name an object which the scene does not show marked."""
+def _marked(answer: str, scene: Any) -> Sequence[tuple[str, str]]:
+    """``answer`` in pieces with their kinds; without a scene nothing is known to be wrong."""
     if scene is None:
-        return [(answer, False)]
-    import lvlm_decode_data
+        return [(answer, "")]
     from lvlm_decode_evals import evaluator
     from lvlm_decode_evals.base import Answer
     from lvlm_decode_evals.loaders import scene_source
 
-    from .demo import mark
+    from .marks import pieces
 
     chair = evaluator("chair")
     (question,) = scene_source(chair, [scene]).splits["captions"]
-    absent = chair.row(Answer.to(question, answer)).evidence["hallucinated"]
-    return mark(answer, tuple(dict.fromkeys(absent)), lvlm_decode_data.synonyms())
+    return pieces(answer, scene, chair.row(Answer.to(question, answer)).evidence["hallucinated"])
 
 
 def local(image: Path) -> Path:

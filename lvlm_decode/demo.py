@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 import tempfile
@@ -24,12 +23,12 @@ from lvlm_decode_evals.tables import Value, gather, matched, rate_values
 
 from .attachment import attach, detach
 from .errors import InputError
+from .marks import STYLES, bracketed, pieces
 from .methods import parse
 
 #: What is shown, in this order; POPE samples at temperature 1, as the papers' tables do, captions are greedy.
 METHODS = ("vcd", "ritual", "vcd+ritual")
 CAPTION_SCENES = 32
-SHOWN_CAPTIONS = 3
 TIMED_TOKENS = 32
 TIMED_ROUNDS = 9
 SPLITS = ("random", "popular", "adversarial")
@@ -56,18 +55,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Caption:
-    """What one method said about one scene; ``pieces`` are (text, is it hallucinated)."""
+    """What one method said about one scene; ``pieces`` are (text, kind), see :mod:`lvlm_decode.marks`."""
 
     method: str
     text: str
     hallucinated: tuple[str, ...]
-    pieces: tuple[tuple[str, bool], ...]
+    pieces: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A scene with its captions."""
+    """A scene with its captions; ``title`` says what they are an example of, and of how many scenes that is so."""
 
+    title: str
     path: Path
     truth: tuple[str, ...]
     captions: tuple[Caption, ...]
@@ -184,28 +184,35 @@ def difference_lines(results: Sequence[Result]) -> list[Difference]:
 
 
 def captions(loaded: Any, scenes: Sequence, seed: int) -> tuple[list[Picture], dict[str, dict[str, float]]]:
-    """Greedy captions of ``scenes``; the first few on which plain decoding hallucinates, and CHAIR over all of them."""
-    import lvlm_decode_data
-
-    chair, words = evaluator("chair"), lvlm_decode_data.synonyms()
+    """Greedy captions of ``scenes``: an example of each thing that the first method does to plain decoding's captions, with the
+    number of scenes of which that is so, and CHAIR over all of them.
+    """
+    chair, first = evaluator("chair"), METHODS[0]
     questions = scene_source(chair, scenes).splits["captions"]
     texts = {
         name: generate(loaded, name, questions, [scene.path for scene in scenes], seed, 96)
         for name in ("plain", *METHODS)
     }
-    rates, rows = {}, {}
+    rates, absent = {}, {}
     for name, said in texts.items():
-        rows[name] = [chair.row(Answer.to(question, text)) for question, text in zip(questions, said)]
-        rates[name] = chair.summary(rows[name])
+        rows = [chair.row(Answer.to(question, text)) for question, text in zip(questions, said)]
+        rates[name] = chair.summary(rows)
+        absent[name] = [tuple(dict.fromkeys(row.evidence["hallucinated"])) for row in rows]
     pictures = []
-    for i, scene in enumerate(scenes):
-        if len(pictures) == SHOWN_CAPTIONS or not rows["plain"][i].evidence["hallucinated"]:
-            continue
-        own = []
-        for name in texts:
-            wrong = tuple(dict.fromkeys(rows[name][i].evidence["hallucinated"]))
-            own.append(Caption(name, texts[name][i], wrong, mark(texts[name][i], wrong, words)))
-        pictures.append(Picture(scene.path, tuple(sorted(scene.categories)), tuple(own)))
+    for before, after, words in (
+        (True, False, f"plain names something absent, {first} does not"),
+        (True, True, f"plain and {first} name something absent"),
+        (False, True, f"only {first} names something absent"),
+    ):
+        alike = [i for i in range(len(scenes)) if (bool(absent["plain"][i]), bool(absent[first][i])) == (before, after)]
+        if alike:
+            i = alike[0]
+            own = tuple(
+                Caption(name, text[i], absent[name][i], pieces(text[i], scenes[i], absent[name][i]))
+                for name, text in texts.items()
+            )
+            title = f"{len(alike)} of {len(scenes)} scenes: {words}"
+            pictures.append(Picture(title, scenes[i].path, tuple(sorted(scenes[i].categories)), own))
     return pictures, rates
 
 
@@ -230,16 +237,6 @@ def generate(
     finally:
         detach(loaded.model)
     return answers
-
-
-def mark(text: str, wrong: Sequence[str], words: dict[str, list[str]]) -> tuple[tuple[str, bool], ...]:
-    """``text`` in pieces, those that name one of the categories ``wrong`` marked."""
-    forms = sorted({form for name in wrong for form in words.get(name, [name])}, key=len, reverse=True)
-    if not forms:
-        return ((text, False),)
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, forms))})\b", re.IGNORECASE)
-    pieces = pattern.split(text)
-    return tuple((piece, i % 2 == 1) for i, piece in enumerate(pieces) if piece)
 
 
 def time_per_token(loaded: Any, scene: Any, seed: int) -> tuple[float, dict[str, float]]:
@@ -317,11 +314,12 @@ def print_shown(shown: Shown) -> None:
     console.print(table)
     console.print()
     for picture in shown.pictures:
+        console.print(picture.title, style="bold")
         console.print(f"{picture.path.name}: {', '.join(picture.truth)}", style="dim")
         for caption in picture.captions:
             text = Text(f"  {caption.method:<11}")
-            for piece, wrong in caption.pieces:
-                text.append(f"[{piece}]" if wrong else piece, style="bold red" if wrong else "")
+            for piece in caption.pieces:
+                text.append(bracketed([piece]), style=STYLES[piece[1]])
             console.print(text)
         console.print()
     said = ", ".join(f"{name} {100 * r['chair_s']:.0f} %" for name, r in shown.caption_rates.items())

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .marks import ABSENT, FALSE, RIGHT
 from .pages import page as framed
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def html(shown: Shown) -> str:
 <p class="dim">Model <code>{escape(shown.model)}</code>, {shown.images} held-out scenes, seed {shown.seed}, measured in
 {shown.seconds:.0f} s on this machine by <code>lvlm-decode demo</code>.</p>
 <h2>Captions</h2>
-<p>The first {len(shown.pictures)} scenes on which plain greedy decoding names something that is not in the picture.
-Marked words are hallucinated.</p>
+<p class="verdict">{_verdict(shown)}</p>
+<p>Greedy captions of {shown.captioned} scenes, and an example of each thing that happened. Objects that are
+<mark>not in the picture</mark> are marked, and so is a number, place or relation that is <mark class="false">false</mark>.</p>
 {captions}
 <p>Over the first {shown.captioned} scenes, which is too few to rank methods by:</p>
 <div class="scroll"><table><thead><tr><th>method</th><th>captions with a hallucination %</th>
@@ -76,13 +78,25 @@ def _picture(picture: Picture) -> str:
     said = "".join(f"<dt>{escape(c.method)}</dt><dd>{_marked(c)}</dd>" for c in picture.captions)
     truth = escape(", ".join(picture.truth))
     return (
+        f"<h3>{escape(picture.title)}</h3>"
         f'<figure><div><img src="data:image/{kind};base64,{data}" alt="Scene with {truth}">'
         f"<figcaption>In the picture: {truth}</figcaption></div><dl>{said}</dl></figure>"
     )
 
 
 def _marked(caption: Caption) -> str:
-    return "".join(f"<mark>{escape(p)}</mark>" if wrong else escape(p) for p, wrong in caption.pieces)
+    tags = {RIGHT: ("", ""), ABSENT: ("<mark>", "</mark>"), FALSE: ('<mark class="false">', "</mark>")}
+    return "".join(tags[kind][0] + escape(piece) + tags[kind][1] for piece, kind in caption.pieces)
+
+
+def _verdict(shown: Shown) -> str:
+    """What the first method does to captions, in one sentence."""
+    (_, plain), (name, rates), *_ = shown.caption_rates.items()
+    return (
+        f"With <b>{escape(name)}</b> {100 * rates['chair_s']:.0f} % of the captions name something absent, with plain decoding "
+        f"{100 * plain['chair_s']:.0f} %. It names {100 * rates['recall']:.0f} % of the objects that are there instead of "
+        f"{100 * plain['recall']:.0f} %, in {rates['length']:.0f} words instead of {plain['length']:.0f}."
+    )
 
 
 def _rows(table: list[Line]) -> str:

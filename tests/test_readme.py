@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import lvlm_decode_data
-from lvlm_decode import catalogue, checkpoints, demo
+from lvlm_decode import catalogue, checkpoints, demo, marks
 from lvlm_decode.families import FAMILIES
 from lvlm_decode_evals.runner import load
 
@@ -122,9 +122,9 @@ def test_captions_of_the_demo_are_what_the_model_says():
     scenes = lvlm_decode_data.load_scenes()[: demo.CAPTION_SCENES]
     pictures, rates = demo.captions(load("tiny"), scenes, 0)
     for picture in pictures:
-        assert f"{picture.path.name}: {', '.join(picture.truth)}" in page
+        assert f"{picture.title} {picture.path.name}: {', '.join(picture.truth)}" in page
         for caption in picture.captions:
-            said = "".join(f"[{piece}]" if wrong else piece for piece, wrong in caption.pieces)
+            said = marks.bracketed(caption.pieces)
             assert f"{caption.method} {' '.join(said.split())}" in page, caption.method
     shares = ", ".join(f"{name} {100 * rate['chair_s']:.0f} %" for name, rate in rates.items())
     assert f"that name something absent (greedy): {shares}" in page

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from PIL import Image
 
 import lvlm_decode_data
 from lvlm_decode_data import load_scenes, synonyms, texts
+from lvlm_decode_data.claims import false_claims
 from lvlm_decode_data.scenes import (
     CATEGORIES,
     COLOURS,
@@ -294,3 +296,39 @@ def test_pairs_have_one_true_and_one_false_question(heldout):
             tasks[task] += 1
     assert set(tasks) == {"existence", "count", "position", "color"}
     assert tasks["existence"] == 200
+
+
+def test_true_captions_hold_no_false_claim_and_changed_ones_do():
+    words, seen = lvlm_decode_data.synonyms(), 0
+    for scene in lvlm_decode_data.load_scenes()[:200]:
+        text = texts.caption(random.Random(scene.image_id), scene)
+        assert false_claims(text, scene, words) == [], text
+        # A kind of object that is there once: the opposite of what the text says about it is false.
+        for old, new in (("on the left side", "on the right side"), ("at the top left", "at the bottom right")):
+            for match in re.finditer(rf"The (\w+) is {old} of the image\.", text):
+                if scene.counts.get(match[1]) == 1:
+                    changed = text.replace(match[0], match[0].replace(old, new), 1)
+                    (claim,) = false_claims(changed, scene, words)
+                    assert changed[claim.start : claim.end] == f"{new} of the image"
+                    seen += 1
+        for number, other in (("two", "three"), ("three", "two")):
+            changed = re.sub(rf"\b{number}\b", other, text, count=1)
+            if changed != text:
+                claim = false_claims(changed, scene, words)[0]
+                assert changed[claim.start : claim.end].lower() == other
+                seen += 1
+    assert seen > 100
+
+
+def test_a_relation_is_false_only_if_no_two_objects_stand_in_it():
+    scene = lvlm_decode_data.load_scenes()[0]  # zebra at the left, elephant at the top left of it, giraffe at the right
+    words = lvlm_decode_data.synonyms()
+    texts_of = {
+        "The zebra is to the left of the giraffe.": [],
+        "The zebra is to the right of the giraffe.": ["to the right of"],
+        "The giraffe is below the elephant.": [],
+        "The zebra is to the left of the zebra.": ["to the left of"],
+        "The dog is to the left of the zebra.": [],
+    }
+    for text, wrong in texts_of.items():
+        assert [text[c.start : c.end] for c in false_claims(text, scene, words)] == wrong, text
