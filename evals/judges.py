@@ -181,13 +181,15 @@ def vallu_ratings(reply: str) -> dict[str, int] | None:
     ratings = _object(reply[start : end + 1])
     if ratings is None:
         return None
-    lowered = {str(name).lower(): value for name, value in ratings.items()}
+    lowered = {name.lower(): value for name, value in ratings.items() if isinstance(name, str)}
     found: dict[str, int] = {}
     for aspect in ASPECTS:
         value = lowered.get(aspect)
         if isinstance(value, Mapping):
             value = value.get("score")
-        number = re.fullmatch(r"\s*([1-5])(?:\.0)?(?:\s*/\s*5)?\s*", str(value))
+        # Python writes no integer of thousands of digits.
+        written = str(value) if isinstance(value, str | float) or value in range(1, 6) else ""
+        number = re.fullmatch(r"\s*([1-5])(?:\.0)?(?:\s*/\s*5)?\s*", written)
         if number is None:
             return None
         found[aspect] = int(number[1])

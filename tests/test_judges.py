@@ -55,6 +55,7 @@ def test_vallu_ratings_in_every_form():
         f"```json\n{json.dumps(nested, indent=2)}\n```",
         repr(nested),
         f"Here: {json.dumps(capital)} Done.",
+        "{0x" + "f" * 4000 + ": 1, " + repr(bare)[1:],
     ):
         assert vallu_ratings(reply) == bare
     for reply in (
@@ -67,6 +68,9 @@ def test_vallu_ratings_in_every_form():
         json.dumps(bare | {"depth": "[score from 1 to 5]"}),
         json.dumps({aspect: 4 for aspect in ASPECTS[1:]}),
         "{[]: 1}",
+        # An integer that Python reads and does not write.
+        repr(bare | {"depth": "HUGE"}).replace("'HUGE'", "0x" + "f" * 4000),
+        repr(bare | {"depth": "HUGE"}).replace("'HUGE'", f"[0x{'f' * 4000}]"),
     ):
         assert vallu_ratings(reply) is None
 
