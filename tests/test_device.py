@@ -12,6 +12,8 @@ from lvlm_decode.engine.modes import NEEDS
 from lvlm_decode.families import FAMILIES, family_of
 from lvlm_decode.methods import METHODS, load
 from lvlm_decode.methods.dcd import DCD
+from lvlm_decode.speculative import drafters
+from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig
 from lvlm_decode.testing.models import tiny
 
 NEW = 6
@@ -77,7 +79,20 @@ def test_the_rehearsal_device_behaves_like_one():
 
 
 #: What the default run takes; the rest under --full.
-OFTEN = {"plain", "vcd", "icd", "pai", "dola", "opera", "llava", "instructblip", "qwen2_5_vl", "beams", "recycling"}
+OFTEN = {
+    "plain",
+    "vcd",
+    "icd",
+    "pai",
+    "dola",
+    "opera",
+    "llava",
+    "instructblip",
+    "qwen2_5_vl",
+    "beams",
+    "recycling",
+    "eagle3",
+}
 
 
 def often(values):
@@ -134,6 +149,24 @@ def test_drafters_give_the_tokens_of_the_cpu(drafter, mode):
     same("llava", "vcd", drafter=drafter, **MODES.get(mode, {}))
 
 
+def head_for(kind: str, on_device: bool):
+    """A drafter with a random head of ``kind``, where the model is."""
+    torch.manual_seed(0)
+    head = DraftHead(HeadConfig.for_target(tiny("llava").model, kind, rows=7, depth=3, top_k=2))
+    if on_device:
+        to_device(head)
+    return drafters.get(kind)(head=head)
+
+
+@pytest.mark.parametrize("kind", often(KINDS))
+@pytest.mark.parametrize("mode", [None, pytest.param("sampled", marks=pytest.mark.full)])
+def test_heads_give_the_tokens_of_the_cpu(kind, mode):
+    found = [
+        run("llava", "vcd", drafter=head_for(kind, on), on_device=on, **MODES.get(mode, {})) for on in (True, False)
+    ]
+    assert found[0] == found[1]
+
+
 # --- what it is asked for per token -------------------------------------------------------------------------------------
 
 
@@ -188,13 +221,16 @@ def test_a_token_launches_no_more_than_its_budget(name):
     assert counts.copies == 0
 
 
-@pytest.mark.parametrize("drafter", ["automaton", "recycling"])
+@pytest.mark.parametrize(
+    "drafter", ["automaton", "recycling", "eagle3", pytest.param("vispec", marks=pytest.mark.full)]
+)
 def test_a_verification_waits_for_the_device_at_most_twice(drafter):
     """Once for the target's choices, and once for a draft that was made on the device; the statistics wait for nothing."""
     built, other = models("llava")
     with rehearsing() as counts:
         sent = {key: value.to("cuda") for key, value in built.inputs(["is it a dog"], seed=2).items()}
-        with ld.attached(other, "plain", processor=built.processor, drafter=drafter):
+        given = head_for(drafter, True) if drafter in KINDS else drafter
+        with ld.attached(other, "plain", processor=built.processor, drafter=given):
             new = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
             begun = []
             for length in (2, 8):

@@ -17,7 +17,7 @@ from lvlm_decode.errors import InputError, LvlmDecodeError, ParameterError, Unkn
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.features import watched
-from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint, from_state_dict, shipped
+from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint, shipped
 from lvlm_decode.speculative.heads.runner import HeadRunner
 from lvlm_decode.testing import models as zoo
 from lvlm_decode.testing.replay import Replay
@@ -34,6 +34,7 @@ SIZES = {
 
 def head_of(kind, seed=0, **more):
     torch.manual_seed(seed)
+    more = {"states": (1, 2, 3)} | more if kind == "eagle3" else more
     head = DraftHead(HeadConfig(**{**SIZES, "kind": kind, **KINDS[kind], **more})).double().eval()
     if head.config.use_global:
         torch.nn.init.normal_(head.img_fc.weight, std=0.2)
@@ -60,6 +61,9 @@ def test_what_slots_hold(kind):
     if kind == "eagle":
         assert torch.equal(slots.seen, MASK)
         torch.testing.assert_close(slots.z, head.fc(torch.cat([embeds, features], -1)))
+    if kind == "eagle3":
+        assert torch.equal(slots.seen, MASK)
+        torch.testing.assert_close(slots.z, torch.cat([F.rms_norm(embeds, (16,), eps=1e-5), features], -1))
     if kind == "msd":
         assert torch.equal(slots.seen, MASK)
         torch.testing.assert_close(slots.z[IMAGE], embeds[IMAGE])
@@ -210,9 +214,14 @@ class ByHand:
         self.model, self.head, self.score, self.views = model, head, score, []
         for ids in texts:
             ids = torch.tensor([ids])
-            with watched(model) as watcher:
+            with watched(model, head.config.states) as watcher:
                 model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
-            self.views.append((watcher.embeds[:, 1:], watcher.hidden[:, :-1], ids[:, 1:] == zoo.IMAGE))
+            embeds, features = watcher.embeds, watcher.hidden
+            if head.config.kind == "eagle3":
+                # The placeholder's own embedding stands for an image; three states of the target for a feature.
+                embeds = model.get_input_embeddings()(ids)
+                features = head.fc(torch.cat([watcher.layers[layer] for layer in head.config.states], -1))
+            self.views.append((embeds[:, 1:], features[:, :-1], ids[:, 1:] == zoo.IMAGE))
 
     def guess(self, path=()):
         """(V, D) guessed features after drafting ``path``."""
@@ -228,7 +237,10 @@ class ByHand:
 
     def logprobs(self, path):
         """(N,) of the token after ``path``."""
-        return self.score(self.model.get_output_embeddings()(self.guess(path))).log_softmax(-1)
+        guess, out = self.guess(path), self.model.get_output_embeddings()
+        if self.head.config.kind == "eagle3":
+            guess, out = self.head.norm(guess), self.head.lm_head
+        return self.score(out(guess)).log_softmax(-1)
 
 
 def whole_texts(captured, b, text):
@@ -322,12 +334,13 @@ def paths_of(tree, b):
     "texts, images", [(["is it"], 1), (["is it", "what is in"], [2, 1])], ids=["one", "padded batch"]
 )
 @pytest.mark.parametrize("how", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize("kind", ["vispec", "eagle3"])
 @torch.no_grad()
-def test_drafts_are_those_computed_by_hand(how, texts, images, method):
+def test_drafts_are_those_computed_by_hand(kind, how, texts, images, method):
     """Chains and trees of the head alone, and contrast-aware ones: from the scores of its guesses for both views."""
-    model, head = head_and_model("vispec")
+    model, head = head_and_model(kind)
     inputs = inputs_of(texts, images)
-    drafter = drafters.get("vispec")(head=head, contrast=method == "icd", **how)
+    drafter = drafters.get(kind)(head=head, contrast=method == "icd", **how)
     cycles, captured = recorded(model, drafter, inputs, method)
     others = 0
     for cycle in cycles[:4]:
@@ -502,94 +515,3 @@ def test_a_head_for_another_width_is_refused():
             tiny.model.generate(**tiny.inputs(["is it"]), max_new_tokens=3)
     finally:
         detach(tiny.model)
-
-
-def published(kind, width=4096, heads=32, kv=32, inner=11008, vocabulary=32064, qkv_bias=False, device="meta"):
-    """Names and shapes of the published checkpoints, without their values."""
-    names = {
-        "embed_tokens.weight": (vocabulary, width),
-        "fc.weight": (width, 2 * width),
-        "fc.bias": (width,),
-        "layers.0.self_attn.q_proj.weight": (width, width),
-        "layers.0.self_attn.k_proj.weight": (kv * width // heads, width),
-        "layers.0.self_attn.v_proj.weight": (kv * width // heads, width),
-        "layers.0.self_attn.o_proj.weight": (width, width),
-        "layers.0.mlp.gate_proj.weight": (inner, width),
-        "layers.0.mlp.up_proj.weight": (inner, width),
-        "layers.0.mlp.down_proj.weight": (width, inner),
-        "layers.0.post_attention_layernorm.weight": (width,),
-    }
-    if qkv_bias:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            names[f"layers.0.self_attn.{name}.bias"] = (names[f"layers.0.self_attn.{name}.weight"][0],)
-    if kind == "vispec":
-        names |= {
-            "img_fc.weight": (width, 2 * width),
-            "img_fc.bias": (width,),
-            "imadpt.q": (2, heads, width // heads),
-            "imadpt.k_proj.weight": (width, width),
-            "imadpt.v_proj.weight": (width, width),
-            "imadpt.o_proj.weight": (width, width),
-        }
-        if qkv_bias:
-            names |= {"imadpt.k_proj.bias": (width,), "imadpt.v_proj.bias": (width,)}
-    return {
-        name: torch.randn(shape) if device != "meta" else torch.empty(shape, device=device)
-        for name, shape in names.items()
-    }
-
-
-@pytest.mark.parametrize("kind, parameters", [("vispec", 319.9e6), ("msd", 236.0e6)])
-def test_published_sizes_are_ours(kind, parameters):
-    """LLaVA-1.5-7B: layer 202.4 M + fc 33.6 M, and for ViSpec img_fc 33.6 M + adaptor 50.3 M."""
-    with torch.device("meta"):
-        config = HeadConfig(4096, 32, 32, 128, 11008, 32064, **{"kind": kind, **KINDS[kind]})
-        head = DraftHead(config)
-    theirs = {n: tuple(v.shape) for n, v in published(kind).items() if n != "embed_tokens.weight"}
-    ours = {n: tuple(v.shape) for n, v in head.state_dict().items()}
-    assert ours == theirs
-    assert sum(p.numel() for p in head.parameters()) == pytest.approx(parameters, rel=1e-3)
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("kind", ["vispec", "msd", "eagle"])
-@pytest.mark.parametrize("qkv_bias", [False, True])
-def test_published_state_dicts_load_and_draft(kind, qkv_bias, prefix):
-    tiny = zoo.tiny("llava")
-    text = tiny.model.config.text_config
-    torch.manual_seed(0)
-    # Full multi-head attention in the head although the target groups its keys, as in the Qwen heads.
-    state = published(kind, text.hidden_size, 4, 4, 40, zoo.VOCABULARY, qkv_bias, device="cpu")
-    state = {prefix + name: value for name, value in state.items()}
-    head = from_state_dict(state, tiny.model, kind if kind == "eagle" else None, rows=6, depth=2, top_k=2)
-    assert head.config.kind == kind and head.config.num_kv_heads == 4 and head.config.intermediate_size == 40
-    for name, value in head.state_dict().items():
-        torch.testing.assert_close(value, state[prefix + name])
-    inputs = tiny.inputs(["is it"])
-    expected = tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    attach(tiny.model, parse("plain"), drafter=drafters.get(kind)(head=head))
-    try:
-        assert torch.equal(tiny.model.generate(**inputs, max_new_tokens=8, do_sample=False), expected)
-    finally:
-        detach(tiny.model)
-
-
-def test_foreign_state_dicts_are_refused():
-    tiny = zoo.tiny("llava")
-    width = tiny.model.config.text_config.hidden_size
-    good = published("vispec", width, 4, 4, 40, zoo.VOCABULARY, device="cpu")
-    with pytest.raises(InputError, match=r"no 'fc\.weight'"):
-        from_state_dict({"lm.weight": torch.zeros(1)}, tiny.model)
-    with pytest.raises(InputError, match=r"missing img_fc\.weight"):
-        from_state_dict({k: v for k, v in good.items() if k != "img_fc.weight"}, tiny.model)
-    with pytest.raises(InputError, match="unknown extra"):
-        from_state_dict({**good, "extra": torch.zeros(1)}, tiny.model)
-    with pytest.raises(InputError, match="belongs to another model"):
-        from_state_dict({**good, "fc.weight": torch.zeros(8, 16)}, tiny.model)
-    for name in ("fc.weight", "layers.0.mlp.down_proj.weight", "img_fc.weight"):
-        with pytest.raises(InputError, match=f"{name} is .* belongs to another model"):
-            from_state_dict({**good, name: good[name].t().contiguous()}, tiny.model)
-    with pytest.raises(InputError, match=r"imadpt\.q is .* belongs to another model"):
-        from_state_dict({**good, "imadpt.q": good["imadpt.q"].transpose(1, 2).contiguous()}, tiny.model)
-    joined = from_state_dict({**good, "imadpt.q": good["imadpt.q"].flatten(1)}, tiny.model)
-    torch.testing.assert_close(joined.imadpt.q.detach(), good["imadpt.q"])

@@ -74,7 +74,7 @@ def bench_speculative(
 def draft_head(
     target: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")],
     output: Annotated[Path, typer.Option(help="Folder the head is written to.")],
-    kind: Annotated[str, typer.Option(help="Kind of head: vispec, msd or eagle.")] = "vispec",
+    kind: Annotated[str, typer.Option(help="Kind of head: vispec, msd, eagle or eagle3.")] = "vispec",
     data: Annotated[
         Path | None,
         typer.Option(help="JSON lines with prompt, image (a path), and optionally answer. Default: emoji scenes."),
@@ -95,8 +95,11 @@ def draft_head(
     ] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 96,
     unroll: Annotated[
-        int, typer.Option(min=0, help="Number of training passes on the head's own guesses (vispec).")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=0, help="Number of training passes on the head's own guesses. Default: 1 for vispec, 6 for eagle3."
+        ),
+    ] = None,
     text_share: Annotated[float | None, typer.Option(help="Share of the steps before the first picture.")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Draft only this many tokens, the most frequent.")] = None,
     held_out: Annotated[int, typer.Option(min=1, help="Number of prompts whose acceptance is measured.")] = 24,
@@ -111,7 +114,7 @@ def draft_head(
     start: Annotated[Path | None, typer.Option(help="Folder of a head to start from.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in --output.")] = False,
 ) -> None:
-    """Train a draft head for --target: EAGLE, MSD or ViSpec. On several GPUs: accelerate launch -m lvlm_decode.cli train ..."""
+    """Train a draft head for --target. On several GPUs: accelerate launch -m lvlm_decode.cli train ..."""
     from ..training.draft_heads import Settings, train
 
     if target in ("tiny", "tiny-llava", "tiny-instructblip"):

@@ -23,10 +23,18 @@ class Watcher:
         self.wanted = tuple(layers)
         self.hidden: Tensor | None = None
         self.embeds: Tensor | None = None
+        #: (..., R, T) positions that the decoder was given; ``None`` where it counts itself.
+        self.positions: Tensor | None = None
         self.layers: dict[int, Tensor] = {}
 
+    @property
+    def axes(self) -> Tensor | None:
+        """(3, R, T) the positions of a decoder with three axes of them, ``None`` of any other."""
+        given = self.positions
+        return None if given is None or given.dim() < 3 else given[-3:]
+
     def reset(self) -> None:
-        self.hidden, self.embeds, self.layers = None, None, {}
+        self.hidden, self.embeds, self.positions, self.layers = None, None, None, {}
 
 
 @contextmanager
@@ -47,6 +55,7 @@ def watched(module: nn.Module, layers: Sequence[int] = (), owner: object = None)
         if unseen() and watcher.embeds is None:
             embeds = kwargs.get("inputs_embeds")
             watcher.embeds = embed(kwargs["input_ids"]) if embeds is None else embeds
+            watcher.positions = kwargs.get("position_ids")
 
     def after(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if unseen():

@@ -225,13 +225,21 @@ class _Loop:
     def _prompt_features(self, watcher: Watcher) -> Features:
         lane, image_id = self.lanes.main, self.run.family.image_token_id
         width = watcher.hidden.shape[1]
-        images, masks = [], []
+        ids, masks = [], []
         for prepared in lane.prepared:
             missing = width - prepared.input_ids.shape[1]
-            images.append(torch.nn.functional.pad(prepared.input_ids == image_id, (missing, 0)))
+            ids.append(torch.nn.functional.pad(prepared.input_ids, (missing, 0)))
             masks.append(torch.nn.functional.pad(prepared.mask.bool(), (missing, 0)))
+        text, mask = torch.cat(ids), torch.cat(masks)
         return Features(
-            watcher.hidden, watcher.embeds, torch.cat(images), torch.cat(masks), len(lane.views), dict(watcher.layers)
+            watcher.hidden,
+            watcher.embeds,
+            mask & (text == image_id),
+            mask,
+            len(lane.views),
+            text,
+            watcher.axes,
+            dict(watcher.layers),
         )
 
     def _features(self, watcher: Watcher) -> Features:

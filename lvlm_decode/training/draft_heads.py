@@ -1,4 +1,4 @@
-"""Training draft heads: EAGLE, MSD and ViSpec, with the target's features computed on the fly.
+"""Training draft heads: EAGLE, MSD, ViSpec and EAGLE-3, with the target's features computed on the fly.
 
 Stored features take terabytes at full scale, so only generated token ids are kept; a frozen forward of the target gives
 features and embeddings for every batch. Answers are the target's own: the head drafts what the *target* will say.
@@ -12,12 +12,15 @@ What the kinds differ in, after their authors' code:
     vispec   text only for a first stage, then pictures        first stage as eagle with 0.01 * ListMLE of p's ten best;
                                                                then 10 * |q - p|_1 + 0.1 * ListMLE, averaged over an
                                                                unrolled pass whose features are the head's own guesses
+    eagle3  pictures from the start                            cross entropy with p over the tokens it may draft, summed
+                                                               over passes that run as drafting does, 0.8 ** pass each
 
 ViSpec's answers are sampled (``temperature``): a head trained on greedy answers learns to read the next-but-one token off
 the true feature instead of looking at the context. The authors ask for answers of 1,000 words (``suffix``) and train
 the first stage as an EAGLE head without the projection of the global vector, which here learns along from its neutral
 start. MSD's authors flip the coin for every sample, here it falls once a batch, and they teach given answers, here the
-target's own unless the data brings some. Learning rates are the authors' by default and suit a 7B target; a small head
+target's own unless the data brings some. EAGLE-3's passes and weights are those of SpecForge (a6b6b02); its language head
+starts from the target's. Learning rates are the authors' by default and suit a 7B target; a small head
 from scratch needs a larger one.
 
 Letters: ``R`` rows, ``T`` positions, ``D`` width, ``N`` vocabulary.
@@ -30,7 +33,7 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +56,7 @@ from ..families import family_of
 from ..methods.plain import Plain
 from ..speculative.drafters import get as drafter_class
 from ..speculative.features import watched
-from ..speculative.heads import KINDS, DraftHead, HeadConfig, fingerprint
+from ..speculative.heads import KINDS, DraftHead, HeadConfig, Slots, fingerprint, load
 from ..speculative.stats import Stats
 from ..weights import load_into, read_checkpoint
 
@@ -67,26 +70,27 @@ class Settings:
     Args:
         target: folder or name of the model to draft for.
         output: folder the head is written to.
-        kind: "eagle", "msd" or "vispec".
+        kind: "eagle", "msd", "vispec" or "eagle3".
         data: JSON lines with ``prompt``, ``image`` (a path; left out for text) and optionally ``answer``; emoji scenes
             when ``None``.
         samples, text_samples: how many scenes, and texts without a picture, the built-in data has.
         steps, batch: optimiser steps, and samples per step and process.
         lr: peak learning rate; warmed up over ``warmup`` of the steps, then falling linearly to 0. That of the authors'
-            code for this kind when ``None``: 5e-5 for MSD, else 3e-5.
+            code for this kind when ``None``: 5e-5 for MSD, 1e-4 for EAGLE-3, else 3e-5.
         text_share: share of the steps that see text only before pictures come (ViSpec's first stage, half for MSD).
         suffix: asked at the end of every prompt that has no answer yet. When ``None``, ViSpec's request for long answers
             with ``data``, nothing for emoji scenes and the other kinds.
         temperature: of the sampled answers; 0 is greedy.
-        unroll: further passes on the head's own guesses (ViSpec).
-        noise: uniform noise on features, ``noise * 512 / T``.
+        unroll: further passes on the head's own guesses (ViSpec, EAGLE-3); 1 for ViSpec and 6 for EAGLE-3 when ``None``.
+        noise: uniform noise on features, ``noise * 512 / T``; EAGLE-3, whose features are its own mixture, has none.
         vocabulary: keep only this many of the target's most frequent answer tokens in the draft; ``None`` keeps all.
         evaluate_every, checkpoint_every: in steps.
         held_out: prompts whose acceptance is measured.
         rows, depth, top_k: how the head drafts by default; the authors' values when ``None``.
         answers: file of the answers that were generated, written when it is not there; heads of several kinds for one
             target can share it. Kept beside the checkpoint until the run is over when ``None``.
-        start: folder of a head whose weights this one starts from, for instance a published one; random when ``None``.
+        start: folder or hub id of a head whose weights this one starts from, for instance a published one; random when
+            ``None``.
         resume: go on from the checkpoint in ``output``.
     """
 
@@ -104,7 +108,7 @@ class Settings:
     suffix: str | None = None
     temperature: float = 1.0
     max_new_tokens: int = 96
-    unroll: int = 1
+    unroll: int | None = None
     noise: float = 0.1
     vocabulary: int | None = None
     evaluate_every: int = 250
@@ -125,7 +129,14 @@ class Settings:
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return {"msd": 5e-5}.get(self.kind, 3e-5) if self.lr is None else self.lr
+        return {"msd": 5e-5, "eagle3": 1e-4}.get(self.kind, 3e-5) if self.lr is None else self.lr
+
+    @property
+    def passes(self) -> int:
+        """How many passes the head makes over a batch."""
+        if self.kind not in ("vispec", "eagle3"):
+            return 1
+        return 1 + ({"vispec": 1, "eagle3": 6}[self.kind] if self.unroll is None else self.unroll)
 
     @property
     def long_answers(self) -> str:
@@ -137,7 +148,7 @@ class Settings:
     @property
     def text_until(self) -> float:
         """Share of the run before the first picture."""
-        return {"eagle": 0.0, "msd": 0.5, "vispec": 0.25}[self.kind] if self.text_share is None else self.text_share
+        return {"msd": 0.5, "vispec": 0.25}.get(self.kind, 0.0) if self.text_share is None else self.text_share
 
     def picture_share(self, progress: float) -> float:
         """Probability that a batch has pictures, at ``progress`` in [0, 1] of the run."""
@@ -304,19 +315,32 @@ class Target:
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
     @torch.no_grad()
-    def features(self, items: Sequence[Item]) -> dict[str, Tensor]:
-        """One teacher-forced forward: ``ids``, ``mask``, ``image``, ``answer`` (R, T); ``embeds``, ``hidden`` (R, T, D)."""
+    def features(self, items: Sequence[Item], states: Sequence[int] = ()) -> dict[str, Any]:
+        """One teacher-forced forward.
+
+        Args:
+            states: layers whose states are wanted too, 1 for the first.
+
+        Returns:
+            ``mask``, ``image``, ``answer`` (R, T); ``embeds``, ``hidden`` (R, T, D). With ``states`` also ``words`` (R, T, D),
+            embeddings of the ids with image positions holding the placeholder's, ``layers`` with the states by layer, and
+            ``positions`` (axes, R, T), or ``None`` of a target with one axis.
+        """
         inputs = self._stack(items)
         # InstructBLIP as a whole insists on pictures; what decodes does not.
         pictures = any(item.load is not None for item in items)
         module = self.model if pictures else self.family.decoding_module(self.model)
-        with watched(module) as watcher:
+        with watched(module, states) as watcher:
             module(**inputs, use_cache=False, logits_to_keep=1)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         starts = torch.tensor([item.start for item in items], device=ids.device)
         answer = mask & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])
         image = ids == self.family.image_token_id
-        return {"mask": mask, "image": image, "answer": answer, "embeds": watcher.embeds, "hidden": watcher.hidden}
+        found = {"mask": mask, "image": image, "answer": answer, "embeds": watcher.embeds, "hidden": watcher.hidden}
+        if states:
+            words = module.get_input_embeddings()(ids)
+            found |= {"words": words, "layers": watcher.layers, "positions": watcher.axes}
+        return found
 
 
 class Objective(nn.Module):
@@ -328,8 +352,10 @@ class Objective(nn.Module):
         # In a list, so that the target's head is no parameter of this module.
         self._out = [out]
 
-    def forward(self, batch: dict[str, Tensor], pictures: bool) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any], pictures: bool) -> dict[str, Tensor]:
         """Loss of one batch of :meth:`Target.features`, and what to report beside it."""
+        if self.head.config.states:
+            return self._as_drafting(batch)
         head, settings = self.head, self.settings
         dtype = head.fc.weight.dtype
         embeds, hidden = batch["embeds"].to(dtype), batch["hidden"].to(dtype)
@@ -345,7 +371,7 @@ class Objective(nn.Module):
             target = F.softmax(out_head(wanted.to(out_head.weight.dtype)).float(), -1)
         text = settings.kind != "vispec" or not pictures
         features, losses, overlaps = truth, [], []
-        for _ in range(1 if text else 1 + settings.unroll):
+        for _ in range(1 if text else settings.passes):
             slots = head.slots(embeds[:, 1:], features, image, mask)
             guess = head(slots)
             own = guess[supervised]
@@ -362,6 +388,74 @@ class Objective(nn.Module):
             guessed = F.pad(slots.seen & ~image, (1, 0))[:, :-1, None]
             features = torch.where(guessed, F.pad(guess, (0, 0, 1, 0))[:, :-1], truth)
         return {"loss": torch.stack(losses).mean(), "overlap": torch.stack(overlaps).mean()}
+
+    def _as_drafting(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """EAGLE-3: pass k drafts the token k after the next one, from slots that passes before it drafted."""
+        head, out, hidden = self.head, self._out[0], batch["hidden"]
+        dtype = head.fc.weight.dtype
+        mask, image, positions = batch["mask"][:, 1:], batch["image"][:, 1:], batch["positions"]
+        features = head.lift(hidden, {layer: states.to(dtype) for layer, states in batch["layers"].items()})[:, :-1]
+        slots = head.slots(
+            words := batch["words"][:, 1:].to(dtype),
+            features,
+            image,
+            mask,
+            None if positions is None else positions[..., :-1],
+        )
+        loss, overlaps = hidden.new_zeros((), dtype=torch.float32), []
+        guesses = drafting_passes(head, words, features, slots, self.settings.passes)
+        for number, guess in enumerate(guesses):
+            supervised = F.pad(batch["answer"][:, 2 + number :], (0, 1 + number))
+            if not bool(supervised.any()):
+                # Answers are shorter than the draft; the passes that follow have less still.
+                break
+            with torch.no_grad():
+                wanted = F.pad(hidden[:, 1 + number :], (0, 0, 0, number))[supervised]
+                whole = out(wanted.to(out.weight.dtype)).float()
+                own = whole if head.trim is None else whole[:, head.trim]
+                # Where the target says a token that cannot be drafted, nothing is to be learned.
+                can = own.amax(-1) == whole.amax(-1)
+            logits = F.linear(head.norm(guess[supervised]).float(), head.lm_head.weight.float())
+            soft = -(F.softmax(own, -1) * F.log_softmax(logits, -1)).sum(-1)
+            loss = loss + 0.8**number * (soft * can).mean()
+            chances = F.softmax(whole, -1) if head.trim is None else F.softmax(whole, -1)[:, head.trim]
+            overlaps.append(torch.minimum(F.softmax(logits.detach(), -1), chances).sum(-1).mean())
+        return {"loss": loss, "overlap": torch.stack(overlaps).mean()}
+
+
+def drafting_passes(head: DraftHead, embeds: Tensor, features: Tensor, slots: Slots, passes: int) -> Iterator[Tensor]:
+    """The guesses (R, T, D) of each pass, computed as drafting computes them, at all positions at once.
+
+    Pass k stands at slot t for the slot k levels below it: it reads the embedding of the token k further on, the guess that
+    pass k - 1 made there, and the keys of the true slots up to t and of the passes before it at t (training-time test,
+    arXiv 2503.01840).
+
+    Args:
+        head: an EAGLE-3 head.
+        embeds: (R, T, D) of the token after each slot.
+        features: (R, T, D) see :meth:`DraftHead.lift`.
+        slots: of the prompt, for positions and for which slots exist.
+    """
+    config, attention = head.config, head.layer.self_attn
+    width = embeds.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=embeds.device).tril()
+    seen = (causal & slots.seen[:, None]) | torch.eye(width, dtype=torch.bool, device=embeds.device)
+    past: list[tuple[Tensor, Tensor]] = []
+    for number in range(passes):
+        x, kept = head.entered(head.text_slots(embeds, features, None))
+        q, *own = head.projected(x, slots.positions + number)
+        past.append(tuple(state.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for state in own))
+        (keys, values), drafted = past[0], past[1:]
+        scores = [(q @ keys.transpose(2, 3)).masked_fill(~seen[:, None], float("-inf"))]
+        scores += [(q * key).sum(-1, keepdim=True) for key, _ in drafted]
+        weights = (torch.cat(scores, -1).float() * config.head_dim**-0.5).softmax(-1).to(q.dtype)
+        out = weights[..., :width] @ values
+        for at, (_, value) in enumerate(drafted, start=width):
+            out = out + weights[..., at : at + 1] * value
+        kept = kept + attention.o_proj(out.transpose(1, 2).flatten(2))
+        features = kept + head.feed_forward(kept)
+        yield features
+        embeds = F.pad(embeds, (0, 0, 0, 1))[:, 1:]
 
 
 def eagle_loss(guess: Tensor, wanted: Tensor, logits: Tensor, target: Tensor) -> Tensor:
@@ -443,9 +537,16 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     torch.manual_seed(settings.seed)
     drafting = {name: value for name in ("rows", "depth", "top_k") if (value := getattr(settings, name)) is not None}
     head = DraftHead(HeadConfig.for_target(model, settings.kind, **drafting))
+    if head.config.states:
+        head.lm_head.weight.data.copy_(model.get_output_embeddings().weight)
     if settings.start is not None:
+        started = load(settings.start, target.family.decoding_module(model), settings.kind)
+        if started.trim is not None:
+            if settings.vocabulary is not None:
+                raise ParameterError("the head to start from drafts tokens of its own choice; leave out vocabulary.")
+            head.restrict(started.trim)
         # Weights it has beyond those of the start keep their own beginning: a vision adaptor on top of an EAGLE head.
-        head.load_state_dict(DraftHead.from_pretrained(settings.start).state_dict(), strict=False)
+        head.load_state_dict(started.state_dict(), strict=False)
 
     if settings.data is None:
         pictures, texts, held = scene_items(settings.samples, settings.text_samples, settings.held_out, settings.seed)
@@ -466,7 +567,7 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
     answers = settings.answers or settings.output / ANSWERS
     answer_all(target, [*pictures, *texts], settings, answers.with_name(f"{answers.stem}-{rank}{answers.suffix}"))
     if settings.vocabulary is not None:
-        head.trim = frequent_tokens(pictures, settings.vocabulary, head.config.vocab_size)
+        head.restrict(frequent_tokens(pictures, settings.vocabulary, head.config.vocab_size))
     say(f"{len(pictures)} answered pictures and {len(texts)} texts on process {rank} of {world}")
 
     objective = Objective(head.to(accelerator.device), model.get_output_embeddings(), settings)
@@ -494,7 +595,7 @@ def train(settings: Settings, say: Callable[[str], None] = print) -> dict[str, A
         with_pictures = coin < settings.picture_share(step / settings.steps)
         chosen = rng.sample(pool := pictures if with_pictures else texts, min(settings.batch, len(pool)))
         with accelerator.autocast():
-            result = objective(target.features(chosen), with_pictures)
+            result = objective(target.features(chosen, head.config.states), with_pictures)
         accelerator.backward(result["loss"])
         accelerator.clip_grad_value_(objective.parameters(), 0.5)
         optimizer.step()

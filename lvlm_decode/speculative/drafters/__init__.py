@@ -26,6 +26,7 @@ DRAFTERS: dict[str, str] = {
     "eagle": ".head:EagleDrafter",
     "msd": ".head:MsdDrafter",
     "vispec": ".head:ViSpecDrafter",
+    "eagle3": ".head:Eagle3Drafter",
 }
 
 __all__ = ["DRAFTERS", "Context", "Drafter", "Features", "Session", "Verified", "get", "parse"]

@@ -55,6 +55,8 @@ class Features:
         image: (V * B, T) bool, image positions.
         mask: (V * B, T) bool, False at padding.
         views: V.
+        ids: (V * B, T) token ids, image positions holding the placeholder.
+        positions: (axes, V * B, T) positions of a target that has several axes of them.
         layers: layer -> (V * B, T, D), hidden states after that layer, for drafters that ask for layers.
     """
 
@@ -63,7 +65,23 @@ class Features:
     image: Tensor | None = None
     mask: Tensor | None = None
     views: int = 1
+    ids: Tensor | None = None
+    positions: Tensor | None = None
     layers: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, count: int) -> Features:
+        """The first ``count`` rows alone."""
+        own = lambda x: None if x is None else x[..., :count, :]  # noqa: E731
+        return Features(
+            self.hidden[:count],
+            None if self.embeds is None else self.embeds[:count],
+            own(self.image),
+            own(self.mask),
+            self.views,
+            own(self.ids),
+            own(self.positions),
+            {layer: states[:count] for layer, states in self.layers.items()},
+        )
 
 
 @dataclass

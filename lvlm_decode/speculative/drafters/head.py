@@ -1,8 +1,9 @@
-"""Drafting with a trained head: EAGLE, MSD and ViSpec, as a chain or as EAGLE-2's dynamic tree."""
+"""Drafting with a trained head: EAGLE, MSD, ViSpec and EAGLE-3, as a chain or as EAGLE-2's dynamic tree."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
+from ...families import family_of
 from ...method import Step
-from ..heads import DraftHead, shipped
+from ..heads import DraftHead, fingerprint, load, shipped
+from ..heads.module import CONFIG
+from ..heads.published import checked_states, folder_of
 from ..heads.runner import HeadRunner
 from ..tree import Tree, rerank, shape_of
 from .base import Context, Drafter, Features, Session, Verified
@@ -29,7 +33,8 @@ class HeadDrafter(Drafter):
 
     Args:
         head: the head; loaded from ``path`` or from what ships for the model when ``None``.
-        path: folder of a saved head.
+        path: folder of a head that this library saved, or of one that its authors published, or the hub id of such a
+            folder, with ``@revision`` where another one than the newest is wanted.
         rows, depth, top_k: of the draft; the head's own values when ``None``.
         contrast: contrast-aware drafting: the head runs on the features of all views and drafts from the method's
             scores of its guesses, not from view 0's.
@@ -51,8 +56,9 @@ class HeadDrafter(Drafter):
         for name in ("rows", "depth", "top_k"):
             value = getattr(self, name)
             self.check(value is None or value >= 1, name, "at least 1, or None for the head's own")
-        if self.head is None and self.path is not None:
-            self.head = DraftHead.from_pretrained(self.path)
+        # Of a published head the target says what its files do not, so it is read once the target is known.
+        if self.head is None and self.path is not None and (folder_of(self.path) / CONFIG).is_file():
+            self.head = DraftHead.from_pretrained(folder_of(self.path))
         if self.head is not None and self.kind and self.head.config.kind != self.kind:
             raise InputError(
                 f"the head given to drafter {self.name} is of kind {self.head.config.kind!r}; use that drafter instead."
@@ -62,15 +68,29 @@ class HeadDrafter(Drafter):
     def create(cls, model: nn.Module | None = None, **parameters: Any) -> Drafter:
         if model is not None and parameters.get("head") is None and parameters.get("path") is None:
             parameters["path"] = shipped(model, cls.kind)
-        return super().create(model=model, **parameters)
+        drafter = cls(**parameters)
+        if model is not None and drafter.head is None:
+            drafter.loaded(family_of(model).decoding_module(model))
+        return drafter
+
+    def loaded(self, target: nn.Module) -> DraftHead:
+        """The head, read from where it is if that has not been done."""
+        if self.head is None:
+            self.head = load(self.path or shipped(target, self.kind), target, self.kind, **self.settings(target))
+        return self.head
+
+    def settings(self, target: nn.Module) -> dict[str, Any]:
+        """What this drafter says of a published head that its files do not."""
+        return {}
+
+    def layers(self, module: nn.Module) -> tuple[int, ...]:
+        return self.loaded(module).config.states
 
     def begin(self, context: Context) -> Session:
         target = context.module
-        if self.head is None:
-            self.head = DraftHead.from_pretrained(shipped(target, self.kind))
+        config = self.loaded(target).config
         text = target.config.get_text_config(decoder=True)
         vocabulary = target.get_output_embeddings().weight.shape[0]
-        config = self.head.config
         if (config.hidden_size, config.vocab_size) != (text.hidden_size, vocabulary):
             raise InputError(
                 f"the {config.kind} head is for width {config.hidden_size} and {config.vocab_size} tokens, and the model has "
@@ -78,6 +98,12 @@ class HeadDrafter(Drafter):
             )
         weight = target.get_output_embeddings().weight
         if self.runner is None or self.runner.target_weight is not weight:
+            if config.fingerprint and config.fingerprint != fingerprint(target):
+                warnings.warn(
+                    f"the {config.kind} head was trained for {config.target or 'another model'}, whose language head is not "
+                    "this model's: it will draft, no answer changes, and little of it may be accepted.",
+                    stacklevel=2,
+                )
             self.runner = HeadRunner(self.head, target)
         return _HeadSession(self, context)
 
@@ -106,6 +132,24 @@ class ViSpecDrafter(HeadDrafter):
     kind: ClassVar[str] = "vispec"
 
 
+@dataclass
+class Eagle3Drafter(HeadDrafter):
+    """An EAGLE-3 head: states of three layers mixed, a language head of its own over the tokens it may draft.
+
+    Args:
+        states: the decoder layers whose states a published head reads, 1 for the first; what its files say, or the
+            authors' default, when ``None``.
+    """
+
+    name: ClassVar[str] = "eagle3"
+    kind: ClassVar[str] = "eagle3"
+
+    states: tuple[int, ...] | None = None
+
+    def settings(self, target: nn.Module) -> dict[str, Any]:
+        return {} if self.states is None else {"states": checked_states(self.states, target)}
+
+
 class _HeadSession(Session):
     drafter: HeadDrafter
 
@@ -128,25 +172,22 @@ class _HeadSession(Session):
         self._log_stop = math.log(drafter.stop) if drafter.stop > 0 else None
         self._read(context.prompt)
 
-    def _own(self, states: Tensor) -> Tensor:
-        """The rows of the views this session drafts from."""
-        return states[: self.views * self.samples]
-
     def _read(self, prompt: Features) -> None:
         """Run the head over the prompt, whose last slot is followed by the root."""
         runner, head = self.runner, self.runner.head
         roots = torch.tensor([text[-1] for text in self.context.tokens], device=runner.device).repeat(self.views)
-        embeds = torch.cat([self._own(prompt.embeds)[:, 1:], runner.embed(roots)[:, None]], 1)
-        image = F.pad(self._own(prompt.image)[:, 1:], (0, 1))
-        mask = self._own(prompt.mask)
-        slots = head.slots(embeds.to(runner.dtype), self._own(prompt.hidden), image, mask)
+        prompt = prompt.rows(self.views * self.samples)
+        image = F.pad(prompt.image[:, 1:], (0, 1))
+        features = head.lift(prompt.hidden, prompt.layers)
+        slots = head.slots(runner.following(prompt, roots), features, image, prompt.mask, prompt.positions)
         self.constant = runner.constant(slots)
         # Slots that were left out are taken out, the others moved to the right end.
         width = int(slots.seen.sum(1).max())
         order = slots.seen.long().argsort(dim=1, stable=True)[:, -width:]
         z = slots.z.gather(1, order[..., None].expand(-1, -1, slots.z.shape[2]))
         seen = slots.seen.gather(1, order)
-        out, k, v = head.run_layer(z, slots.positions.gather(1, order), seen)
+        positions = slots.positions.gather(-1, order.expand(*slots.positions.shape[:-2], *order.shape))
+        out, k, v = head.run_layer(z, positions, seen)
         capacity = width + 256
         shape = (*k.shape[:2], capacity, k.shape[3])
         self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
@@ -154,7 +195,9 @@ class _HeadSession(Session):
         self.length = width
         self.seen = None if bool(seen.all()) else seen
         #: (R,) position of the next slot.
-        self.next = mask.sum(1)
+        self.next = prompt.mask.sum(1) if positions.dim() == 2 else positions[0, :, -1] + 1
+        #: The largest of them, which the host knows without asking the device again.
+        self.furthest = int(self.next.max())
         self.guess = out[:, -1:]
         self.fresh: tuple[list[list[int]], Tensor] | None = None
 
@@ -165,7 +208,8 @@ class _HeadSession(Session):
 
     def observe(self, verified: Verified) -> None:
         self.count(verified)
-        hidden = self._own(verified.features.hidden)
+        fresh = verified.features.rows(self.views * self.samples)
+        hidden = self.runner.head.lift(fresh.hidden, fresh.layers)
         if self.samples == 1:
             path = verified.paths[0]
             if not verified.tree.is_chain:
@@ -204,7 +248,7 @@ class _HeadSession(Session):
         else:
             count = seen.sum(1)
             offset = (torch.arange(t, device=seen.device) - (t - count)[:, None]).clamp(min=0)
-            cos, sin = self._turn(self.next[:, None] + offset)
+            cos, sin = self._turn(self.next[:, None] + offset, self.furthest + t)
             before = self.seen if self.seen is not None else seen.new_ones(len(seen), start)
             self.seen = torch.cat([before, seen], 1)
             causal = self.runner.causal(start, stop)
@@ -213,19 +257,22 @@ class _HeadSession(Session):
             moved = count
         self.guess = self.runner.step(z, cos, sin, self.keys, self.values, start, mask)[:, -1:]
         self.length, self.next = stop, self.next + moved
+        # A row that committed less than others stands before this; what is told is how large tables must be.
+        self.furthest += t
 
     def _turn_next(self, level: int, t: int) -> tuple[Tensor, Tensor]:
         """cos, sin of ``t`` slots from ``level`` slots after the next one of each row."""
         if len(self.next) == 1:
-            first = int(self.next) + level
+            first = self.furthest + level
             cos, sin = self.runner.rotary(first + t)
             return cos[first : first + t], sin[first : first + t]
         # Views of one sample have prompts of their own, so their rows stand at positions of their own.
-        return self._turn(self.next[:, None] + level + torch.arange(t, device=self.next.device))
+        ahead = level + torch.arange(t, device=self.next.device)
+        return self._turn(self.next[:, None] + ahead, self.furthest + level + t)
 
-    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin (R, 1, t, head_dim) at ``positions`` (R, t)."""
-        cos, sin = self.runner.rotary(int(positions.max()) + 1)
+    def _turn(self, positions: Tensor, upto: int) -> tuple[Tensor, Tensor]:
+        """cos, sin (R, 1, t, head_dim) at ``positions`` (R, t), all below ``upto``."""
+        cos, sin = self.runner.rotary(upto)
         return cos[positions][:, None], sin[positions][:, None]
 
     def _scores(self, guess: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +298,7 @@ class _HeadSession(Session):
             return Tree.chain(roots)
         if self.top_k == 1:
             return self._chain(roots, min(depth, max(self.rows - 1, 1)))
-        return self._tree(roots, depth)
+        return self._tree(depth)
 
     def _chain(self, roots: Tensor, depth: int) -> Tree:
         runner, guess, tokens = self.runner, self.guess, [roots]
@@ -280,7 +327,7 @@ class _HeadSession(Session):
             mask = F.pad(self.seen, (0, level + 1), value=True)[:, None, None]
         return self.runner.step(z, cos, sin, self.keys, self.values, self.length + level, mask)
 
-    def _tree(self, roots: Tensor, depth: int) -> Tree:
+    def _tree(self, depth: int) -> Tree:
         """EAGLE-2: expand the ``top_k`` best rows of every level, then rerank all of them."""
         runner, k, samples = self.runner, self.top_k, self.samples
         self._reserve(depth * k)
@@ -300,7 +347,7 @@ class _HeadSession(Session):
             if sure is not None and not bool((sure[:, 0] >= self._log_stop).any()):
                 break
             z = runner.inputs(tokens.repeat(self.views, 1), guess, self.constant)
-            cos, sin = self._turn((self.next + level)[:, None].expand(-1, k))
+            cos, sin = self._turn((self.next + level)[:, None].expand(-1, k), self.furthest + level + 1)
             past = seen.new_ones(samples * self.views, k, self.length)
             if self.seen is not None:
                 past = past & self.seen[:, None]
@@ -328,15 +375,15 @@ class _HeadSession(Session):
                 ],
                 -1,
             )
-        return self._rerank(roots, *(torch.cat(pool, 1).tolist() for pool in (pool_tokens, pool_parents, pool_values)))
+        # In one tensor, so that the host waits once; a token's number is exact in float64.
+        pools = [torch.cat(pool, 1).double() for pool in (pool_tokens, pool_parents, pool_values)]
+        return self._rerank(*torch.stack(pools).tolist())
 
-    def _rerank(
-        self, roots: Tensor, tokens: list[list[int]], parents: list[list[int]], values: list[list[float]]
-    ) -> Tree:
+    def _rerank(self, tokens: list[list[float]], parents: list[list[float]], values: list[list[float]]) -> Tree:
         drafts = []
-        for b, root in enumerate(roots[:, 0].tolist()):
+        for b, text in enumerate(self.context.tokens):
             entries = rerank(values[b], self.rows - 1)
             row_of = {entry: row for row, entry in enumerate(entries, start=1)} | {-1: 0}
-            shape = shape_of((-1, *(row_of[parents[b][entry]] for entry in entries)))
-            drafts.append(([root, *(tokens[b][entry] for entry in entries)], shape))
+            shape = shape_of((-1, *(row_of[int(parents[b][entry])] for entry in entries)))
+            drafts.append(([text[-1], *(int(tokens[b][entry]) for entry in entries)], shape))
         return Tree.of(drafts, self.runner.device)

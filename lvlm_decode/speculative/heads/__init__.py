@@ -8,9 +8,9 @@ from torch import nn
 
 from ...errors import InputError
 from .module import CONFIG, KINDS, DraftHead, HeadConfig, Slots, fingerprint
-from .published import from_state_dict
+from .published import from_state_dict, load
 
-__all__ = ["KINDS", "DraftHead", "HeadConfig", "Slots", "fingerprint", "from_state_dict", "shipped"]
+__all__ = ["KINDS", "DraftHead", "HeadConfig", "Slots", "fingerprint", "from_state_dict", "load", "shipped"]
 
 
 def shipped(model: nn.Module, kind: str) -> Path:

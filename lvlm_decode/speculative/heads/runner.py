@@ -2,7 +2,8 @@
 
 A text slot needs ``W_fc [e ; W_img [f ; g] + b_img] + b_fc``, where ``g`` is fixed once the prompt is read. So per token
 it is a row of a table (``W_e e + b`` for the whole vocabulary), plus one product with ``f``, plus a constant. This equals
-the module up to rounding, which changes no answer: the target verifies.
+the module up to rounding, which changes no answer: the target verifies. An EAGLE-3 head has a norm where the others have
+that product, so its slots are put together as the module does it.
 
 Letters as in ``module``; ``S`` slots in the cache.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..drafters.base import Features
 from .module import DraftHead, Slots
 
 #: Bytes up to which the table of token inputs is kept; beyond, its rows are worked out as they are needed.
@@ -34,23 +36,18 @@ class HeadRunner:
         self.head = head.to(out.weight.device, out.weight.dtype).eval()
         self.config, self.embed = config, target.get_input_embeddings()
         self.trim = head.trim
-        self.out_weight = out.weight if self.trim is None else out.weight[self.trim]
-        self.out_bias = None if out.bias is None else out.bias if self.trim is None else out.bias[self.trim]
+        if config.states:
+            self.out_weight, self.out_bias = self.head.lm_head.weight, None
+        else:
+            self.out_weight = out.weight if self.trim is None else out.weight[self.trim]
+            self.out_bias = None if out.bias is None else out.bias if self.trim is None else out.bias[self.trim]
         width = config.hidden_size
         self.device, self.dtype = out.weight.device, out.weight.dtype
+        self.w_global: Tensor | None = None
+        self.table: Tensor | None = None
         with torch.no_grad():
-            from_embed, from_feature = head.fc.weight[:, :width], head.fc.weight[:, width:]
-            if config.use_global:
-                self.w_global = from_feature @ head.img_fc.weight[:, width:]
-                shift = from_feature @ head.img_fc.bias if head.img_fc.bias is not None else 0.0
-                from_feature = from_feature @ head.img_fc.weight[:, :width]
-            else:
-                self.w_global, shift = None, 0.0
-            bias = (
-                head.fc.bias if head.fc.bias is not None else torch.zeros(width, device=self.device, dtype=self.dtype)
-            )
-            self.b_slot = bias + shift
-            self.w_embed, self.w_feature = from_embed.contiguous(), from_feature.t().contiguous()
+            if not config.states:
+                self._fold(width)
             attention, mlp = head.layer.self_attn, head.layer.mlp
             qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
             self.w_qkv = torch.cat([p.weight for p in qkv])
@@ -58,13 +55,32 @@ class HeadRunner:
             self.w_o, self.w_down = attention.o_proj.weight, mlp.down_proj.weight
             self.w_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
             self.norm = head.layer.post_attention_layernorm.weight
-            rows = self.embed.weight.shape[0]
-            self.table = None
-            if rows * width * out.weight.element_size() <= TABLE_BYTES:
-                self.table = F.linear(self.embed(torch.arange(rows, device=self.device)), self.w_embed, self.b_slot)
         self.grouped = config.num_kv_heads != config.num_heads
         self._cos = self._sin = torch.empty(0)
         self._tril = torch.empty(0, 0)
+
+    def _fold(self, width: int) -> None:
+        """Fold what stands before the layer."""
+        head, config = self.head, self.config
+        from_embed, from_feature = head.fc.weight[:, :width], head.fc.weight[:, width:]
+        if config.use_global:
+            self.w_global = from_feature @ head.img_fc.weight[:, width:]
+            shift = from_feature @ head.img_fc.bias if head.img_fc.bias is not None else 0.0
+            from_feature = from_feature @ head.img_fc.weight[:, :width]
+        else:
+            shift = 0.0
+        bias = head.fc.bias if head.fc.bias is not None else torch.zeros(width, device=self.device, dtype=self.dtype)
+        self.b_slot = bias + shift
+        self.w_embed, self.w_feature = from_embed.contiguous(), from_feature.t().contiguous()
+        rows = self.embed.weight.shape[0]
+        if rows * width * self.dtype.itemsize <= TABLE_BYTES:
+            self.table = F.linear(self.embed(torch.arange(rows, device=self.device)), self.w_embed, self.b_slot)
+
+    def following(self, prompt: Features, roots: Tensor) -> Tensor:
+        """(R, T, D) what stands for the token after each position of a prompt, ``roots`` (R,) after its last one."""
+        if self.config.image == "token":
+            return self.embed(torch.cat([prompt.ids[:, 1:], roots[:, None]], 1)).to(self.dtype)
+        return torch.cat([prompt.embeds[:, 1:], self.embed(roots)[:, None]], 1).to(self.dtype)
 
     def rotary(self, upto: int) -> tuple[Tensor, Tensor]:
         """cos, sin (>= upto, head_dim)."""
@@ -85,7 +101,9 @@ class HeadRunner:
         return None if self.w_global is None else (slots.g @ self.w_global.t())[:, None]
 
     def inputs(self, tokens: Tensor, features: Tensor, constant: Tensor | None) -> Tensor:
-        """(R, t, D) inputs of text slots: ``tokens`` (R, t) that follow ``features`` (R, t, D)."""
+        """Inputs of text slots: ``tokens`` (R, t) that follow ``features`` (R, t, D)."""
+        if self.config.states:
+            return self.head.text_slots(self.embed(tokens), features, None)
         if self.table is not None:
             z = self.table[tokens]
         else:
@@ -99,7 +117,7 @@ class HeadRunner:
         """Run slots after the ``start`` slots of the cache, writing theirs behind.
 
         Args:
-            z: (R, t, D) inputs.
+            z: inputs, see :meth:`inputs`.
             cos, sin: (t, head_dim) or (R, 1, t, head_dim) at their positions.
             keys, values: (R, kv heads, capacity, head_dim).
             mask: broadcastable to (R, 1, t, start + t) bool; ``None`` lets every slot see all.
@@ -110,7 +128,8 @@ class HeadRunner:
         config = self.config
         rows, t, _ = z.shape
         heads, kv, size = config.num_heads, config.num_kv_heads, config.head_dim
-        x = F.linear(z, self.w_qkv, self.b_qkv).view(rows, t, heads + 2 * kv, size).transpose(1, 2)
+        x, z = self.head.entered(z)
+        x = F.linear(x, self.w_qkv, self.b_qkv).view(rows, t, heads + 2 * kv, size).transpose(1, 2)
         turned, v = x[:, : heads + kv], x[:, heads + kv :]
         half = size // 2
         rotated = torch.cat([-turned[..., half:], turned[..., :half]], -1)
@@ -127,6 +146,8 @@ class HeadRunner:
 
     def logits(self, features: Tensor) -> Tensor:
         """(..., N') float32 draft logits, over the trimmed vocabulary if there is one."""
+        if self.config.states:
+            features = self.head.norm(features)
         return F.linear(features, self.out_weight, self.out_bias).float()
 
     def token_ids(self, chosen: Tensor) -> Tensor:
