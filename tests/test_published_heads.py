@@ -6,7 +6,6 @@ import math
 import huggingface_hub
 import pytest
 import torch
-import zoo
 from conftest import ROOT
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
@@ -17,6 +16,7 @@ from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, from_state_dict
+from lvlm_decode.testing import models as zoo
 from lvlm_decode.training.draft_heads import drafting_passes
 
 
