@@ -144,7 +144,10 @@ class Views:
         family = self._family_for(method)
         check_needs(method, family)
         images = _images(sample)
-        inputs = self.processor(text=[sample["prompt"]], images=images or None, return_tensors="pt")
+        try:
+            inputs = self.processor(text=[sample["prompt"]], images=images or None, return_tensors="pt")
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the model's processor does not take this sample: {str(error)[:300]}") from error
         tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
         watching = [part for part in method.parts() if type(part).observe is not Method.observe]
         observe = functools.partial(observing, watching) if watching else None
