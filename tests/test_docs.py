@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, its code runs, its commands can be read, what it quotes is said."""
 
+import json
 import os
 import re
 import shlex
@@ -16,13 +17,13 @@ from lvlm_decode.methods import METHODS
 from lvlm_decode_evals import EVALUATORS
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def generated():
     """Path -> Markdown of the pages that are made from the code."""
-    import docs_pages
+    from tools import docs_pages
 
     return dict(docs_pages.pages())
 
@@ -88,6 +89,28 @@ def test_every_method_and_benchmark_has_its_page(generated):
     for name in EVALUATORS:
         assert "## Columns" in generated[f"evaluators/{name}.md"]
     assert "Accepted lines of answer files" in generated["evaluators/pope.md"]
+
+
+def test_the_page_of_a_method_draws_what_is_recorded(generated):
+    record = json.loads((ROOT / "benchmarks" / "effect" / "results.json").read_text(encoding="utf-8"))
+    assert set(record["methods"]) | set(record["left_out"]) == set(METHODS), "run: python benchmarks/effect/run.py"
+    plain = record["methods"]["plain"]["rates"]
+    for name, cell in record["methods"].items():
+        page = generated[f"methods/{name}.md"]
+        if name == "plain":
+            continue
+        (figure,) = re.findall(r"<svg.*?</svg>", page)
+        for key in ("chair_s", "recall"):
+            assert f"{100 * cell['rates'][key]:.0f} % (plain {100 * plain[key]:.0f} %)" in figure, (name, key)
+        places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', figure)]
+        middle = float(re.search(r'<line x1="([\d.]+)" x2="\1"', figure)[1])
+        values = [cell["minus_plain"][key][0] for key in ("chair_s", "recall", "length")]
+        # Rounded to a tenth of a pixel.
+        assert all(
+            (place - middle) * value >= 0 or abs(place - middle) < 0.1 for place, value in zip(places, values)
+        ), name
+    for name, why in record["left_out"].items():
+        assert why.removeprefix(f"{name}: ") in generated[f"methods/{name}.md"]
 
 
 def test_quoted_messages_are_in_the_sources():

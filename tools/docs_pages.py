@@ -26,6 +26,10 @@ from lvlm_decode_evals.forms import Form
 from lvlm_decode_evals.parsers import RULES
 
 ROOT = Path(__file__).resolve().parent.parent
+# mkdocs loads a hook by its path, so the package it belongs to is not found by itself.
+sys.path.insert(0, str(ROOT))
+from tools import docs_figures  # noqa: E402
+
 BLOB = "https://arxiv.org/abs/"
 #: Splits of the recorded POPE, in the order of the tables.
 SPLITS = ("random", "popular", "adversarial")
@@ -102,7 +106,7 @@ def method_page(name: str) -> str:
         lines += ["", f"It needs a model with: {', '.join(found['needs'])}."]
     lines += ["", f"It runs with {', '.join(found['supports'])}."]
     lines += [f"\nIt does not run with {mode}: {why}" for mode, why in found["refuses"].items()]
-    lines += ["", "## Measured", "", measured(name), ""]
+    lines += ["", "## Effect on captions", "", docs_figures.effect(name), "", "## Measured", "", measured(name), ""]
     return "\n".join(lines)
 
 
@@ -256,7 +260,28 @@ def choose_page() -> str:
         "",
         "Answer greedily first; a method that samples is to be compared with greedy decoding and with `mask`.",
     ]
-    lines += ["", "## Captions", "", "150 captions; fewer absent objects is better, and so is higher recall:", ""]
+    effects = docs_figures.effects()
+    lines += ["", "## Captions", ""]
+    lines += [
+        f"Greedy captions of {effects['scenes']} scenes; fewer absent objects is better, and so are more of the objects that are "
+        "there. In brackets the 95 % interval of the difference from plain decoding, in points. Fewer words name fewer objects "
+        "of both kinds, so read both columns.",
+        "",
+    ]
+    lines += [
+        "| method | captions that name something absent | objects of the picture that are named |",
+        "|---|---|---|",
+    ]
+    for key in sorted(effects["methods"], key=lambda key: effects["methods"][key]["rates"]["chair_s"]):
+        cell = effects["methods"][key]
+        shown = []
+        for rate in ("chair_s", "recall"):
+            _, low, high = (100 * bound for bound in cell["minus_plain"][rate])
+            shown.append(
+                f"{100 * cell['rates'][rate]:.0f} %" + ("" if key == "plain" else f" [{low:+.0f}, {high:+.0f}]")
+            )
+        lines.append(f"| [{key}](methods/{key}.md) | {' | '.join(shown)} |")
+    lines += ["", "Searches and sampled captions, 150 scenes:", ""]
     lines += ["| method | decoding | captions that name something absent | recall |", "|---|---|---|---|"]
     for key in sorted(chair, key=lambda key: chair[key]["chair_s"]):
         lines.append(

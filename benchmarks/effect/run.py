@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_decode.engine.modes import check_needs
-from lvlm_decode.errors import LvlmDecodeError
+from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse
 from lvlm_decode.speculative.bench import circumstances
@@ -61,7 +61,7 @@ def main() -> None:
                 scorer, source, loaded, given.out, [(text, GREEDY)], limit=given.scenes, options=Options(), quiet=True
             )
             results = {result.method: result.rows for result in run.execute() if result.decoding == GREEDY}
-        except LvlmDecodeError as error:
+        except (UnsupportedError, ParameterError) as error:
             left_out[name] = str(error)
             print(name, "left out:", error, flush=True)
             continue
