@@ -101,7 +101,7 @@ def test_the_page_of_a_method_draws_what_is_recorded(generated):
             continue
         (figure,) = re.findall(r"<svg.*?</svg>", page)
         for key in ("chair_s", "recall"):
-            assert f"{100 * cell['rates'][key]:.0f} % (plain {100 * plain[key]:.0f} %)" in figure, (name, key)
+            assert f": {100 * cell['rates'][key]:.0f} % (plain {100 * plain[key]:.0f} %)" in figure, (name, key)
         places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', figure)]
         middle = float(re.search(r'<line x1="([\d.]+)" x2="\1"', figure)[1])
         values = [cell["minus_plain"][key][0] for key in ("chair_s", "recall", "length")]

@@ -18,7 +18,8 @@ LINES = (
 )
 #: Colours that are legible on light and dark pages: better, worse, undecided.
 GOOD, BAD, OPEN = "#2e9e6b", "#d9534a", "#8a94a6"
-LEFT, WIDTH, RIGHT, ROW, TOP = 250, 260, 130, 44, 30
+#: Of the whole figure, of one line, and of what is above the first: small enough for a telephone.
+WIDTH, ROW, TOP, EDGE = 380, 62, 22, 8
 
 
 @functools.cache
@@ -42,32 +43,41 @@ def effect(name: str) -> str:
         why = record["left_out"].get(name, "it is not in the record")
         return f"There is no figure of its effect: {why.removeprefix(name + ': ')}"
     cell, plain = record["methods"][name], record["methods"]["plain"]["rates"]
-    middle, height = LEFT + WIDTH / 2, TOP + ROW * len(LINES)
+    middle, height = WIDTH / 2, TOP + ROW * len(LINES) + 6
     parts, spoken = [], []
     for i, (key, title, factor, unit, better) in enumerate(LINES):
         value, low, high = (factor * bound for bound in cell["minus_plain"][key])
-        per_unit = WIDTH / 2 / (factor * reach(key))
-        y = TOP + ROW * i + ROW / 2
+        per_unit = (WIDTH / 2 - EDGE) / (factor * reach(key))
+        y = TOP + ROW * i + 44
         open_ = low <= 0 <= high or not better
         colour = OPEN if open_ else GOOD if value * better > 0 else BAD
         a, b, dot = (middle + per_unit * bound for bound in (low, high, value))
-        sign = "%" if factor == 100 else ""
+        sign = " %" if factor == 100 else ""
         now, before = f"{factor * cell['rates'][key]:.0f}", f"{factor * plain[key]:.0f}"
         parts.append(
-            f'<text x="0" y="{y - 3:.0f}">{escape(title)}</text>'
-            f'<text x="0" y="{y + 13:.0f}" opacity=".7">{now} {sign} (plain {before} {sign})</text>'
-            f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y:.0f}" y2="{y:.0f}" stroke="{colour}" stroke-width="4" '
-            f'stroke-linecap="round" opacity=".55"/><circle cx="{dot:.1f}" cy="{y:.0f}" r="6" fill="{colour}"/>'
-            f'<text x="{LEFT + WIDTH + 16}" y="{y + 5:.0f}">{value:+.0f} {unit}</text>'
+            f'<text x="0" y="{y - 20}">{escape(title)}</text>'
+            f'<text x="{WIDTH}" y="{y - 20}" text-anchor="end" font-weight="600">{now}{sign}</text>'
+            f'<line x1="0" x2="{WIDTH}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".12"/>'
+            f'<line x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="5" stroke-linecap="round" '
+            f'opacity=".6"/><circle cx="{dot:.1f}" cy="{y}" r="6" fill="{colour}"/>'
+            f'<text x="{min(max(dot, 75), WIDTH - 75):.1f}" y="{y + 18}" text-anchor="middle" font-size="12" opacity=".75">'
+            f"{value:+.0f} {unit} "
+            f"(plain {before}{sign})</text>"
         )
-        spoken.append(f"{title}: {now} {sign}, plain {before} {sign}")
+        spoken.append(f"{title}: {now}{sign} (plain {before}{sign})")
     label = escape("; ".join(spoken))
     return (
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {LEFT + WIDTH + RIGHT} {height}" '
-        'style="max-width:640px;width:100%;height:auto" font-size="13" fill="currentColor" font-family="inherit">'
-        f'<text x="{middle - 6}" y="14" text-anchor="end" opacity=".7">less</text>'
-        f'<text x="{middle + 6}" y="14" opacity=".7">more than plain</text>'
-        f'<line x1="{middle}" x2="{middle}" y1="20" y2="{height}" stroke="currentColor" opacity=".35"/>{"".join(parts)}</svg>'
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {height}" '
+        'style="max-width:480px;width:100%;height:auto" font-size="13" fill="currentColor" font-family="inherit">'
+        f'<text x="{middle - 6}" y="12" text-anchor="end" font-size="12" opacity=".7">less than plain</text>'
+        f'<text x="{middle + 6}" y="12" font-size="12" opacity=".7">more than plain</text>'
+        + "".join(
+            f'<line x1="{middle}" x2="{middle}" y1="{TOP + ROW * i + 34}" y2="{TOP + ROW * i + 54}" stroke="currentColor" '
+            f'opacity=".5"/>'
+            for i in range(len(LINES))
+        )
+        + "".join(parts)
+        + "</svg>"
         f"\n\nGreedy captions of {record['scenes']} emoji scenes, minus plain greedy decoding on the same scenes. A bar is the "
         f"95 % interval over scenes; green is better, red is worse, and grey is undecided or no matter of better and worse. "
         f"{cell['changed']} captions differ from plain decoding's."
