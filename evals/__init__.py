@@ -52,7 +52,7 @@ def evaluator(name: str, **options: Any):
 
     from pydantic import TypeAdapter
 
-    from .reading import checked
+    from lvlm_decode.reading import checked
 
     cls = evaluator_class(name)
     known = [option.name for option in fields(cls)]

@@ -26,11 +26,11 @@ from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, UnknownNameError
+from lvlm_decode.reading import Identity, Record, checked, read_json, read_records, read_text, shown
 
 from . import chair, parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .forms import ANSWER_FORMS, Form, read_forms
-from .reading import Identity, Record, checked, read_json, read_records, read_text, shown
 from .words import singular, tokenize
 
 PROMPT = "Describe this image."

@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 
 from lvlm_decode.errors import OutputError
+from lvlm_decode.reading import checked, decoded, is_stream, parse_lines, read_bytes, write_stream
 
 from .base import Answer, Question, Row
 from .forms import ANSWER_FORMS, Own, read_forms
-from .reading import checked, decoded, is_stream, parse_lines, read_bytes, write_stream
 
 # How many culprits a message names before it only counts.
 NAMED = 5

@@ -34,7 +34,7 @@ from .loaders import HUB_PREFIX, Source, check_ids, file_source, folder_images, 
 from .metrics import REPLICATES, Interval, intervals
 from .plan import Decoding, Result, check_without, found_cells, read_cell, score_cell
 from .price import price_blocks
-from .tables import Block, Method, Value, blocks, gather, html, markdown
+from .tables import Block, Entry, Value, blocks, gather, html, markdown
 
 # What `questions` may be: none (the emoji scenes), a file or folder or hub:NAME, or the questions themselves.
 Questions = None | str | os.PathLike | Sequence[Question] | Mapping[str, Sequence[Question]]
@@ -48,7 +48,7 @@ class Evaluation:
     replicates: int = REPLICATES
 
     @cached_property
-    def _lines(self) -> dict[str, tuple[str, Method]]:
+    def _lines(self) -> dict[str, tuple[str, Entry]]:
         groups = gather([result for result in self.results if result.rows])
         several = len({name for name, _ in groups}) > 1
         return {
@@ -201,10 +201,10 @@ class Prepared:
     without: tuple[str, ...]
 
     def run(self, loaded: Any, out: Path, **how: Any) -> Any:
-        """The `runner.Run` of it; `how` as its other fields."""
-        from .runner import Run
+        """The `runner.EvaluationRun` of it; `how` as its other fields."""
+        from .runner import EvaluationRun
 
-        return Run(
+        return EvaluationRun(
             self.evaluator, self.source, loaded, Path(out), self.methods, limit=self.limit, without=self.without, **how
         )
 

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lvlm_decode.errors import EvalError
+from lvlm_decode.reading import Identity, Record, checked, read_records
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
-from .reading import Identity, Record, checked, read_records
 
 # Correctness and verdict before and after -> group.
 _GROUPS = {("tp", "tn"): "tu", ("fn", "fp"): "ig", ("tp", "fp"): "sb_plus", ("fn", "tn"): "sb_minus"}

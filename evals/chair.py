@@ -27,10 +27,21 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, UnknownNameError
+from lvlm_decode.reading import (
+    Count,
+    Identity,
+    Record,
+    checked,
+    nearest,
+    parse_json,
+    read_json,
+    read_records,
+    read_text,
+    shown,
+)
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .forms import Form, Own, answers_of
-from .reading import Count, Identity, Record, checked, nearest, parse_json, read_json, read_records, read_text, shown
 from .words import singular, tokenize
 
 PROMPT = "Please describe this image in detail."

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_decode.errors import FileFormatError
-
-from .reading import read_records, read_table
+from lvlm_decode.reading import read_records, read_table
 
 
 def read_sheet(path: Path) -> list[tuple[str, dict[str, Any]]]:

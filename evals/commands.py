@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, UnknownNameError
+from lvlm_decode.reading import parse_yaml
 
 from . import EVALUATORS, evaluator
 from .base import Evaluator
 from .metrics import REPLICATES
 from .parsers import RULES
-from .reading import parse_yaml
 
 # Exit status of a run or table that finished although some questions could not be asked or answered.
 FINISHED_WITH_FAILURES = 3

@@ -22,6 +22,7 @@ from lvlm_decode.errors import (
     UnknownNameError,
     suggestion,
 )
+from lvlm_decode.reading import Closed, nearest, read_yaml
 
 from . import evaluator
 from .base import Column, Evaluator
@@ -30,8 +31,7 @@ from .metrics import REPLICATES, Interval, compare, intervals
 from .plan import Decoding, DecodingShape, Result, found_cells, read_cell, slug
 from .pope import STRATEGIES
 from .protocols import UNKNOWN, Protocol, protocol, read_protocol
-from .reading import Closed, nearest, read_yaml
-from .tables import Block, Method, Value, difference_value, gather
+from .tables import Block, Entry, Value, difference_value, gather
 
 # Mean of a metric over the splits of a table; some papers print nothing else.
 MEAN = "mean"
@@ -319,15 +319,15 @@ def run_of(
     tiny: bool,
     **how: Any,
 ) -> Any:
-    """The run of a table's rows with their matched controls; `how` as fields of `runner.Run`."""
-    from .runner import Options, Run, decoding_for
+    """The run of a table's rows with their matched controls; `how` as fields of `runner.EvaluationRun`."""
+    from .runner import EvaluationRun, Options, decoding_for
 
     methods = dict.fromkeys((row.method, row.decoding) for row in config.rows if row.method is not None)
     for method, decoding in methods:
         decoding_for(method, decoding)
     tokens = None if tiny else config.max_new_tokens
     options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template, times=bool(how))
-    return Run(config.evaluator, source, loaded, out, list(methods), seeds, limit, options, **how)
+    return EvaluationRun(config.evaluator, source, loaded, out, list(methods), seeds, limit, options, **how)
 
 
 def with_truth(config: PaperTable) -> PaperTable:
@@ -410,9 +410,9 @@ def paper_blocks(
     ]
 
 
-def _of_split(config: PaperTable, methods: Sequence[Method]) -> dict[tuple[str, Decoding], Method]:
+def _of_split(config: PaperTable, methods: Sequence[Entry]) -> dict[tuple[str, Decoding], Entry]:
     """The methods of a split by name and decoding. Raises EvalError where two differ in model or settings."""
-    found: dict[tuple[str, Decoding], Method] = {}
+    found: dict[tuple[str, Decoding], Entry] = {}
     for method in methods:
         if method.pair in found:
             other = found[method.pair]
@@ -458,7 +458,7 @@ def _mean(found: Sequence[Mapping[str, Interval]]) -> dict[str, Interval]:
     return {key: Interval(mean(key, "value"), mean(key, "low"), mean(key, "high")) for key in found[0]}
 
 
-def _runs(method: Method) -> list:
+def _runs(method: Entry) -> list:
     return [rows for rows in method.runs if rows]
 
 

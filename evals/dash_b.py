@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode.reading import read_json, read_records
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
-from .reading import read_json, read_records
 
 PROMPT = "Can you see a {} in this image? Please answer only with yes or no."
 

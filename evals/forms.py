@@ -16,10 +16,10 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode.reading import Count, Identity, Record, checked, read_records, shown
 
 from .base import Answer, Question
 from .joins import same_text
-from .reading import Count, Identity, Record, checked, read_records, shown
 
 # Other repositories' names of the fields of an answer, which count where this project's own is not there.
 _ALIASES = {"answer": ("prediction",), "text": ("question", "query"), "image": ("image_source",)}

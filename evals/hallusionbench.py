@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lvlm_decode.errors import EvalError
+from lvlm_decode.reading import Identity, checked, read_records, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .forms import ANSWER_FORMS, Form, read_forms
-from .reading import Identity, checked, read_records, shown
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}

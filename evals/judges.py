@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode.reading import Identity, Record, checked, read_bytes, read_records, read_text, shown
 
 from .answers import line_of, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .forms import ANSWER_FORMS, Form, Own, read_forms
-from .reading import Identity, Record, checked, read_bytes, read_records, read_text, shown
 
 RETRIES = 3
 # Where the key of an endpoint is looked for; it is sent to the endpoint and nowhere else.

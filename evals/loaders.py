@@ -15,11 +15,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, OutsideError
+from lvlm_decode.reading import read_bytes, read_records
 
 from .base import Evaluator, Question
 from .pictures import open_picture, rgb
 from .pope import questions_of
-from .reading import read_bytes, read_records
 
 # sha256 of the uncompressed file -> split name. The first four are AoiDragon/POPE (the 2,910 one at commit e3e3926),
 # the others DAMO-NLP-SG/VCD.

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode.reading import Identity, Record, checked, read_records, read_text, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .forms import Damro, Llava, Own, TextOnly, answers_of
-from .reading import Identity, Record, checked, read_records, read_text, shown
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError, UnknownNameError
+from lvlm_decode.reading import read_records
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, text_field, whole_number
-from .reading import read_records
 
 # Index (from 1) -> the authors' label; the corrected one is the other letter.
 OFFICIAL = {99: "A", 100: "B", 279: "A", 280: "B"}

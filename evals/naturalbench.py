@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError
+from lvlm_decode.reading import read_json, read_text
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .choices import TASKS, read_sheet, scene_contrasts, text_field, whole_number, yes_no_questions
-from .reading import read_json, read_text
 
 # Words that mean 1 and 0, by type of question.
 _WORDS = {"yes_no": ("yes", "no"), "multiple_choice": ("A", "B")}

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
+from lvlm_decode.reading import Closed, Identity, Record, checked, read_json, read_records
 
 from .answers import Audit, audit, line_of, resume_answers, write_json, write_rows, write_whole
 from .base import Answer, Evaluator, Question, Row
 from .joins import join
-from .reading import Closed, Identity, Record, checked, read_json, read_records
 
 # A method that multiplies the logits by about four (RITUAL adds alpha = 3 times a second view) sharpens like this
 # temperature, so it is compared with the mask at this temperature too (design: matched controls).

@@ -13,7 +13,7 @@ from .base import Column
 from .metrics import REPLICATES, Interval, intervals
 from .plan import Result, is_control, slug
 from .price import Line, lines
-from .tables import Method, Value, gather, rate_values
+from .tables import Entry, Value, gather, rate_values
 
 
 def _pyplot():
@@ -27,7 +27,7 @@ def _pyplot():
     return pyplot
 
 
-def scatter(methods: Sequence[Method], title: str, replicates: int = REPLICATES):
+def scatter(methods: Sequence[Entry], title: str, replicates: int = REPLICATES):
     """A matplotlib figure of one split: a panel for each pair of axes of the evaluator, a point and its intervals for each
     method.
 
@@ -129,7 +129,7 @@ def _turned(value: Value, column: Column) -> Interval:
     return Interval(value.value, low, high) if column.better >= 0 else Interval(-value.value, -high, -low)
 
 
-def dots(methods: Sequence[Method], title: str, replicates: int = REPLICATES):
+def dots(methods: Sequence[Entry], title: str, replicates: int = REPLICATES):
     """A matplotlib figure of one split for evaluators without two axes: a panel for each compared column."""
     pyplot = _pyplot()
     evaluator = methods[0].results[0].evaluator

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
+from lvlm_decode.reading import Identity, Record, checked, read_records, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
 from .forms import Damro, Llava, Own, Pai, PopesOwn, answers_of, in_order
-from .reading import Identity, Record, checked, read_records, shown
 from .repope import DROPPED, relabel, remark
 
 STRATEGIES = ("random", "popular", "adversarial")

@@ -16,12 +16,12 @@ from typing import Annotated
 from pydantic import Field
 
 from lvlm_decode.errors import LvlmDecodeError
+from lvlm_decode.reading import Count, Record, checked, read_records
 
 from .base import Column, Evaluator
 from .metrics import REPLICATES, compare
 from .plan import TIMES, Result, is_control
-from .reading import Count, Record, checked, read_records
-from .tables import Block, Method, Value, difference_value, equal_length_values, gather, matched
+from .tables import Block, Entry, Value, difference_value, equal_length_values, gather, matched
 
 # The first batch of a process also pays for warming up.
 _FEWEST_BATCHES = 2
@@ -47,7 +47,7 @@ class Line:
     times: tuple[float, float] | None = None
     _longest: float = 0.0
 
-    def time(self, method: Method, control: Method) -> None:
+    def time(self, method: Entry, control: Entry) -> None:
         """Take the times of this benchmark if its answers are longer than those of the benchmarks before."""
         ours, theirs = pace(method), pace(control)
         if ours and theirs and theirs[0] > self._longest:
@@ -75,7 +75,7 @@ class _Batch(Record):
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def pace(method: Method) -> tuple[float, float] | None:
+def pace(method: Entry) -> tuple[float, float] | None:
     """(tokens an answer, milliseconds a token) of a method, both medians over batches; None without recorded times.
 
     Over all its seeds, without the first batch of each.
@@ -94,7 +94,7 @@ def pace(method: Method) -> tuple[float, float] | None:
     )
 
 
-def reference(method: Method, methods: Sequence[Method]) -> Method | None:
+def reference(method: Entry, methods: Sequence[Entry]) -> Entry | None:
     """What the price is counted against: the plain model, under the same decoding where it was run that way."""
     plain = [other for other in matched(method, methods) if other.name == "plain"]
     same = [other for other in plain if other.decoding == method.decoding]

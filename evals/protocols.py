@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lvlm_decode.errors import FileFormatError, LvlmDecodeError, MissingFileError, SettingsError, UnknownNameError
+from lvlm_decode.reading import Closed, Identity, Record, checked, read_records, read_text, read_yaml
 
 from . import evaluator
 from .base import Evaluator, Question
 from .chair import image_key
 from .plan import Decoding, DecodingShape
-from .reading import Closed, Identity, Record, checked, read_records, read_text, read_yaml
 
 # The values a config may name where nobody knows how a row was measured.
 UNKNOWN = "unknown"

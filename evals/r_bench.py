@@ -22,11 +22,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
+from lvlm_decode.reading import Identity, Record, checked, read_json, read_records
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
 from .joins import same_text
-from .reading import Identity, Record, checked, read_json, read_records
 
 _TINY = 1e-5
 SUBSETS = (1, 2, 3, 4, 5)

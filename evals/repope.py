@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lvlm_decode.errors import EvalError
+from lvlm_decode.reading import read_records
 
 from .base import Answer
 from .joins import same_image, same_text
-from .reading import read_records
 
 SPLITS = ("random", "popular", "adversarial")
 DROPPED = "dropped"

@@ -19,7 +19,7 @@ from .base import Column, Row
 from .loaders import ImageFiles, folder_images
 from .metrics import REPLICATES
 from .plan import Result, is_control, read_questions, split_folder
-from .tables import Block, Method, Value, gather, rate_values
+from .tables import Block, Entry, Value, gather, rate_values
 
 THUMBNAIL = 160
 # About 5 kB each: ten megabytes of pictures at most.
@@ -145,7 +145,7 @@ class Thumbnails:
 # --- answers
 
 
-def _split(title: str, methods: Sequence[Method], pictures: Thumbnails) -> dict[str, Any]:
+def _split(title: str, methods: Sequence[Entry], pictures: Thumbnails) -> dict[str, Any]:
     """What the browser reads about one split: questions, and per method one answer to each, of its first seed."""
     asked: dict[str, dict[str, Any]] = {}
     lines = []
@@ -243,7 +243,7 @@ def _cell(value: str | Value, scale: tuple[float, float] | None) -> str:
     )
 
 
-def _plot(title: str, methods: Sequence[Method], replicates: int) -> str:
+def _plot(title: str, methods: Sequence[Entry], replicates: int) -> str:
     """Methods between the two axes of their evaluator, a cross of intervals each; nothing where it has no axes."""
     evaluator = methods[0].results[0].evaluator
     if evaluator.axes is None:

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from lvlm_decode.errors import EvalError, SettingsError
+from lvlm_decode.reading import read_records
 
 from .answers import write_whole
 from .base import Column
@@ -46,7 +47,6 @@ from .configs import (
 from .loaders import Source
 from .metrics import REPLICATES, Interval
 from .plan import TIMES, Result, found_cells, is_control, read_cell, slug, spoken
-from .reading import read_records
 from .tables import FEW_IMAGES, Block, Value, gather, render
 
 REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN = "reproduced", "not reproduced", "protocol unknown", "not run"

@@ -36,6 +36,7 @@ from lvlm_decode.errors import (
     SettingsError,
     UnsupportedError,
 )
+from lvlm_decode.reading import read_json
 
 from .answers import append_answers, append_lines, remove_partials, resume_answers, write_answers
 from .base import Answer, Evaluator, Question
@@ -56,7 +57,6 @@ from .plan import (
     spoken,
     write_questions,
 )
-from .reading import read_json
 
 TINY = {"tiny": "tiny-llava", "tiny-llava": "tiny-llava", "tiny-instructblip": "tiny-instructblip"}
 # Weights up to this size are hashed, so that answers of retrained small models cannot mix.
@@ -330,7 +330,7 @@ def batches_of(questions: Sequence[Question], size: int) -> list[list[Question]]
 
 
 @dataclass
-class Run:
+class EvaluationRun:
     """One evaluation: which cells, on which model, into which folder. `execute` fills them; call it again to
     continue.
     """

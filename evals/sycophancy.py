@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from lvlm_decode.errors import EvalError, UnknownNameError
+from lvlm_decode.reading import Identity, checked
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
-from .reading import Identity, checked
 
 # How a hint says yes or no, by how the question begins; the last entry fits any question.
 _CLAIMS: tuple[tuple[str, tuple[str, str]], ...] = (

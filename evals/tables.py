@@ -75,7 +75,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Method:
+class Entry:
     """All seeds of one line of a table: one method with one decoding on one split, everything but the seed equal.
 
     model, variant: what tells this line from others of the table that share its method and decoding: the model's name
@@ -122,7 +122,7 @@ def _parameters(result: Result) -> Mapping[str, Any]:
     return (result.settings.get("method") or {}).get("parameters") or {}
 
 
-def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Method]]:
+def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Entry]]:
     """(evaluator, title) -> its methods, controls first, each with its seeds in order.
 
     The title is the split; where the same split was asked in several versions (another file, another number of
@@ -171,7 +171,7 @@ def _titles(found: Mapping[tuple[str, ...], Result]) -> dict[tuple[str, ...], st
     return {key: ", ".join(title) for key, title in titles.items()}
 
 
-def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mapping[str, Any]]) -> list[Method]:
+def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
     """The lines of one block, each named by what tells it from the others."""
     settings = {
         line: _flat({k: v for k, v in _common(found[0]).items() if k != "model"}) for line, found in group.items()
@@ -183,7 +183,7 @@ def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mappi
         differing = _differing(settings[line], settings.values())
         differing |= _differing(_flat(_parameters(found[0])), rivals)
         made.append(
-            Method(
+            Entry(
                 name,
                 decoding,
                 _seeds(name, decoding, found),
@@ -195,7 +195,7 @@ def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mappi
         )
     order = {"plain": 0, "mask": 1}
 
-    def place(method: Method) -> tuple:
+    def place(method: Entry) -> tuple:
         return (
             method.model,
             order.get(method.name.partition("(")[0], 2),
@@ -240,7 +240,7 @@ def _model_label(own: Mapping[str, Any], all_of_them: Any) -> str:
     return f"{name} ({', '.join(told)})" if told else name
 
 
-def rate_values(evaluator: Evaluator, method: Method, replicates: int = REPLICATES) -> dict[str, Value]:
+def rate_values(evaluator: Evaluator, method: Entry, replicates: int = REPLICATES) -> dict[str, Value]:
     """Column key -> value of a method: the mean over seeds, interval over images, spread over seeds."""
     runs = [rows for rows in method.runs if rows]
     if not runs:
@@ -259,7 +259,7 @@ def rate_values(evaluator: Evaluator, method: Method, replicates: int = REPLICAT
     return values
 
 
-def results_block(evaluator: Evaluator, split: str, methods: Sequence[Method], replicates: int = REPLICATES) -> Block:
+def results_block(evaluator: Evaluator, split: str, methods: Sequence[Entry], replicates: int = REPLICATES) -> Block:
     """Rates of every method of a split."""
     values = [rate_values(evaluator, method, replicates) for method in methods]
     shown = [column for column in evaluator.columns if any(column.key in row for row in values)]
@@ -278,7 +278,7 @@ def results_block(evaluator: Evaluator, split: str, methods: Sequence[Method], r
     return Block(f"{evaluator.name}, {split}", (*extra, "Method", "Decoding", "Seeds", *map(_title, shown)), lines)
 
 
-def _told(method: Method) -> dict[str, str]:
+def _told(method: Entry) -> dict[str, str]:
     return {"Model": method.model, "Settings": method.variant}
 
 
@@ -287,19 +287,19 @@ def _title(column: Column) -> str:
     return f"{column.title}{' %' if column.kind == 'percent' else ''}{arrow}"
 
 
-def wanted_controls(method: Method) -> list[tuple[str, Decoding]]:
+def wanted_controls(method: Entry) -> list[tuple[str, Decoding]]:
     """What a line is compared with. A control is compared with the plain model alone."""
     pairs = controls(method.name, method.decoding)
     return [pair for pair in pairs if pair[0] == "plain"] if is_control(method.name) else pairs
 
 
-def matched(method: Method, methods: Sequence[Method]) -> list[Method]:
+def matched(method: Entry, methods: Sequence[Entry]) -> list[Entry]:
     """The controls of a method that were run with its model and settings, in the order of `plan.controls`.
 
     A parameter that both have (the mask's beta) must be the same.
     """
 
-    def agrees(other: Method) -> bool:
+    def agrees(other: Entry) -> bool:
         shared = other.parameters.keys() & method.parameters.keys()
         return all(other.parameters[name] == method.parameters[name] for name in shared)
 
@@ -312,7 +312,7 @@ def matched(method: Method, methods: Sequence[Method]) -> list[Method]:
 
 
 def differences_block(
-    evaluator: Evaluator, split: str, methods: Sequence[Method], replicates: int = REPLICATES
+    evaluator: Evaluator, split: str, methods: Sequence[Entry], replicates: int = REPLICATES
 ) -> Block | None:
     """Paired differences of every method against each of its matched controls; None when there is nothing to pair."""
     columns = [column for column in evaluator.columns if column.paired]
@@ -346,7 +346,7 @@ def differences_block(
 
 
 def equal_length_values(
-    evaluator: Evaluator, method: Method, control: Method, replicates: int = REPLICATES
+    evaluator: Evaluator, method: Entry, control: Entry, replicates: int = REPLICATES
 ) -> list[str | Value]:
     """Differences of the rates that length decides, with both answers to a question cut to the shorter one."""
     if not evaluator.equal_columns:
@@ -357,7 +357,7 @@ def equal_length_values(
     return [difference_value(found.differences[c.key], c, found.clusters) for c in evaluator.equal_columns]
 
 
-def _scored(method: Method) -> list[Sequence]:
+def _scored(method: Entry) -> list[Sequence]:
     return [rows for rows in method.runs if rows]
 
 
@@ -379,7 +379,7 @@ def difference_value(interval: Interval, column: Column, images: int) -> Value:
     return Value(interval.value, column.kind, interval.low, interval.high, signed=True, trusted=trusted)
 
 
-def notes(evaluator: Evaluator, methods: Sequence[Method], comparisons: int, replicates: int = REPLICATES) -> list[str]:
+def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, replicates: int = REPLICATES) -> list[str]:
     """What a reader must know to read the numbers of one split."""
     results = [result for method in methods for result in method.results]
     images = len({row.cluster for result in results for row in result.rows})

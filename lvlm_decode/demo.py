@@ -18,7 +18,7 @@ from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.metrics import compare
 from lvlm_decode_evals.plan import CONTROLS, Decoding, Result
-from lvlm_decode_evals.runner import Options, Run, load, prompt_of
+from lvlm_decode_evals.runner import EvaluationRun, Options, load, prompt_of
 from lvlm_decode_evals.tables import Value, gather, matched, rate_values
 
 from .attachment import attach, detach
@@ -144,7 +144,7 @@ def pope(loaded: Any, scenes: Sequence, seed: int) -> list[Result]:
     chosen = evaluator("pope")
     sampling = Decoding(do_sample=True)
     with tempfile.TemporaryDirectory() as folder:
-        return Run(
+        return EvaluationRun(
             evaluator=chosen,
             source=scene_source(chosen, scenes),
             loaded=loaded,

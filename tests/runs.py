@@ -21,7 +21,7 @@ from lvlm_decode_evals.plan import (
     read_cell,
     write_questions,
 )
-from lvlm_decode_evals.runner import Options, Run
+from lvlm_decode_evals.runner import EvaluationRun, Options
 
 SAMPLE = Decoding(do_sample=True)
 METHODS = [("vcd", SAMPLE)]
@@ -86,7 +86,7 @@ def as_file(path, questions):
 def run_of(loaded, source, out, **how):
     """A run of POPE on the small model, not yet executed."""
     options = how.pop("options", Options(batch_size=BATCH))
-    return Run(
+    return EvaluationRun(
         evaluator("pope"), source, loaded, Path(out), how.pop("methods", METHODS), options=options, quiet=True, **how
     )
 

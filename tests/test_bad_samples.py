@@ -16,7 +16,7 @@ from lvlm_decode.errors import EvalError, MissingFileError, OutsideError, Unsupp
 from lvlm_decode_evals.answers import resume_answers
 from lvlm_decode_evals.loaders import folder_images
 from lvlm_decode_evals.plan import GREEDY, Cell
-from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, load
 
 PLAIN = [("plain", GREEDY)]
 
@@ -63,7 +63,7 @@ def test_pictures_that_make_a_decoder_fail_in_any_way_cost_nobody_else_the_answe
 def test_whatever_one_sample_raises_is_its_own_error(loaded, source, finished, tmp_path, monkeypatch, error, step):
     bad = source.splits["adversarial"][5].id
     name = "_inputs" if step == "_inputs" else "_generate"
-    original = getattr(Run, name)
+    original = getattr(EvaluationRun, name)
 
     def picky(self, *arguments):
         questions = next(a for a in arguments if isinstance(a, list))
@@ -71,7 +71,7 @@ def test_whatever_one_sample_raises_is_its_own_error(loaded, source, finished, t
             raise error
         return original(self, *arguments)
 
-    monkeypatch.setattr(Run, name, picky)
+    monkeypatch.setattr(EvaluationRun, name, picky)
     results = run_of(loaded, source, tmp_path, methods=PLAIN).execute()
     assert [result.audit.failed for result in results] == [(str(bad),)]
     path = cell_folder("", "plain", GREEDY) / "answers.jsonl"
@@ -84,7 +84,7 @@ def test_whatever_one_sample_raises_is_its_own_error(loaded, source, finished, t
 def test_out_of_memory_makes_an_automatic_batch_smaller_before_it_is_a_sample_s_error(
     loaded, source, tmp_path, monkeypatch
 ):
-    bad, generate, sizes = source.splits["adversarial"][5].id, Run._generate, []
+    bad, generate, sizes = source.splits["adversarial"][5].id, EvaluationRun._generate, []
 
     def small_card(self, cell, questions, images):
         sizes.append(len(questions))
@@ -92,7 +92,7 @@ def test_out_of_memory_makes_an_automatic_batch_smaller_before_it_is_a_sample_s_
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return generate(self, cell, questions, images)
 
-    monkeypatch.setattr(Run, "_generate", small_card)
+    monkeypatch.setattr(EvaluationRun, "_generate", small_card)
     (result,) = run_of(loaded, source, tmp_path, methods=PLAIN, options=Options(batch_size="auto")).execute()
     assert result.audit.failed == (str(bad),) and sizes[0] > 8 and len(result.rows) == 19
 
@@ -104,7 +104,7 @@ def test_what_no_sample_can_be_asked_with_ends_the_run_at_once(loaded, source, t
         asked.append(len(questions))
         raise UnsupportedError("this vision tower has no CLS token")
 
-    monkeypatch.setattr(Run, "_generate", refuse)
+    monkeypatch.setattr(EvaluationRun, "_generate", refuse)
     with pytest.raises(UnsupportedError, match="no CLS token"):
         run_of(loaded, source, tmp_path, methods=PLAIN).execute()
     assert asked == [BATCH, *[1] * BATCH]
@@ -113,7 +113,7 @@ def test_what_no_sample_can_be_asked_with_ends_the_run_at_once(loaded, source, t
 def test_a_lost_device_ends_the_run_in_one_sentence_and_the_sample_is_asked_last(
     loaded, source, finished, tmp_path, monkeypatch
 ):
-    bad, generate, order = source.splits["adversarial"][5].id, Run._generate, []
+    bad, generate, order = source.splits["adversarial"][5].id, EvaluationRun._generate, []
 
     def fragile(self, cell, questions, images):
         order.extend(question.id for question in questions)
@@ -121,7 +121,7 @@ def test_a_lost_device_ends_the_run_in_one_sentence_and_the_sample_is_asked_last
             raise RuntimeError("CUDA error: device-side assert triggered")
         return generate(self, cell, questions, images)
 
-    monkeypatch.setattr(Run, "_generate", fragile)
+    monkeypatch.setattr(EvaluationRun, "_generate", fragile)
     with pytest.raises(EvalError, match=r"cannot be used any more after question .* start again"):
         run_of(loaded, source, tmp_path, methods=PLAIN).execute()
     assert len(set(order)) < 20
@@ -232,14 +232,14 @@ def test_a_broken_checkpoint_is_one_sentence_that_names_the_file(checkpoint, wha
 
 def test_a_sampling_cell_is_unharmed_by_a_bad_sample_too(loaded, source, finished, tmp_path, monkeypatch):
     """Asked alone, its neighbours in the batch draw what they draw beside it."""
-    bad, generate = source.splits["adversarial"][5].id, Run._generate
+    bad, generate = source.splits["adversarial"][5].id, EvaluationRun._generate
 
     def picky(self, cell, questions, images):
         if any(question.id == bad for question in questions):
             raise RuntimeError("odd")
         return generate(self, cell, questions, images)
 
-    monkeypatch.setattr(Run, "_generate", picky)
+    monkeypatch.setattr(EvaluationRun, "_generate", picky)
     run_of(loaded, source, tmp_path).execute()
     path = cell_folder("", "vcd", SAMPLE) / "answers.jsonl"
     ours, theirs = (resume_answers(folder / path) for folder in (tmp_path, finished))

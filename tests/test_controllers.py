@@ -22,7 +22,7 @@ from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import resume_answers
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.plan import GREEDY
-from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, load
 
 NAMES = [name for name in METHODS if issubclass(method_class(name), Controller)]
 #: Short captions and descriptions, so that random models finish.
@@ -97,7 +97,9 @@ def test_runner_answers_do_not_depend_on_the_batch(name, loaded, tmp_path):
     for size in (1, 2):
         out = tmp_path / str(size)
         options = Options(max_new_tokens=10, batch_size=size)
-        run = Run(scored, scene_source(scored).only(["random"]), loaded, out, [(short, GREEDY)], (0,), 2, options)
+        run = EvaluationRun(
+            scored, scene_source(scored).only(["random"]), loaded, out, [(short, GREEDY)], (0,), 2, options
+        )
         run.quiet = True
         results = {result.method: result for result in run.execute()}
         rows = resume_answers(results[short].folder / "answers.jsonl")

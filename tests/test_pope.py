@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from runs import cli
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
+from lvlm_decode.reading import read_records
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import audit, read_answers
 from lvlm_decode_evals.base import Answer, Question
@@ -25,7 +26,6 @@ from lvlm_decode_evals.pope import (
     object_frequency,
     question_text,
 )
-from lvlm_decode_evals.reading import read_records
 
 # Names of the rules in the recorded cases.
 RECORDED = {

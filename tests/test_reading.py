@@ -12,11 +12,11 @@ import pytest
 from runs import main, write
 
 from lvlm_decode.errors import FileFormatError, LvlmDecodeError, MissingFileError, OutputError
+from lvlm_decode.reading import Closed, Identity, Record, checked, read_bytes, read_records, read_text, read_yaml
 from lvlm_decode_evals.answers import write_whole
 from lvlm_decode_evals.chair import build_objects, image_key, vocabulary_file
 from lvlm_decode_evals.configs import read_config
 from lvlm_decode_evals.download import unpack
-from lvlm_decode_evals.reading import Closed, Identity, Record, checked, read_bytes, read_records, read_text, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = (ROOT / "configs" / "pope-vcd-llava-1.5.yaml").read_text()

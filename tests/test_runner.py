@@ -26,8 +26,8 @@ from lvlm_decode_evals.loaders import Source, file_source, folder_images, scene_
 from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
 from lvlm_decode_evals.pope import Pope
 from lvlm_decode_evals.runner import (
+    EvaluationRun,
     Options,
-    Run,
     Share,
     batches_of,
     check_parameters,
@@ -164,7 +164,9 @@ def test_the_model_sees_what_the_benchmark_draws(loaded, source, tmp_path):
 
     def answers(chosen, asked):
         out = tmp_path / type(chosen).__name__ / type(asked.images).__name__
-        Run(chosen, asked, loaded, out, [("plain", GREEDY)], options=Options(batch_size=BATCH), quiet=True).execute()
+        EvaluationRun(
+            chosen, asked, loaded, out, [("plain", GREEDY)], options=Options(batch_size=BATCH), quiet=True
+        ).execute()
         return [a.answer for a in resume_answers(cell_folder(out, "plain", GREEDY) / "answers.jsonl")]
 
     covered = answers(Covered(), source)
@@ -216,7 +218,7 @@ def test_stopped_anywhere_and_continued_it_ends_with_the_same_files(
 
 
 def test_a_finished_run_asks_nothing_again(loaded, source, finished, monkeypatch):
-    monkeypatch.setattr(Run, "_generate", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr(EvaluationRun, "_generate", lambda *a: pytest.fail("asked again"))
     before = files_of(finished)
     run_of(loaded, source, finished).execute()
     assert files_of(finished) == before
@@ -260,7 +262,7 @@ def test_a_longer_run_keeps_what_a_shorter_one_answered(loaded, source, finished
 
 def test_batch_size_auto_finds_one_that_fits(loaded, source, finished, tmp_path, monkeypatch):
     sizes = []
-    generate = Run._generate
+    generate = EvaluationRun._generate
 
     def small_card(self, cell, questions, images):
         sizes.append(len(questions))
@@ -268,7 +270,7 @@ def test_batch_size_auto_finds_one_that_fits(loaded, source, finished, tmp_path,
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return generate(self, cell, questions, images)
 
-    monkeypatch.setattr(Run, "_generate", small_card)
+    monkeypatch.setattr(EvaluationRun, "_generate", small_card)
     run_of(loaded, source, tmp_path, methods=[("plain", GREEDY)], options=Options(batch_size="auto")).execute()
     assert max(sizes) == 20 and 1 <= sizes[-1] <= 8
     name = cell_folder("", "plain", GREEDY) / "answers.jsonl"
@@ -317,7 +319,7 @@ def test_bad_images_are_reported_not_scored_and_retried(bad_images, model_folder
 
 
 def test_a_sample_the_processor_cannot_take_does_not_cost_the_others(loaded, source, finished, tmp_path, monkeypatch):
-    inputs = Run._inputs
+    inputs = EvaluationRun._inputs
     bad = source.splits["adversarial"][5].id
 
     def picky(self, questions, images):
@@ -325,7 +327,7 @@ def test_a_sample_the_processor_cannot_take_does_not_cost_the_others(loaded, sou
             raise ValueError("odd picture")
         return inputs(self, questions, images)
 
-    monkeypatch.setattr(Run, "_inputs", picky)
+    monkeypatch.setattr(EvaluationRun, "_inputs", picky)
     results = run_of(loaded, source, tmp_path, methods=[("plain", GREEDY)]).execute()
     assert [result.audit.failed for result in results] == [(str(bad),)]
     answers = resume_answers(cell_folder(tmp_path, "plain", GREEDY) / "answers.jsonl")
@@ -407,7 +409,7 @@ def test_wrong_command_lines_get_one_sentence(arguments, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     if "--limit" in arguments:
         monkeypatch.setattr("lvlm_decode_evals.runner.load", lambda *a, **k: None)
-        monkeypatch.setattr(Run, "settings", lambda *a: None)
+        monkeypatch.setattr(EvaluationRun, "settings", lambda *a: None)
     done = cli(*arguments)
     assert done.exit_code == 1
     assert sentence in done.output and len(done.output.strip().splitlines()) == 1
@@ -463,7 +465,9 @@ def test_every_benchmark_runs_on_the_small_model_and_makes_a_table(loaded, tmp_p
         assert "give --questions FILE" in str(error) and name in ("mmhal", "vallu")
         return
     options = Options(max_new_tokens=24)
-    results = Run(chosen, source, loaded, tmp_path, [("plain", GREEDY)], limit=6, options=options, quiet=True).execute()
+    results = EvaluationRun(
+        chosen, source, loaded, tmp_path, [("plain", GREEDY)], limit=6, options=options, quiet=True
+    ).execute()
     assert {result.split for result in results} == set(source.splits)
     assert all(len(result.rows) == 6 and not result.audit.failed for result in results)
     made = blocks(results, replicates=100)

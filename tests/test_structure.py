@@ -122,6 +122,30 @@ def test_scorers_import_no_model_code():
     assert found <= allowed, found
 
 
+@pytest.mark.parametrize("room", ["speculative", "reading"])
+def test_what_decodes_imports_no_evaluation_outside_its_commands(room):
+    """Arrows point down: `lvlm_decode.reading` lies below both packages, and only commands stand above the evaluation."""
+    found = {
+        module: sorted(others)
+        for module in MODULES
+        if module.startswith(f"lvlm_decode.{room}") and not module.endswith(".commands")
+        if (others := {o for o in imports(module) | imports(module, True) if o.startswith("lvlm_decode_evals")})
+    }
+    assert found == {}
+
+
+def test_one_name_has_one_meaning():
+    """The engine's names of classes are not taken again by the evaluation."""
+    names: dict[str, set[str]] = {"lvlm_decode": set(), "lvlm_decode_evals": set()}
+    for module, path in MODULES.items():
+        if not module.startswith("lvlm_decode.") or module.startswith(CORE):
+            tree = ast.parse(path.read_text())
+            names[module.partition(".")[0]] |= {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+    shared = {name for name in names["lvlm_decode"] & names["lvlm_decode_evals"] if not name.startswith("_")}
+    # Both are of papers' files and of a prepared evaluation there; nothing imports the two of a name together.
+    assert {"Run", "Method"} <= names["lvlm_decode"] and shared <= {"Contrast", "Prepared"}
+
+
 def test_no_test_file_imports_from_another():
     """What several test files share stands in a module beside them: an import would collect the other's tests and fixtures."""
     files = {path.stem: path for path in (ROOT / "tests").glob("*.py")}

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import lvlm_decode_data
 from lvlm_decode.errors import DependencyError
+from lvlm_decode.reading import read_records
 from lvlm_decode_data.texts import caption
 from lvlm_decode_evals import chair
 from lvlm_decode_evals.base import Answer
-from lvlm_decode_evals.reading import read_records
 from lvlm_decode_evals.words import singular
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from lvlm_decode.reading import read_json
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.plan import GREEDY, Decoding
-from lvlm_decode_evals.reading import read_json
-from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, load
 from lvlm_decode_evals.tables import blocks, render
 
 #: How the authors of CNTP sample; the runner adds plain sampling and the mask alone in the same way as controls.
@@ -60,7 +60,9 @@ def main() -> None:
             pairs = [(method, GREEDY) for method in METHODS[benchmark]] + [("cntp", SAMPLED)]
             with tempfile.TemporaryDirectory() as work:
                 out = Path(work)
-                results = Run(scored, source, loaded, out, pairs, (given.seed,), limit, options, quiet=True).execute()
+                results = EvaluationRun(
+                    scored, source, loaded, out, pairs, (given.seed,), limit, options, quiet=True
+                ).execute()
                 table = render(blocks(results))
                 record = [
                     {

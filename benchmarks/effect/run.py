@@ -24,7 +24,7 @@ from lvlm_decode_evals.base import Row
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.metrics import compare
 from lvlm_decode_evals.plan import GREEDY
-from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, load
 
 HERE = Path(__file__).resolve().parent
 #: What the small model needs set: it has 64 patches and knows few phrasings of a request for a description.
@@ -57,7 +57,7 @@ def main() -> None:
         text = PARAMETERS.get(name, name)
         try:
             check_needs(parse(text), family)
-            run = Run(
+            run = EvaluationRun(
                 scorer, source, loaded, given.out, [(text, GREEDY)], limit=given.scenes, options=Options(), quiet=True
             )
             results = {result.method: result.rows for result in run.execute() if result.decoding == GREEDY}

@@ -26,7 +26,7 @@ from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.plan import GREEDY, Decoding, Result, read_json
-from lvlm_decode_evals.runner import Options, Run, Share, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, Share, load
 from lvlm_decode_evals.tables import blocks, render
 
 HERE = Path(__file__).resolve().parent
@@ -93,7 +93,7 @@ def main() -> None:
     pope = evaluator("pope")
     source = scene_source(pope)
     source = source.only(arguments.split) if arguments.split else source
-    run = Run(
+    run = EvaluationRun(
         pope,
         source,
         loaded,

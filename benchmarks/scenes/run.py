@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import lvlm_decode_data
+from lvlm_decode.reading import read_records
 from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Evaluator
 from lvlm_decode_evals.loaders import Source, scene_source
 from lvlm_decode_evals.plan import TIMES, Decoding, Result, read_cell
 from lvlm_decode_evals.price import price_blocks
-from lvlm_decode_evals.reading import read_records
-from lvlm_decode_evals.runner import Options, Run, load
+from lvlm_decode_evals.runner import EvaluationRun, Options, load
 from lvlm_decode_evals.tables import blocks, render
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ def scenes(number: int, folder: Path) -> list:
     return found
 
 
-def runs(given: argparse.Namespace, loaded, seeds: Sequence[int], stop) -> list[Run]:
+def runs(given: argparse.Namespace, loaded, seeds: Sequence[int], stop) -> list[EvaluationRun]:
     """One run for each benchmark with these seeds."""
     made = []
     drawn = scenes(given.images, given.out / "scenes")
@@ -64,7 +64,9 @@ def runs(given: argparse.Namespace, loaded, seeds: Sequence[int], stop) -> list[
         source: Source = scene_source(chosen, drawn).only(BENCHMARKS[name])
         methods = [(method, Decoding(do_sample=True)) for method in given.methods]
         options = Options(max_new_tokens=TOKENS.get(name), batch_size=BATCH, times=True)
-        made.append(Run(chosen, source, loaded, given.out / given.model, methods, seeds, None, options, stop=stop))
+        made.append(
+            EvaluationRun(chosen, source, loaded, given.out / given.model, methods, seeds, None, options, stop=stop)
+        )
     return made
 
 

@@ -42,7 +42,7 @@ from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.loaders import scene_source
 from lvlm_decode_evals.plan import Decoding
-from lvlm_decode_evals.runner import Loaded, Options, Run, Share
+from lvlm_decode_evals.runner import EvaluationRun, Loaded, Options, Share
 
 SAMPLE = Decoding(do_sample=True)
 WHOLE = Share()
@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-class MadeUp(Run):
+class MadeUp(EvaluationRun):
     """A run whose answers are made up from the keys that seed real ones."""
 
     @contextmanager
@@ -91,7 +91,7 @@ def asked(benchmark: str):
     return chosen, scene_source(chosen, lvlm_decode_data.load_scenes("heldout")[:20])
 
 
-def run_of(case: str, out: Path, share: Share = WHOLE) -> Run:
+def run_of(case: str, out: Path, share: Share = WHOLE) -> EvaluationRun:
     given = CASES[case]
     chosen, source = asked(given["evaluator"])
     loaded = Loaded(SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(), {"name": "made up"})
@@ -101,7 +101,7 @@ def run_of(case: str, out: Path, share: Share = WHOLE) -> Run:
     )  # fmt: skip
 
 
-def start(make: Callable[[], Run], log: Path) -> int:
+def start(make: Callable[[], EvaluationRun], log: Path) -> int:
     """A child process that runs it; its process number. Errors go to `log`, as the command line says them."""
     pid = os.fork()
     if pid:

@@ -48,12 +48,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lvlm_decode_evals.pictures import open_picture
-from lvlm_decode_evals.reading import Record, checked, read_json, read_records
 
 from ..attachment import attach, detach, last_run
 from ..errors import InputError, ParameterError
 from ..families import family_of
 from ..methods.plain import Plain
+from ..reading import Record, checked, read_json, read_records
 from ..speculative.drafters import get as drafter_class
 from ..speculative.features import watched
 from ..speculative.heads import KINDS, DraftHead, HeadConfig, Slots, fingerprint, load

@@ -47,6 +47,7 @@ from torch.nn import functional as F
 
 from ...engine.hf.decoder import fingerprint
 from ...errors import EvalError, InputError, ParameterError, UnknownNameError
+from ...reading import Closed, checked, read_json
 from ...weights import load_into, read_safetensors
 
 ImageMode = Literal["fuse", "direct", "compress", "drop", "token"]
@@ -136,8 +137,6 @@ class HeadConfig:
         Raises:
             InputError: a field that is missing, unknown or of another type, or a size no head has.
         """
-        from lvlm_decode_evals.reading import checked, read_json
-
         try:
             values = dict(checked(_shape(), read_json(path), str(path)))
             config = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
@@ -190,8 +189,6 @@ def default_states(layers: int) -> tuple[int, int, int]:
 def _shape() -> type:
     """`HeadConfig` as a file holds it: the same fields and types, sizes above 0 and no larger than any model's."""
     from pydantic import Field, create_model
-
-    from lvlm_decode_evals.reading import Closed
 
     hints = get_type_hints(HeadConfig)
     fields: dict[str, Any] = {}

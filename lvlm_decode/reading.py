@@ -26,7 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from lvlm_decode.errors import FileFormatError, MissingFileError, OutputError, nearest
+from .errors import FileFormatError, MissingFileError, OutputError, nearest
 
 # What one file may unpack to, in bytes. COCO's largest annotation file has half of it.
 LARGEST = 1 << 30
