@@ -142,7 +142,7 @@ def test_one_name_has_one_meaning():
             tree = ast.parse(path.read_text())
             names[module.partition(".")[0]] |= {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
     shared = {name for name in names["lvlm_decode"] & names["lvlm_decode_evals"] if not name.startswith("_")}
-    # Left as they are: choices.Contrast (two counts that are compared) and api.Prepared (an evaluation ready to run).
+    # Left as they are: choices.Contrast (a thing that differs in two scenes) and api.Prepared (an evaluation ready to run).
     assert {"Run", "Method"} <= names["lvlm_decode"] and shared <= {"Contrast", "Prepared"}
 
 
