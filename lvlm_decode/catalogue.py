@@ -29,6 +29,7 @@ COSTS = {
     "prompt": "a forward of the prompt as the view sees it, before decoding",
     "prompts": "a forward of the prompt with the image and without, before decoding",
     "feature": "a row in every forward",
+    "branch": "an attention row of one layer, an MLP and a language-head projection per token",
     "layers": "language-head projections of some hidden layers",
     "states": "a change of the hidden states of some layers",
     "attention": "attention rows of some layers",

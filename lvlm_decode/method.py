@@ -54,6 +54,8 @@ class View:
             share a patch (the same object) run in one forward; a patched view cannot ride with the others.
         module: another model (an amateur) that runs this view; ``None`` is the attached model.
         mark: a name by which :meth:`Method.patch` finds the rows of this view, ``run.view_number(mark)``.
+        rows: ``False`` for a view of partial depth, which has no rows of its own: :meth:`Method.patch` computes it, through
+            ``run.branching(mark, branch)``.
     """
 
     sample: Sample
@@ -61,6 +63,7 @@ class View:
     patch: Callable[[torch.nn.Module], AbstractContextManager[Any]] | None = None
     module: torch.nn.Module | None = None
     mark: str = ""
+    rows: bool = True
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ SMALL = {name: parameters for name, parameters in OF_EACH_KIND.values() if param
     "damro": dict(k=3),
     "code": dict(max_description=3),
     "sid": dict(share=0.3),
+    "crops": dict(share=0.3, decay=0.3, text_tokens=(2, 6), text_rate=0.3),
     "m3id": dict(decay=0.3),
     "uscd": dict(threshold=0.6),
     "vaf": dict(enhance=1.6, suppress=0.5),

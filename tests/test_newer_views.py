@@ -1,16 +1,25 @@
-"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD."""
+"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD, CRoPS, ONLY."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
+from lvlm_decode.engine import hf
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.method import BELOW, Step
+from lvlm_decode.methods.crops import CRoPS
 from lvlm_decode.methods.layercd import LayerCD
+from lvlm_decode.methods.m3id import M3ID
 from lvlm_decode.methods.mod import MoD, divergence
+from lvlm_decode.methods.only import ONLY, textual
+from lvlm_decode.methods.plain import Mask
+from lvlm_decode.methods.sid import SID
+from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.testing.models import IMAGE, tiny
 
 B, T, N = 2, 3, 12
@@ -154,3 +163,267 @@ def test_mod_weighs_every_sample_by_its_own_first_token(family):
 def test_mod_has_an_image_free_sample_alone():
     run = run_of("llava", MoD(), ["ab"], images=0)
     assert run.weights(1) == (0.0,) and not (run.samples[1][0].input_ids == IMAGE).any()
+
+
+# --- CRoPS
+
+
+def test_crops_formula_is_two_contrasts_one_of_which_grows():
+    given, gated = step(3, weights=[1.0, 1.0], scale=3.0), set()
+
+    def literal(b, t, z):
+        p = z[0].softmax(-1)
+        kept = z[0].masked_fill(p < 0.1 * p.max(), -math.inf)
+        gated.add(bool(kept.softmax(-1).max() > 0.9))
+        if kept.softmax(-1).max() > 0.9:
+            return kept
+        seen, blind, few = kept.log_softmax(-1), z[1].log_softmax(-1), z[2].log_softmax(-1)
+        growth = math.exp(0.05 * (int(given.positions[b, t]) + 1)) - 1
+        language = seen + growth * (seen - blind)
+        out = (1 + 0.7) * language - 0.7 * few
+        # The authors' log-probabilities and these logits differ by a constant of the position.
+        best = int(kept.argmax())
+        raw = z[0] + 1.7 * growth * (z[0] - z[1]) + 0.7 * (z[0] - z[2])
+        return out + (raw[best] - out[best])
+
+    assert_scores(CRoPS(decay=0.05, alpha=0.7, gate=0.9), given, literal)
+    assert gated == {True, False}
+
+
+def test_crops_is_m3id_and_sid_where_one_branch_is_off():
+    given = step(3, weights=[1.0, 1.0])
+    m3id = M3ID(decay=0.1).scores(step_of(given, 1)).softmax(-1)
+    torch.testing.assert_close(CRoPS(decay=0.1, alpha=0.0, gate=None).scores(given).softmax(-1), m3id)
+    sid = SID(alpha=0.8).scores(step_of(given, 2, weight=-0.8))
+    torch.testing.assert_close(CRoPS(decay=0.0, alpha=0.8, gate=None).scores(given), sid)
+    assert torch.equal(CRoPS(gate=1e-9).scores(given), Mask(beta=0.1).scores(given))
+    capped = CRoPS(decay=0.1, cap=0.0, alpha=0.0, gate=None, beta=None).scores(given)
+    assert torch.equal(capped, given.logits[0])
+    for long in (CRoPS(), CRoPS(decay=5.0)):
+        assert not long.scores(Step(given.logits, given.positions * 10_000, given.weights)).isnan().any()
+
+
+def step_of(given: Step, view: int, weight: float = 0.0) -> Step:
+    return Step(given.logits[[0, view]], given.positions, (weight,))
+
+
+def test_crops_keeps_more_words_as_the_answer_grows():
+    kept = CRoPS().words_kept(torch.tensor([1.0, 2.0, 100.0, 512.0, 1e6]))
+    assert kept.tolist() == [10, 10, 12, 22, 40]
+
+
+def spelled(inputs, tokens: Tensor, rank_layer: int, keep) -> Tensor:
+    """(steps, N) logits of one unpadded row whose later layers see few slots, with all scores spelled out.
+
+    Args:
+        keep: (last row of attention (S,), images (S,) bool, number of the token from 1) -> the slots (S,) bool that are left.
+    """
+    model = copy.deepcopy(tiny("llava").model)
+    prompt = inputs["input_ids"][0] == IMAGE
+    left = {}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        q, slots = query.shape[2], key.shape[2]
+        causal = torch.ones(q, slots, dtype=torch.bool).tril(slots - q)
+        if module.layer_idx > rank_layer:
+            causal = causal & left["slots"]
+        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~causal, torch.finfo(query.dtype).min)
+        weights = scores.softmax(-1)
+        if module.layer_idx == rank_layer:
+            images = torch.zeros(slots, dtype=torch.bool)
+            images[: len(prompt)] = prompt
+            left["slots"] = keep(weights[0, :, -1].mean(0), images, slots - len(prompt) + 1)
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("lvlm_decode_test_thinned", attend)
+    AttentionMaskInterface.register("lvlm_decode_test_thinned", AttentionMaskInterface()["sdpa"])
+    model.model.language_model.config._attn_implementation = "lvlm_decode_test_thinned"
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = []
+    with torch.no_grad():
+        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
+        for token in tokens:
+            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
+    return torch.stack(out)
+
+
+def traced(method, texts, tokens: int = 5):
+    """(steps, V, N) logits of the first row of a padded batch, and the tokens it generated."""
+    zoo = tiny("llava")
+    run = Run(zoo.model, method, zoo.inputs(list(texts)), processor=zoo.processor, seed=0)
+    seen, chosen = [], []
+    with torch.no_grad(), run.method.patch(run):
+        lanes = run.open()
+        scores, _ = lanes.prefill()
+        for _ in range(tokens):
+            seen.append(lanes.last_step.logits[:, 0, -1])
+            chosen.append(scores[:, -1].argmax(-1, keepdim=True))
+            scores, _ = lanes.extend(chosen[-1])
+    return torch.stack(seen), torch.cat(chosen, 1)[0]
+
+
+@pytest.mark.parametrize("texts", [("is it a dog?", "ab"), ("a dog", "is it a dog?")], ids=["longest", "padded"])
+def test_crops_thins_what_later_layers_see(texts):
+    """Rows that are left nothing to see attend to all slots alike, as under the authors' mask; the fixture has such rows."""
+    method = CRoPS(text_tokens=(1, 7), text_rate=0.1, share=0.25)
+    logits, tokens = traced(method, texts)
+    blind = []
+
+    def words(last, images, t):
+        keep = math.floor(1 + 6 * (1 - math.exp(-0.1 * t)))
+        slots = torch.zeros_like(images)
+        slots[last.argsort(stable=True)[:keep]] = True
+        blind.append(int(slots.nonzero()[0]))
+        return slots
+
+    def few(last, images, t):
+        slots = ~images
+        slots[last.masked_fill(~images, math.inf).argsort(stable=True)[: round(0.25 * int(images.sum()))]] = True
+        return slots
+
+    inputs = tiny("llava").inputs(texts[:1])
+    ids = inputs["input_ids"][:, inputs["input_ids"][0] != IMAGE]
+    torch.testing.assert_close(logits[:, 1], spelled({"input_ids": ids}, tokens[:-1], 1, words), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[:, 2], spelled(inputs, tokens[:-1], 1, few), atol=2e-5, rtol=1e-4)
+    assert blind[0] > 0 or texts[0] != "is it a dog?"
+    plain = spelled(inputs, tokens[:-1], 1, lambda last, images, t: torch.ones_like(images))
+    torch.testing.assert_close(logits[:, 0], plain, atol=2e-5, rtol=1e-4)
+    assert (logits[:, 2] - plain).abs().amax(-1).min() > 1e-2
+
+
+def test_crops_leaves_rows_without_an_image_alone():
+    run = run_of("llava", CRoPS(beta=None, text_tokens=(1, 1)), ["is it a dog?", "ab"], images=[0, 1])
+    with torch.no_grad(), run.method.patch(run):
+        scores, _ = run.open().prefill()
+    main = run.lanes.last_step.logits[0]
+    assert torch.equal(scores[0], main[0]) and not torch.equal(scores[1], main[1])
+
+
+def test_crops_needs_a_layer_after_the_one_that_ranks():
+    run = run_of("llava", CRoPS(rank_layer=3))
+    with pytest.raises(UnsupportedError, match="rank_layer = 3"):
+        run.method.patch(run)
+
+
+# --- ONLY, and views of partial depth
+
+
+def literal_heads(attention: Tensor, words: Tensor, image: Tensor) -> Tensor:
+    """(H, S) what ONLY leaves of one row's attention (H, S); the segments (S,) bool."""
+    out, ratios = attention.clone(), []
+    for head in out:
+        for segment in (words, image):
+            own = head[segment]
+            own[own > own.mean() + own.std()] = 0.0
+            head[segment] = own
+        entropies = []
+        for segment in (words, image):
+            share = head[segment] / head[segment].sum()
+            entropies.append(float(-(share * (share + 1e-6).log()).sum()))
+        ratios.append(entropies[0] / entropies[1])
+    for head, ratio in zip(out, ratios):
+        if ratio < sum(ratios) / len(ratios):
+            head.zero_()
+    return out
+
+
+def test_only_takes_outliers_and_the_heads_that_read_the_image_out_of_the_attention():
+    scores = 3 * torch.randn(2, 4, 3, 20, generator=torch.Generator().manual_seed(1))
+    attention = scores.softmax(-1)
+    image = torch.zeros(1, 1, 1, 20, dtype=torch.bool)
+    image[..., 5:13] = True
+    words = ~image
+    words[..., 0] = False
+    got = textual(attention, words, image)
+    for row in range(2):
+        for query in range(3):
+            want = literal_heads(attention[row, :, query], words[0, 0, 0], image[0, 0, 0])
+            torch.testing.assert_close(got[row, :, query], want)
+    assert 0 < (got.sum(-1) == 0).float().mean() < 1, "some heads are left, and some are not"
+    assert torch.equal(got[..., 0][got.sum(-1) > 0], attention[..., 0][got.sum(-1) > 0]), "the begin token stays"
+    flat = torch.full((1, 2, 1, 20), 0.05)
+    torch.testing.assert_close(textual(flat, words, image), flat)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 2.1])
+def test_only_adds_where_the_branch_is_near_and_subtracts_elsewhere(gamma):
+    given, near = step(2, weights=[1.0], scale=1.0), set()
+
+    def literal(b, t, z):
+        branch = 0.5 * z[0] + z[1]
+        distance = float((z[0].softmax(-1) - branch.softmax(-1)).abs().sum())
+        near.add(distance < gamma)
+        return masked(z[0] + 3 * branch if distance < gamma else 2 * z[0] - branch, z[0], 0.1)
+
+    assert_scores(ONLY(gamma=gamma), given, literal)
+    assert near == {0.0: {False}, 0.7: {True, False}, 2.1: {True}}[gamma]
+    alone = step(2, weights=[torch.tensor([1.0, 0.0])])
+    assert torch.equal(ONLY().combine(alone)[1], alone.logits[0, 1])
+
+
+@pytest.mark.parametrize("texts", [("is it a dog?", "ab"), ("ab", "is it a dog?")], ids=["longest", "padded"])
+@pytest.mark.parametrize("layer,normed", [(0, True), (1, False)])
+def test_only_ends_its_branch_in_the_last_layers_mlp(texts, layer, normed):
+    logits, tokens = traced(ONLY(layer=layer, normed=normed), texts)
+    model = copy.deepcopy(tiny("llava").model)
+    inputs = tiny("llava").inputs(texts[:1])
+    prompt, layers, seen = inputs["input_ids"][0] == IMAGE, model.model.language_model.layers, {}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        q, slots = query.shape[2], key.shape[2]
+        causal = torch.ones(q, slots, dtype=torch.bool).tril(slots - q)
+        weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~causal, -torch.inf).softmax(-1)
+        if module.layer_idx == layer:
+            image = torch.zeros(slots, dtype=torch.bool)
+            image[: len(prompt)] = prompt
+            words = ~image
+            words[0] = False
+            heads = literal_heads(weights[0, :, -1], words, image)[:, None] @ value[0]
+            seen["o"] = module.o_proj(heads.flatten())
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("lvlm_decode_test_only", attend)
+    AttentionMaskInterface.register("lvlm_decode_test_only", AttentionMaskInterface()["sdpa"])
+    model.model.language_model.config._attn_implementation = "lvlm_decode_test_only"
+    layers[-1].register_forward_pre_hook(lambda module, args: seen.__setitem__("x", args[0][0, -1]))
+    cache = DynamicCache(config=model.config.get_text_config())
+    want = []
+    with torch.no_grad():
+        for given in [inputs, *({"input_ids": token.view(1, 1)} for token in tokens[:-1])]:
+            model(**given, **hf.with_cache(cache))
+            z = 0.2 * seen["x"] + (layers[-1].input_layernorm(seen["o"]) if normed else seen["o"])
+            z = z + layers[-1].mlp(layers[-1].post_attention_layernorm(z))
+            want.append(model.lm_head(model.model.language_model.norm(z)))
+    torch.testing.assert_close(logits[:, 1], torch.stack(want), atol=2e-5, rtol=1e-4)
+    assert (logits[:, 1] - logits[:, 0]).abs().amax(-1).min() > 1e-2
+
+
+def test_a_branch_has_no_row_and_no_keys():
+    run = run_of("llava", ONLY() + VCD(), ["is it a dog?", "ab"])
+    with torch.no_grad(), run.method.patch(run):
+        lanes = run.open()
+        lanes.prefill()
+        assert lanes.last_step.logits.shape[:2] == (3, 2) and lanes.main.kv.rows == 2 * 2
+        assert run.branches and not run_of("llava", VCD()).branches
+    assert not run.branches and not run.edits
+
+
+def test_only_scores_all_positions_that_are_asked_for():
+    """A prefill may be asked for the scores of its last positions; the branch answers for each."""
+    run = run_of("llava", ONLY(), ["is it a dog?", "ab"])
+    with torch.no_grad(), run.method.patch(run):
+        run.open().prefill(keep=3)
+        several = run.lanes.last_step.logits
+        run.open().prefill()
+        torch.testing.assert_close(several[:, :, -1:], run.lanes.last_step.logits)
+    assert several.shape[2] == 3 and (several[1, :, 0] - several[1, :, 2]).abs().max() > 1e-2
+
+
+def test_only_begins_before_the_last_layer():
+    run = run_of("llava", ONLY(layer=3))
+    with pytest.raises(UnsupportedError, match="layer = 3 is not before the last layer"):
+        run.method.patch(run)

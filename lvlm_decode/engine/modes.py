@@ -16,6 +16,7 @@ NEEDS = {
     "cls": "a vision encoder with a CLS token",
     "qformer": "a Q-Former",
     "experts": "a decoder with a mixture of experts",
+    "plain_layers": "decoder layers of two norms, attention and an MLP alone",
 }
 
 #: What ``Method.refuses`` may name: key -> in words.

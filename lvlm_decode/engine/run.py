@@ -17,6 +17,7 @@ from ..method import Method, Probes, Sum, View
 from . import hf, sampling
 from .attention import Edit, routed
 from .batch import Batch, views_of
+from .branch import Branch
 from .hf import KV, Encoded, Prepared, decoder
 from .modes import check_needs
 from .recorder import Recorder
@@ -133,6 +134,8 @@ class Run:
         self.probes: Probes = self.method.probes(model)
         #: What is done to the decoder's attention in forwards of this run; see :meth:`editing`.
         self.edits: list[Edit] = []
+        #: Views of partial depth, by number; see :meth:`branching`.
+        self.branches: dict[int, Branch] = {}
         self.lanes: Lanes | None = None
         if recorder is not None:
             recorder.began(self)
@@ -160,12 +163,15 @@ class Run:
 
     def prepare(self, rows_per_sample: int) -> list[Prepared]:
         """Per view the prepared rows, each sample ``rows_per_sample`` times."""
+
+        def rows(number: int, width: int) -> Prepared:
+            return self.batch.prepare(
+                [sample for sample in self.samples[number] for _ in range(rows_per_sample)], width
+            )
+
         # The samples themselves keep the caller's padding, so that states have the caller's shape.
-        widths = [self.batch.width, *[0] * len(self.views)]
-        return [
-            self.batch.prepare([sample for sample in column for _ in range(rows_per_sample)], width)
-            for column, width in zip(self.samples, widths)
-        ]
+        main = rows(0, self.batch.width)
+        return [main, *(rows(number, 0) if view.rows else main for number, view in enumerate(self.views, 1))]
 
     @property
     def module(self) -> torch.nn.Module:
@@ -181,6 +187,21 @@ class Run:
         """By how much the longest view's prompt exceeds the samples' own."""
         widths = [p.input_ids.shape[1] for p in self.prepared]
         return max(widths) - widths[0]
+
+    @contextmanager
+    def branching(self, mark: str, branch: Branch) -> Iterator[None]:
+        """The view that was made with ``mark``, one without rows, is what ``branch`` computes.
+
+        Raises:
+            UnsupportedError: a decoder that does not run under sdpa.
+        """
+        number = self.view_number(mark)
+        self.branches[number] = branch
+        try:
+            with branch.followed():
+                yield
+        finally:
+            del self.branches[number]
 
     @contextmanager
     def editing(self, *edits: Edit) -> Iterator[None]:
@@ -234,6 +255,8 @@ class Run:
         groups: dict[Any, list[int]] = {}
         for number in range(len(self.prepared)):
             view = self.views[number - 1] if number else None
+            if view is not None and not view.rows:
+                continue
             key: Any = (
                 id(view.patch) if view and view.patch else None,
                 id(view.module) if view and view.module else None,
@@ -247,8 +270,8 @@ class Run:
             if record and numbers[0] != 0:
                 lane.kv.record()
             lanes.append(lane)
-        weights = self.weights(lanes[0].rows)
-        self.lanes = Lanes(self.method, lanes, weights, self.probes, self._projection(), self.recorder)
+        weights, project = self.weights(lanes[0].rows), self._projection()
+        self.lanes = Lanes(self.method, lanes, weights, self.probes, project, self.recorder, self.branches)
         return self.lanes
 
     def weights(self, rows: int) -> tuple[float | Tensor, ...]:

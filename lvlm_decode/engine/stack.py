@@ -7,9 +7,9 @@ return sequences.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from .attention import Edit
 from .hf import KV, Prepared
 from .recorder import Recorder
 from .running import running
+
+if TYPE_CHECKING:
+    from .branch import Branch
 
 EXECUTIONS = ("stacked", "sequential")
 
@@ -66,9 +69,13 @@ class Lane:
         self.mask: Tensor | None = None if bool(seen.all()) else seen
         #: (..., V*B, 1) position id of the newest token of each row.
         self.position: Tensor = self._first["position_ids"][..., -1:]
+        # Of the last prompt token, and of the queries of the newest forward that choose a token.
+        self._start = self._positions = self.position
         #: Slots of the cache in use: prompt width and everything after.
         self.length = self.width
         self.forwards = 0
+        #: Of how many positions, the newest, the running forward's logits are wanted.
+        self.keep = 1
 
     @property
     def owner(self) -> object:
@@ -127,6 +134,7 @@ class Lane:
             mask = self._row_mask(q) if mask is None else mask
         if ancestors is None:
             self.position = positions[..., -1:]
+        self._positions = positions
         self.length += q
         rows = tokens if views == 1 else tokens.repeat(views, 1)
         return self._run(hf.further_forward(rows, positions, mask), keep, call)
@@ -157,6 +165,7 @@ class Lane:
 
     def _run(self, kwargs: dict[str, Any], keep: int, call: dict[str, Any]) -> Any:
         self.forwards += 1
+        self.keep = keep
         with running(self), self._patch(self.module):
             return hf.run(self._forward, kwargs, self.kv.cache, keep, **call)
 
@@ -166,6 +175,12 @@ class Lane:
             return None
         at = self.views.index(view) * self.rows
         return slice(at, at + self.rows)
+
+    @property
+    def ages(self) -> Tensor:
+        """(V*B, q) how many tokens were generated before the one that each query of the running forward chooses."""
+        since = self._positions - self._start
+        return since[0] if since.dim() == 3 else since
 
     @property
     def prefilling(self) -> bool:
@@ -206,6 +221,7 @@ class Lanes:
         probes: hidden layers to hand to ``combine``.
         project: see :class:`Step`.
         recorder: receives every step.
+        branches: views of partial depth, by number; no lane runs them.
     """
 
     def __init__(
@@ -216,7 +232,9 @@ class Lanes:
         probes: Probes,
         project: Callable[..., Tensor],
         recorder: Recorder | None = None,
+        branches: Mapping[int, Branch] | None = None,
     ):
+        self.branches = {} if branches is None else branches
         self.method, self.lanes, self.weights = method, list(lanes), tuple(weights)
         self.probes, self._project, self.recorder = probes, project, recorder
         #: (B,) tokens generated so far that the cache holds.
@@ -287,17 +305,20 @@ class Lanes:
     def _score(self, outputs: Sequence[Any], positions: Tensor) -> Tensor:
         rows = self.main.rows
         views = 1 + len(self.weights)
-        if len(outputs) == 1:
+        if len(outputs) == 1 and not self.branches:
             logits = outputs[0].logits.float().view(views, rows, *outputs[0].logits.shape[1:])
         else:
             parts: list[Tensor] = [outputs[0].logits] * views
             for lane, output in zip(self.lanes, outputs):
                 for view, own in zip(lane.views, output.logits.float().split(rows)):
                     parts[view] = own.to(outputs[0].logits.device)
+            for view, branch in self.branches.items():
+                parts[view] = self._project(branch.states()).to(outputs[0].logits.device)
             logits = torch.stack(parts)
         hidden = {}
         for layer in self.probes.hidden:
-            states: list[Tensor] = [logits] * views
+            # A branch has no states of its own between the layer that it leaves and its end.
+            states: list[Tensor] = [outputs[0].hidden_states[layer][:rows, -logits.shape[2] :]] * views
             for lane, output in zip(self.lanes, outputs):
                 kept = output.hidden_states[layer][:, -logits.shape[2] :]
                 for view, own in zip(lane.views, kept.split(rows)):

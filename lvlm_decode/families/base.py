@@ -188,6 +188,11 @@ class Family:
     def has_experts(self) -> bool:
         return bool(self.routers())
 
+    @property
+    def has_plain_layers(self) -> bool:
+        """Every decoder layer is two norms, attention and an MLP, and nothing else."""
+        return decoder.plain_layers(self.decoding_module(self.model))
+
     def decoding_module(self, model: Any) -> Any:
         """The part of ``model``, one of this family, whose loop decodes."""
         return model

@@ -20,11 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..engine.attention import Edit, image_slots, probabilities, rows_of, to_layer, visible
-from ..engine.hf import left_pad
 from ..engine.run import Run
-from ..engine.running import running_lane
 from ..engine.samples import Sample
+from ..engine.thinning import Thinned, least
 from ..errors import UnsupportedError
 from ..method import Contrast, View
 
@@ -71,43 +69,15 @@ class SID(Contrast):
                 f"sid: rank_layer = {self.rank_layer} leaves no later layer to prune; the model's layers are 0 to "
                 f"{count - 1}."
             )
-        return run.editing(_Prune(self, run))
+        return run.editing(Least(run, run.view_number(self.name), self.rank_layer, "the second branch", self.share))
 
 
-class _Prune(Edit):
-    def __init__(self, method: SID, run: Run):
-        self.method, self.run, self.view = method, run, run.view_number(method.name)
-        self.image_token_id = run.family.image_token_id
-        self.hidden = torch.empty(0)
+class Least(Thinned):
+    """Hides all image tokens but the share that is attended to least."""
 
-    def mask(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
-        lane = running_lane(self.run)
-        rows = lane.rows_of(self.view)
-        if rows is None or layer < self.method.rank_layer:
-            return mask
-        count, slots = query.shape[2], key.shape[2]
-        seen = visible(count, slots, mask, key.device)
-        if layer == self.method.rank_layer:
-            queries = slice(-1, None) if lane.prefilling else slice(None)
-            own = rows_of(seen, rows, queries)
-            attention = probabilities(query[rows][:, :, queries], key[rows], own, scaling).mean(1)
-            attention = left_pad(attention[..., : lane.length], lane.length, 0.0)
-            self.hidden = self._least(attention, lane, rows)
-            if self.run.recorder is not None:
-                images = image_slots(lane, self.image_token_id)[rows]
-                title = f"attention in layer {layer} of the second branch; later layers see only the marked tokens"
-                self.run.recorder.attended(title, layer, attention, images, images[:, None] & ~self.hidden)
-            return mask
-        seen = seen.expand(len(query), -1, -1, -1).clone()
-        pruned = seen[rows] & ~to_layer(self.hidden, lane, slots)[:, None]
-        # An image token before any text may have only itself to see.
-        blind = seen[rows].any(-1, keepdim=True) & ~pruned.any(-1, keepdim=True)
-        seen[rows] = torch.where(blind, seen[rows], pruned)
-        return seen
+    def __init__(self, run: Run, view: int, layer: int, title: str, share: float):
+        super().__init__(run, view, layer, title)
+        self.share = share
 
-    def _least(self, attention: Tensor, lane: Any, rows: slice) -> Tensor:
-        """(B, q, S) bool: the image tokens that each query's ranking hides."""
-        images = image_slots(lane, self.image_token_id)[rows][:, None]
-        keep = (images.sum(-1, keepdim=True) * self.method.share).round().clamp(min=1)
-        ranks = attention.masked_fill(~images, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
-        return images & (ranks >= keep)
+    def hides(self, attention: Tensor, seen: Tensor, images: Tensor, lane: Any) -> Tensor:
+        return least(attention, images, (images.sum(-1, keepdim=True) * self.share).round().clamp(min=1))

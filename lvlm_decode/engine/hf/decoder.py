@@ -60,6 +60,32 @@ def parts(module: Any, name: str) -> list[nn.Module]:
     return [getattr(layer, _PARTS[name]) for layer in whole]
 
 
+#: The parts of a layer that adds what its attention, and then its MLP, makes of the normed stream.
+_PLAIN = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+def plain_layers(module: Any) -> bool:
+    """Whether every decoder layer is two norms, attention and an MLP, and nothing else."""
+    return all({name for name, _ in layer.named_children()} == _PLAIN for layer in layers(module))
+
+
+def attention_norm(layer: Any) -> nn.Module:
+    """The norm before the attention of a plain layer."""
+    norm: nn.Module = layer.input_layernorm
+    return norm
+
+
+def with_mlp(layer: Any, stream: Tensor) -> Tensor:
+    """The stream (..., D) and what the MLP of a plain layer adds to it."""
+    return stream + states_of(layer.mlp(layer.post_attention_layernorm(stream)))
+
+
+def mixed(layer: Any, heads: Tensor) -> Tensor:
+    """(..., D) what a layer's attention puts out, of its heads (..., H, width)."""
+    out: Tensor = layer.self_attn.o_proj(heads.flatten(-2))
+    return out
+
+
 def layers_like(module: Any, first: int, last: int) -> range:
     """The layers of ``module`` that ``first`` to ``last``, both included, are of 32 layers; at least one."""
     count = layer_count(module)
