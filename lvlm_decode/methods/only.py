@@ -125,11 +125,9 @@ class _Words(Branch):
         self.heads = torch.empty(0)
 
     def leaves(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, lane: Any) -> None:
-        slots = key.shape[2]
         attention = probabilities(query, key, seen, scaling)
-        images = to_layer(image_slots(lane, self.run.family.image_token_id)[lane.rows_of(0)], lane, slots)[
-            :, None, None
-        ]
+        images = image_slots(lane, self.run.family.image_token_id)[lane.rows_of(0)]
+        images = to_layer(images, lane, key.shape[2])[:, None, None]
         first = seen & (seen.cumsum(-1) == 1)
         self.heads = weighted(textual(attention, seen & ~images & ~first, seen & images), value)
 
