@@ -128,7 +128,7 @@ class Attached:
             rows_per_sample=self._rows_per_sample(family, kwargs),
             execution=self.execution,
             family=family,
-            features=None if given is None else family.unpack(given),
+            features=family.unpack(given) if given else None,
             memory=self.memory,
             recorder=self.recorder,
         )

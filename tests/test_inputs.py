@@ -12,7 +12,7 @@ import lvlm_decode as ld
 from lvlm_decode.engine.hf import inputs as hf_inputs
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
-from lvlm_decode.testing.models import IMAGE, PAD, VIDEO, VISION_END, VISION_START, tiny
+from lvlm_decode.testing.models import IMAGE, PAD, VIDEO, tiny
 
 FORMS = ("attach", "custom_generate", "processor")
 HOW = dict(max_new_tokens=6, do_sample=False)
@@ -57,7 +57,7 @@ def test_somebody_decides_about_every_input(family):
 def test_what_is_honoured_is_what_the_zoo_gives(family):
     """No family's list is short of what a processor makes, which the other tests hold to the bare model's answer."""
     zoo = tiny(family)
-    given = set(zoo.inputs(("is it",)))
+    given = set(zoo.inputs(("is it",), videos=1 if zoo.video_ids else 0))
     assert given <= {*family_of(zoo.model).input_keys, "input_ids", "attention_mask"}
 
 
@@ -71,42 +71,6 @@ def test_what_cannot_be_honoured_is_refused_by_name(family, name):
         with pytest.raises(UnsupportedError, match=f"^{name} ") as caught:
             call(zoo, {**zoo.inputs(("is it",)), name: torch.ones(1, 2)}, form, ld.VCD())
         assert "\n" not in str(caught.value) and str(caught.value)[-1] in ".?"
-
-
-def video(family):
-    zoo = tiny(family)
-    frames = [VISION_START] + [VIDEO] * 4 + [VISION_END]
-    block = frames * 2 if family.startswith("qwen3") else [VISION_START] + [VIDEO] * 8 + [VISION_END]
-    ids = torch.tensor([[1, *block, *zoo.tokenizer("is it", add_special_tokens=False).input_ids]])
-    pixels = torch.randn(32, 96, generator=torch.Generator().manual_seed(1)) * 3
-    return zoo, {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": pixels,
-        "video_grid_thw": torch.tensor([[2, 4, 4]]),
-        "mm_token_type_ids": (ids == VIDEO).long() * 2,
-    }
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("beside", [False, True], ids=["video", "image-and-video"])
-def test_videos_are_refused(family, form, beside):
-    zoo, inputs = video(family)
-    if beside:
-        image = zoo.inputs(("is it",))
-        both = torch.cat([inputs["input_ids"][:, :-5], image["input_ids"][:, 1:]], 1)
-        types = (both == VIDEO).long() * 2 + (both == IMAGE).long()
-        inputs = {
-            **image,
-            **inputs,
-            "input_ids": both,
-            "attention_mask": torch.ones_like(both),
-            "mm_token_type_ids": types,
-        }
-    call(zoo, inputs, "bare")
-    with pytest.raises(UnsupportedError, match="video"):
-        call(zoo, inputs, form)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "instructblip"])

@@ -165,7 +165,7 @@ def _draw_captions(
     def choose(logits: Tensor, live: list[int], position: int) -> list[int]:
         # An image placeholder in the caption would need image features, so it is dropped.
         logits = logits.clone()
-        logits[:, run.family.image_token_id] = float("-inf")
+        logits[:, list(run.family.placeholder_ids.values())] = float("-inf")
         for warper in warpers:
             logits = warper(None, logits)
         return _draw(logits, [ids[row] for row in live], position, seed)

@@ -157,7 +157,7 @@ class OPERA(Controller):
         self.check_search(call, "tokens that were taken back have no place in a list of steps")
         input_ids, limits, config = call.input_ids, Limits.of(run, call), call.config
         # The rows of the cache are these, which may have less padding than the caller's.
-        images = run.prepared[0].input_ids == run.family.image_token_id
+        images = run.family.is_placeholder(run.prepared[0].input_ids)
         searches = [
             Search(
                 self,
@@ -191,7 +191,7 @@ class OPERA(Controller):
             return self.prompt_length
         if run.module is not run.model:
             return 1
-        image = ids == run.family.image_token_id
+        image = run.family.is_placeholder(ids)
         first = image & ~torch.cat([image.new_zeros(1), image[:-1]])
         return int((~image).sum() + first.sum())
 

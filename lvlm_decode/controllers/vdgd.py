@@ -208,7 +208,7 @@ def describe(run: Run, samples: list[Any], method: VDGD, ends: Sequence[int]) ->
         steps[live] += 1
         # An image placeholder in the description would need image features, so it is dropped.
         words = logits.clone()
-        words[:, run.family.image_token_id] = float("-inf")
+        words[:, list(run.family.placeholder_ids.values())] = float("-inf")
         return words.argmax(-1).tolist()
 
     texts = write(rows, method.description_tokens, ends, choose)

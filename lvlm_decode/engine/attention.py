@@ -19,6 +19,7 @@ from .hf.kwargs import left_pad
 from .running import current, running_lane
 
 if TYPE_CHECKING:
+    from ..families.base import Family
     from .run import Run
     from .stack import Lane
 
@@ -124,9 +125,9 @@ def weighted(attention: Tensor, value: Tensor) -> Tensor:
     return (folded @ value).reshape(rows, heads, count, -1).transpose(1, 2)
 
 
-def image_slots(lane: Lane, image_token_id: int) -> Tensor:
-    """(V*B, length) bool: slots of the cache that hold image tokens, in all rows of a lane."""
-    prompts = torch.cat([left_pad(p.input_ids == image_token_id, lane.width, False) for p in lane.prepared])
+def image_slots(lane: Lane, family: Family) -> Tensor:
+    """(V*B, length) bool: slots of the cache that hold tokens of images and videos, in all rows of a lane."""
+    prompts = torch.cat([left_pad(family.is_placeholder(p.input_ids), lane.width, False) for p in lane.prepared])
     return torch.nn.functional.pad(prompts, (0, lane.length - lane.width))
 
 
@@ -166,7 +167,7 @@ class Rescored(Edit):
         if rows is None or layer not in self.layers or (lane.prefilling and not self.first):
             return out
         queries = choosing(lane)
-        images = to_layer(image_slots(lane, self.run.family.image_token_id)[rows], lane, key.shape[2])[:, None, None]
+        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key.shape[2])[:, None, None]
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
         own = query[rows][:, :, queries]
         attention = probabilities(own, key[rows], seen, scaling, lambda scores: self.change(scores, images))
@@ -180,7 +181,7 @@ class Rescored(Edit):
     def _tell(self, lane: Any, layer: int, title: str, attention: Tensor) -> None:
         """Tell the recorder of attention (B, H, q, S)."""
         weights = left_pad(attention.mean(1)[..., : lane.length], lane.length, 0.0)
-        images = image_slots(lane, self.run.family.image_token_id)[lane.rows_of(0)]
+        images = image_slots(lane, self.run.family)[lane.rows_of(0)]
         assert self.run.recorder is not None
         self.run.recorder.attended(
             f"attention to the image, {title}, mean over the edited layers", layer, weights, images

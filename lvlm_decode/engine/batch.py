@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +22,20 @@ from ..method import Method, Sum, View
 from . import hf, sampling
 from .attention import Edit, image_slots, probabilities, routed, rows_of, visible
 from .hf import Encoded, Prepared, left_pad
+from .hf.vision import PIXELS
+from .media import Media
 from .samples import Sample, content
 from .stack import Lane
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """An input of an encoder on the batch's device; a list of numbers (the time between frames) as a tensor."""
+    if isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value):
+        value = torch.tensor(value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 class Batch:
@@ -76,41 +85,24 @@ class Batch:
             raise InputError(
                 f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(ids_tensor.shape)}; they must be equal."
             )
-        if bool((ids_tensor == family.image_token_id)[mask == 0].any()):
+        if bool(family.is_placeholder(ids_tensor)[mask == 0].any()):
             raise InputError("attention_mask hides image placeholders; pass the processor's mask as it is.")
         if bool((mask[:, -1] == 0).any()):
             raise InputError(
                 "the prompts are right-padded; decoding needs left padding: processor.tokenizer.padding_side = 'left'."
             )
-        self.vision = {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key in family.vision_keys
-            if (value := inputs.get(key)) is not None
-        }
+        #: The encoders' inputs of the whole batch.
+        self.vision = {key: _on(value, device) for key in family.vision_keys if (value := inputs.get(key)) is not None}
         #: Of the caller's prompts, padding included.
         self.width = ids_tensor.shape[1]
-        self._placeholders = (ids_tensor == family.image_token_id).sum(1).tolist()
-        self._images: list[tuple[Encoded, ...]] = []
-        self._encoded = False
-        self._images_at: list[int] = []
-        if features is not None:
-            self._assign(list(features))
-            self._check_used(self._images_at[-1], len(features))
-        elif "pixel_values" not in self.vision:
-            if any(self._placeholders):
-                row = next(i for i, n in enumerate(self._placeholders) if n)
-                raise InputError(
-                    f"row {row} has {self._placeholders[row]} image placeholders and no pixel_values were given; pass "
-                    "the image to the processor together with the text."
-                )
-            self._images, self._encoded = [()] * len(self._placeholders), True
-            self._images_at = [0] * (len(self._placeholders) + 1)
-        elif not any(self._placeholders):
-            raise InputError(
-                "pixel_values were given and no prompt has an image token; write the image into the prompt "
-                "(apply_chat_template with an image part, or the processor's image token)."
-            )
-        rows = self._vision_rows(len(ids_tensor))
+        self._media: list[Media] = []
+        for kind, token in family.placeholder_ids.items():
+            given = [item for item in features or () if item.kind == kind]
+            own = {key: self.vision[key] for key in family.keys_of(kind) if key in self.vision}
+            places = (ids_tensor == token).sum(1).tolist()
+            self._media.append(Media(family, kind, own, places, given or None))
+        parts = [media.rows(lambda: self._encode([])) for media in self._media]
+        rows = [{key: value for own in row for key, value in own.items()} for row in zip(*parts)]
         self._rows: list[tuple[Hashable, dict[str, Tensor], dict[str, Tensor]]] = []
         for row in range(len(ids_tensor)):
             keep = mask[row].bool()
@@ -127,8 +119,9 @@ class Batch:
     @staticmethod
     def _content_key(input_ids: Tensor, vision: dict[str, Tensor]) -> str:
         digest = hashlib.blake2b(input_ids.cpu().numpy().tobytes(), digest_size=8)
-        if "pixel_values" in vision:
-            digest.update(content(vision["pixel_values"]))
+        for pixels in PIXELS.values():
+            if pixels in vision:
+                digest.update(content(vision[pixels]))
         return digest.hexdigest()
 
     @property
@@ -146,119 +139,70 @@ class Batch:
                 ) from error
         return self._processor
 
-    def _vision_rows(self, rows: int) -> list[dict[str, Tensor]]:
-        """The vision inputs of each row."""
-        pixels = self.vision.get("pixel_values")
-        if pixels is None:
-            return [{}] * rows
-        one_each = len(pixels) == rows and all(self._placeholders)
-        if self.family.pixels_per_row or (one_each and self.family.pixel_rows(self.vision) is None):
-            if len(pixels) != rows:
-                raise InputError(
-                    f"the batch has {rows} prompts and pixel_values of {len(pixels)}; pass one image entry per prompt."
-                )
-            return [
-                {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in self.vision.items()}
-                if self._placeholders[row]
-                else {}
-                for row in range(rows)
-            ]
-        per_image = self.family.tokens_per_image(self.vision)
-        if per_image is None:
-            self._encode([])
-            counts = [len(images) for images in self._images]
-        else:
-            counts = self._count(per_image)
-            self._check_used(sum(counts), len(per_image))
-        patches = self.family.pixel_rows(self.vision)
-        out, image, pixel = [], 0, 0
-        for count in counts:
-            take = sum(patches[image : image + count]) if patches else count
-            row = {}
-            for key, value in self.vision.items():
-                if not isinstance(value, Tensor):
-                    row[key] = value
-                elif key == "pixel_values":
-                    row[key] = value[pixel : pixel + take]
-                elif key in self.family.count_keys:
-                    row[key] = value.new_tensor([count])
-                else:
-                    row[key] = value[image : image + count]
-            out.append(row if count else {})
-            image, pixel = image + count, pixel + take
-        return out
-
-    def _count(self, per_image: Sequence[int]) -> list[int]:
-        """How many images each row takes, so that its placeholders are filled exactly; images may be left over."""
-        counts, image = [], 0
-        for row, need in enumerate(self._placeholders):
-            have = taken = 0
-            while have < need and image + taken < len(per_image):
-                have += per_image[image + taken]
-                taken += 1
-            if have != need:
-                raise InputError(
-                    f"row {row} has {need} image placeholders and its images give {have} features; the images and the "
-                    "image tokens of the batch do not belong together."
-                )
-            counts.append(taken)
-            image += taken
-        return counts
-
-    def _check_used(self, used: int, have: int) -> None:
-        if used != have:
-            raise InputError(
-                f"the batch has {have} images and its prompts have places for {used}; every image needs one image token "
-                "in a prompt."
-            )
-
-    def _assign(self, encoded: list[Encoded]) -> None:
-        counts = self._count([len(image.features) for image in encoded])
-        self._images_at = [0]
-        self._images, self._encoded = [], True
-        for count in counts:
-            at = self._images_at[-1]
-            self._images.append(tuple(encoded[at : at + count]))
-            self._images_at.append(at + count)
-
     def images_of(self, sample: Sample) -> tuple[Encoded, ...]:
-        if not self._encoded:
+        """The images and videos of a sample's row, in the order of its prompt."""
+        if self._pending:
             self._encode([])
-        return self._images[sample.index]
+        return sample.in_order([item for media in self._media for item in media.items[sample.index]])
 
     def image_slice(self, sample: Sample) -> slice:
-        if not self._encoded:
+        if self._pending:
             self._encode([])
-        return slice(self._images_at[sample.index], self._images_at[sample.index + 1])
+        return self._media[0].slice(sample.index)
+
+    @property
+    def _pending(self) -> bool:
+        return any(media.pending for media in self._media)
+
+    def encode_again(self, during: Callable[[int], AbstractContextManager[Any]]) -> list[tuple[Encoded, ...]]:
+        """Per row what the encoders say now, in the order of its prompt; nothing is kept.
+
+        Args:
+            during: what the pass of this number runs in; there is one of all images, and one of all videos.
+        """
+        shared: list[list[tuple[Encoded, ...]]] = []
+        for media in self._media:
+            if media.pixels in media.inputs:
+                with during(len(shared)):
+                    shared.append(media.shared(media.encode([media.inputs])))
+        return [sample.in_order([item for rows in shared for item in rows[sample.index]]) for sample in self.samples]
 
     def _encode(self, others: list[Sample]) -> list[tuple[Encoded, ...]]:
-        """Encode the batch, if it was not yet, together with ``others`` in one vision pass; the images of ``others``."""
-        parts = [sample.vision for sample in others]
-        whole = not self._encoded
-        if whole:
-            parts.insert(0, self.vision)
-        if not parts:
-            return []
-        vision = self.family.cat_vision(parts)
-        if self._observe is None:
-            encoded = self.family.encode(vision)
-        else:
-            with self._observe(self.family) as observed:
-                encoded = self.family.encode(vision)
-            self.observed = observed if whole else self.observed
+        """Encode the batch, if it was not yet, together with ``others`` in one pass per kind; the images of ``others``."""
+        found: list[list[Encoded]] = [[] for _ in others]
+        watched = self._pending and self._observe is not None
+        with self._observe(self.family) if watched and self._observe else nullcontext() as observed:
+            for media in self._media:
+                for number, own in enumerate(self._encode_kind(media, others)):
+                    found[number] += own
+        if watched:
+            self.observed = observed or {}
+        return [sample.in_order(own) for sample, own in zip(others, found)]
+
+    def _encode_kind(self, media: Media, others: list[Sample]) -> list[tuple[Encoded, ...]]:
+        """The images, or the videos, of ``others``; those that the batch has already are not encoded again."""
+        whole = media.pending
+        parts: dict[int, dict[str, Any]] = {}
+        for number, sample in enumerate(others):
+            own, before = media.part(sample.vision), media.part(self._rows[sample.index][2])
+            if any(value is not before[key] for key, value in own.items()):
+                parts[number] = own
+        given = [media.inputs, *parts.values()] if whole else list(parts.values())
+        encoded = media.encode(given) if given else []
         at = 0
         if whole:
-            self._assign(encoded)
-            at = self._images_at[-1]
+            media.assign(encoded)
+            at = media.starts[-1]
         out = []
-        for sample in others:
-            count = len(self._images[sample.index])
-            out.append(tuple(encoded[at : at + count]))
-            at += count
+        for number, sample in enumerate(others):
+            known = media.items[sample.index]
+            if number in parts:
+                known, at = tuple(encoded[at : at + len(known)]), at + len(known)
+            out.append(known)
         if at != len(encoded):
             # Views have the images of their samples, so those without a place are among the caller's.
-            places = self._images_at[-1]
-            self._check_used(places, places + len(encoded) - at)
+            places = media.starts[-1]
+            media.check_used(places, places + len(encoded) - at)
         return out
 
     def once(self, key: Hashable, compute: Callable[[Batch], Any]) -> Any:
@@ -287,7 +231,7 @@ class Batch:
         """The samples with their images encoded; what is not encoded yet is encoded in one vision pass."""
         pending = [s for s in samples if s.own_images is None and s.vision is not self._rows[s.index][2]]
         pending = [s for s in pending if s.has_image]
-        fresh = self._encode(pending) if pending or not self._encoded else []
+        fresh = self._encode(pending) if pending or self._pending else []
         encoded = {id(sample): images for sample, images in zip(pending, fresh)}
         out = []
         for sample in samples:
@@ -296,9 +240,7 @@ class Batch:
             elif id(sample) in encoded:
                 out.append(dataclasses.replace(sample, own_images=encoded[id(sample)]))
             else:
-                out.append(
-                    dataclasses.replace(sample, own_images=self._images[sample.index] if sample.has_image else ())
-                )
+                out.append(dataclasses.replace(sample, own_images=self.images_of(sample) if sample.has_image else ()))
         return out
 
     def prepare(self, samples: Sequence[Sample], width: int = 0) -> Prepared:
@@ -308,15 +250,18 @@ class Batch:
     def rows(
         self, samples: Sequence[Sample], width: int = 0
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Encoded]]:
-        """Text, vision inputs and images of ``samples`` as one batch, left-padded to the longest, or to ``width``."""
+        """Text, what positions are made from, and images of ``samples`` as one batch, left-padded to the longest or ``width``."""
         width = max(width, *(sample.text["input_ids"].shape[1] for sample in samples))
         text: dict[str, Tensor] = {}
         for name in samples[0].text:
             fill = self.family.pad_token_id if name == "input_ids" else 0
             text[name] = torch.cat([left_pad(s.text[name], width, fill) for s in samples])
         text["attention_mask"] = torch.cat([left_pad(torch.ones_like(s.text["input_ids"]), width, 0) for s in samples])
-        parts = [sample.vision for sample in samples if sample.vision]
-        vision = self.family.cat_vision(parts) if parts else {}
+        vision = {
+            key: torch.cat(own)
+            for key in self.family.position_keys
+            if (own := [sample.vision[key] for sample in samples if key in sample.vision])
+        }
         return text, vision, [image for sample in samples for image in sample.images]
 
 
@@ -379,4 +324,4 @@ def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad(), routed(lane.module):
         logits = lane.prefill(1).logits[:, -1].float()
     rows = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])
-    return rows, image_slots(lane, batch.family.image_token_id), logits
+    return rows, image_slots(lane, batch.family), logits

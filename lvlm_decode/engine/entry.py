@@ -42,7 +42,7 @@ def signature() -> inspect.Signature:
     ``generate()`` hands a callable, unexpanded, the inputs that its signature names: those of the encoders of all families.
     """
     loop = ("model", "input_ids", "logits_processor", "stopping_criteria", "generation_config")
-    vision = sorted({name for family in families() for name in family.encoder_inputs} | set(hf.ENCODED_FIRST))
+    vision = sorted({name for family in families() for name in family.encoder_inputs})
     plain, named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [
@@ -87,7 +87,7 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
         if isinstance(call.inputs.get(key), Tensor):
             inputs[key] = call.inputs[key][rows]
     features = None
-    if (given := hf.take_images(call.inputs)) is not None:
+    if given := hf.take_images(call.inputs):
         if expand > 1:
             raise UnsupportedError(
                 "features instead of pixels cannot be told apart once they are expanded for beams; pass pixel_values, or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..errors import InputError, UnsupportedError
 from ..families.base import Family
 from ..method import View
 from .hf import Encoded
+from .hf.vision import IMAGE, PIXELS, VIDEO
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -33,10 +34,11 @@ class Sample:
     Args:
         id: what its randomness is keyed by.
         text: ``input_ids`` (1, T) and token types (1, T).
-        vision: the encoder's inputs for this row's images; empty for a text-only row.
+        vision: the encoders' inputs for this row's images and videos; empty for a text-only row.
         batch: the batch it came with; encodes images, loads the processor.
         index: its row in that batch.
-        own_images: the images as encoded features, or ``None`` when the pixels are still to be encoded.
+        own_images: the images and videos as encoded features, in the order of the prompt, or ``None`` when the pixels are
+            still to be encoded.
     """
 
     id: Hashable
@@ -57,11 +59,15 @@ class Sample:
 
     @property
     def has_image(self) -> bool:
-        return bool((self.input_ids == self.family.image_token_id).any())
+        """The prompt has an image or a video."""
+        return bool(self.family.is_placeholder(self.input_ids).any())
 
     @property
     def images(self) -> tuple[Encoded, ...]:
-        """The images as the language model receives them; encodes the whole batch on first use."""
+        """The images and videos as the language model receives them, in the order of the prompt.
+
+        Encodes the whole batch on first use.
+        """
         if self.own_images is not None:
             return self.own_images
         return self.batch.images_of(self)
@@ -84,17 +90,18 @@ class Sample:
 
     @property
     def image_key(self) -> str:
-        """A hash of the sample's images: of their pixels, or of their features if they came as such."""
+        """A hash of the sample's images and videos: of their pixels, or of their features if they came as such."""
         digest = hashlib.blake2b(digest_size=16)
         own = self.family.prompt_keys
         parts = [v for k, v in sorted(self.vision.items()) if isinstance(v, Tensor) and k not in own]
+        parts = parts if any(pixels in self.vision for pixels in PIXELS.values()) else []
         for part in parts or [image.features for image in self.images]:
             digest.update(content(part))
         return digest.hexdigest()
 
     @property
     def image_slice(self) -> slice:
-        """Where this sample's images stand among the images of its batch."""
+        """Where this sample's images, without its videos, stand among the images of its batch."""
         return self.batch.image_slice(self)
 
     @property
@@ -112,24 +119,131 @@ class Sample:
         return View(self, weight=weight, **how)
 
     def with_pixels(self, edit: Callable[[Tensor], Tensor], weight: float = 0.0) -> View:
-        """The sample with edited pixels; ``edit`` maps ``pixel_values`` of this row's images, normalised, to the same shape.
+        """The sample with edited pixels; ``edit`` maps normalised pixels to others of the same shape.
+
+        It is given ``pixel_values`` of this row's images, and then the frames (F, 3, H, W) of each of its videos. Methods
+        that add noise or change pictures use :meth:`with_noise` and :meth:`with_pictures`, which know what families do with
+        pixels.
 
         Raises:
             InputError: the images came as features, without pixels.
         """
+        return self._edited_pixels(edit, edit, weight)
+
+    def with_noise(self, noise: Callable[[Tensor], Tensor], weight: float = 0.0) -> View:
+        """The sample with noise on its pixels; ``noise`` maps normalised pixels to noised ones of the same shape.
+
+        Copies of one picture get the same noise. Each frame of a video gets noise of its own, as when noise is drawn for the
+        whole tensor of a video.
+
+        Raises:
+            InputError: the images came as features, without pixels.
+        """
+        return self._edited_pixels(lambda pixels: self.family.tie_noise(noise, pixels), noise, weight)
+
+    def with_pictures(self, edit: Callable[[Tensor], Tensor], weight: float = 0.0) -> View:
+        """The sample with other pictures; ``edit`` maps pictures (..., 3, H, W) with values in [0, 1] to others.
+
+        All frames of a video come at once, (F, 3, H, W), so that what ``edit`` draws is the same for all of them.
+
+        Raises:
+            InputError: the images came as features, without pixels.
+        """
+
+        def pictures(pixels: Tensor) -> Tensor:
+            return self.family.edit_pictures(edit, pixels, self.vision)
+
+        def frames(pixels: Tensor) -> Tensor:
+            return self.family.edit_normalised(edit, pixels)
+
+        return self._edited_pixels(pictures, frames, weight)
+
+    def with_frames(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0) -> View:
+        """The sample with other frames in its videos: in another order, or fewer of them.
+
+        Temporal contrastive decoding (arXiv 2409.16597) contrasts with a video of which frames were dropped. The prompt
+        follows the number of frames; the time that stands beside a frame, in words or in its position, stays that of its
+        place. A sample without a video is unchanged.
+
+        Args:
+            edit: ``edit(frames (F, 3, H, W) normalised, number of the video)`` gives at least one and at most F frames of
+                the same size; for example ``frames[torch.randperm(len(frames), generator=rng)]`` or ``frames[::2]``.
+
+        Raises:
+            InputError: the videos came as features, without pixels, or ``edit`` gave no frame or more than there were.
+        """
+        if not self.has_video:
+            return self.as_view(weight)
+        self._check_pixels()
+        own = self.family.frames_of(self.vision)
+        frames = [edit(before, number) for number, before in enumerate(own)]
+        for number, (before, after) in enumerate(zip(own, frames)):
+            if not 1 <= len(after) <= len(before) or after.shape[1:] != before.shape[1:]:
+                raise InputError(
+                    f"a view's video {number} is {tuple(after.shape)} and the sample's {tuple(before.shape)}; an edit of "
+                    "frames keeps their size, and gives at least one and no more than there were."
+                )
+        vision = self.family.with_frames(self.vision, frames)
+        ids = self.input_ids
+        places = (ids == self.family.placeholder_ids[VIDEO]).nonzero().flatten().tolist()
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        at = 0
+        for had, want in zip(self.family.tokens_per_video(self.vision), self.family.tokens_per_video(vision)):
+            # With the last placeholders goes what stands between them: the words beside later frames.
+            keep[places[at + want - 1] + 1 : places[at + had - 1] + 1] = False
+            at += had
+        text = {key: value[:, keep] for key, value in self.text.items()}
+        return View(dataclasses.replace(self, text=text, vision=vision, own_images=None), weight)
+
+    @property
+    def has_video(self) -> bool:
+        token = self.family.placeholder_ids.get(VIDEO)
+        return token is not None and bool((self.input_ids == token).any())
+
+    def _check_pixels(self) -> None:
+        for kind, pixels in PIXELS.items():
+            token = self.family.placeholder_ids.get(kind)
+            if token is not None and pixels not in self.vision and bool((self.input_ids == token).any()):
+                raise InputError(
+                    f"this method edits pixels, and the {kind}s were given as features; pass {pixels} to generate()."
+                )
+
+    def _edited_pixels(
+        self, images: Callable[[Tensor], Tensor], frames: Callable[[Tensor], Tensor], weight: float
+    ) -> View:
+        """The sample with images, and frames (F, 3, H, W) of videos, under an edit each."""
         if not self.has_image:
             return self.as_view(weight)
-        if "pixel_values" not in self.vision:
-            raise InputError(
-                "this method edits pixels, and the images were given as features; pass pixel_values to generate()."
-            )
-        vision = dict(self.vision, pixel_values=edit(self.vision["pixel_values"]))
+        self._check_pixels()
+        vision = dict(self.vision)
+        if PIXELS[IMAGE] in vision:
+            vision[PIXELS[IMAGE]] = images(vision[PIXELS[IMAGE]])
+        if PIXELS[VIDEO] in vision:
+            vision = self.family.with_frames(vision, [frames(own) for own in self.family.frames_of(vision)])
         return View(dataclasses.replace(self, vision=vision, own_images=None), weight)
 
-    def with_features(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0, deep: bool = False) -> View:
-        """The sample with edited image features; ``edit(features (n, D), image number)`` may change n.
+    def in_order(self, images: Sequence[Encoded]) -> tuple[Encoded, ...]:
+        """``images``, those of each kind in order, as they stand in the prompt."""
+        starts = [places[0] for places in self._places(images)]
+        return tuple(images[i] for i in sorted(range(len(images)), key=starts.__getitem__))
 
-        Placeholders in the prompt follow the new number of features.
+    def _places(self, images: Sequence[Encoded]) -> list[list[int]]:
+        """Per image or video its placeholders."""
+        left = {
+            kind: (self.input_ids == token).nonzero().flatten().tolist()
+            for kind, token in self.family.placeholder_ids.items()
+        }
+        out = []
+        for image in images:
+            count = len(image.features)
+            out.append(left[image.kind][:count])
+            left[image.kind] = left[image.kind][count:]
+        return out
+
+    def with_features(self, edit: Callable[[Tensor, int], Tensor], weight: float = 0.0, deep: bool = False) -> View:
+        """The sample with edited features; ``edit(features (n, D), number)`` may change n.
+
+        ``number`` counts the images and videos of the prompt. Placeholders in the prompt follow the new number of features.
 
         Args:
             deep: edit also what goes into deeper layers, for families that have such features.
@@ -137,7 +251,7 @@ class Sample:
         images = []
         for number, image in enumerate(self.images):
             features = edit(image.features, number)
-            if len(features) != len(image.features) and (image.deep or self.family.pixel_rows(self.vision)):
+            if len(features) != len(image.features) and (image.deep or self.family.position_keys):
                 raise UnsupportedError(
                     f"{self.family.config.model_type} ties the positions of its image tokens to a grid, and this view "
                     "drops some of them; choose a method that keeps their number."
@@ -163,17 +277,11 @@ class Sample:
         return dataclasses.replace(self, text=text, own_images=images)
 
     def image_spans(self) -> list[tuple[int, int]]:
-        """Per image [start, stop) of its placeholders; separators inside an image's grid belong to its span."""
-        places = (self.input_ids == self.family.image_token_id).nonzero().flatten().tolist()
-        spans, at = [], 0
-        for image in self.images:
-            own = places[at : at + len(image.features)]
-            spans.append((own[0], own[-1] + 1))
-            at += len(image.features)
-        return spans
+        """Per image or video [start, stop) of its placeholders; separators inside its grid belong to its span."""
+        return [(own[0], own[-1] + 1) for own in self._places(self.images)]
 
     def without_image(self, weight: float = 0.0, instead: int | Tensor | None = None) -> View:
-        """The sample with its images and their placeholders taken out of the prompt.
+        """The sample with its images and videos and their placeholders taken out of the prompt.
 
         Args:
             instead: a token id that takes the place of each image, or ids (n,) that take the place of the first one.
@@ -198,8 +306,8 @@ class Sample:
 
         Token types are those of the placeholders for placeholders, ``fill`` (0) elsewhere.
         """
-        image = self.family.image_token_id
-        if int((input_ids == image).sum()) != int((self.input_ids == image).sum()):
+        image, before = self.family.is_placeholder(input_ids), self.family.is_placeholder(self.input_ids)
+        if not torch.equal(input_ids[image], self.input_ids[before]):
             raise InputError("a view's prompt must keep the image placeholders of the sample; their number changed.")
         text = {}
         for key, value in self.text.items():
@@ -207,7 +315,7 @@ class Sample:
                 text[key] = input_ids[None]
                 continue
             types = torch.full_like(input_ids, (fill or {}).get(key, 0))
-            types[input_ids == image] = value[0][self.input_ids == image]
+            types[image] = value[0][before]
             text[key] = types[None]
         return View(dataclasses.replace(self, text=text, own_images=self.own_images), weight)
 

@@ -50,7 +50,7 @@ class Thinned(Edit):
             queries = choosing(lane)
             own = rows_of(seen, rows, queries)
             attention = probabilities(query[rows][:, :, queries], key[rows], own, scaling).mean(1)
-            images = image_slots(lane, self.run.family.image_token_id)[rows]
+            images = image_slots(lane, self.run.family)[rows]
             in_use = own[:, 0].expand_as(attention)[..., : lane.length]
             attention = left_pad(attention[..., : lane.length], lane.length, 0.0)
             self.hidden = self.hides(attention, left_pad(in_use, lane.length, False), images[:, None], lane)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,19 +14,28 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..engine import hf
 from ..engine.hf import Encoded, Prepared, decoder
 from ..engine.hf import vision as encoded
+from ..engine.hf.vision import IMAGE, PIXELS, VIDEO
 from ..engine.hooks import replaced
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 
 
 class Family:
-    """How one model family is given its text and its images."""
+    """How one model family is given its text, its images and its videos.
 
-    #: Inputs of the encoder that models of this family know, pixels first.
+    What is said of images here is said of still pictures; videos have functions of their own. Families whose processor hands
+    over a video as images (InternVL, SmolVLM) have no videos for this library.
+    """
+
+    #: Inputs of the encoders of images and videos that models of this family know, pixels first.
     encoder_inputs: tuple[str, ...] = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy")
     #: Text-side inputs, (B, T) each, beside ``input_ids`` and ``attention_mask``.
     token_keys: tuple[str, ...] = ("token_type_ids", "mm_token_type_ids")
     #: Inputs that hold a number of images per row, not something per image.
     count_keys: tuple[str, ...] = ()
+    #: Inputs, one entry per image or video, that positions are made from.
+    position_keys: tuple[str, ...] = ()
+    #: Of those the ones that only positions are made from, one entry per video; models without them lack the time of frames.
+    clock_keys: tuple[str, ...] = ()
     #: Text that the vision side reads (a Q-Former's prompt) and its mask: inputs of the encoder, (B, T) each.
     prompt_keys: tuple[str, ...] = ()
     #: ``pixel_values`` has one row per sample even when a sample has several images or none.
@@ -38,15 +48,40 @@ class Family:
     def __init__(self, model: Any):
         self.model: Any = model
         self.config: Any = model.config
-        self._encode_keys = tuple(
-            name
-            for name, parameter in inspect.signature(type(model).get_image_features).parameters.items()
-            if name not in ("self", "return_dict") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        )
+        forward = inspect.signature(type(model).forward).parameters
+        #: Kind of what an encoder reads -> its inputs.
+        self._keys = {
+            kind: tuple(
+                name
+                for name, parameter in inspect.signature(
+                    getattr(type(model), f"get_{kind}_features")
+                ).parameters.items()
+                if name not in ("self", "return_dict") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+            )
+            for kind in hf.vision.KINDS
+            if kind == IMAGE or (PIXELS[kind] in self.encoder_inputs and PIXELS[kind] in forward)
+        }
+        self._clock = tuple(name for name in self.clock_keys if name in forward)
+        #: Kind -> what its encoder returned last, which :meth:`pack` follows.
+        self._templates: dict[str, Any] = {}
 
     @property
     def image_token_id(self) -> int:
         return self.config.image_token_id
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Kind of what the model sees -> the token that stands for a part of it."""
+        ids = {IMAGE: self.image_token_id}
+        return {**ids, VIDEO: self.config.video_token_id} if VIDEO in self._keys else ids
+
+    def is_placeholder(self, input_ids: Tensor) -> Tensor:
+        """(...) bool: which tokens of (...) stand for a part of an image or of a video."""
+        first, *rest = self.placeholder_ids.values()
+        found = input_ids == first
+        for token in rest:
+            found = found | (input_ids == token)
+        return found
 
     @property
     def pad_token_id(self) -> int:
@@ -58,8 +93,12 @@ class Family:
 
     @property
     def vision_keys(self) -> tuple[str, ...]:
-        """Inputs of the image encoder: pixels and whatever it needs to read them."""
-        return self._encode_keys
+        """Inputs of the encoders: pixels of images and videos and whatever is needed to read them and place them."""
+        return tuple(dict.fromkeys(name for kind in self._keys for name in self.keys_of(kind)))
+
+    def keys_of(self, kind: str) -> tuple[str, ...]:
+        """Of :attr:`vision_keys` those of images, or those of videos; options of the encoder are both's."""
+        return (*self._keys[kind], *(self._clock if kind == VIDEO else ()))
 
     @property
     def input_keys(self) -> tuple[str, ...]:
@@ -77,6 +116,22 @@ class Family:
     def tokens_per_image(self, vision: dict[str, Tensor]) -> list[int] | None:
         """How many placeholders each image takes, where the inputs alone tell; ``None`` means: encode to know."""
         return None
+
+    def tokens_per_video(self, vision: dict[str, Tensor]) -> list[int]:
+        """How many placeholders each video takes."""
+        raise NotImplementedError
+
+    def video_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
+        """Rows of ``pixel_values_videos`` that each video takes; ``None`` means one."""
+        return None
+
+    def frames_of(self, vision: dict[str, Tensor]) -> list[Tensor]:
+        """Per video its frames (F, 3, H, W), normalised."""
+        raise NotImplementedError
+
+    def with_frames(self, vision: dict[str, Tensor], frames: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``vision`` with other frames, (F, 3, H, W) per video, of the same sizes; their number may be smaller."""
+        raise NotImplementedError
 
     def pixel_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
         """Rows of ``pixel_values`` that each image takes; ``None`` means one."""
@@ -103,19 +158,35 @@ class Family:
         Args:
             vision: ``pixel_values`` and what goes with them, and a Q-Former's prompt where there is one.
         """
-        kwargs = {key: value for key, value in vision.items() if key in self._encode_keys}
-        kwargs["pixel_values"] = kwargs["pixel_values"].to(self.model.dtype)
+        return self._split(self._encoded(IMAGE, vision))
+
+    def encode_videos(self, parts: Sequence[dict[str, Tensor]]) -> list[Encoded]:
+        """The videos of several samples, in order.
+
+        Args:
+            parts: per sample the inputs of its videos.
+        """
+        own = {
+            key: torch.cat([part[key] for part in parts]) if isinstance(value, Tensor) else value
+            for key, value in parts[0].items()
+        }
+        return encoded.unpack(self._encoded(VIDEO, own), VIDEO)
+
+    def _encoded(self, kind: str, vision: dict[str, Tensor]) -> Any:
+        kwargs: dict[str, Any] = {key: value for key, value in vision.items() if key in self._keys[kind]}
+        kwargs[PIXELS[kind]] = kwargs[PIXELS[kind]].to(self.model.dtype)
         with torch.no_grad():
-            out = self.model.get_image_features(**kwargs, return_dict=True)
-        self._template = out
-        return self._split(out)
+            out = getattr(self.model, f"get_{kind}_features")(**kwargs, return_dict=True)
+        self._templates[kind] = out
+        return out
 
     def _split(self, out: Any) -> list[Encoded]:
         return encoded.unpack(out)
 
-    def pack(self, images: Sequence[Encoded]) -> Any:
-        """The images as the model's own encoder would have returned them; a fresh object."""
-        return encoded.pack(images, self._template)
+    def pack(self, images: Sequence[Encoded]) -> dict[str, Any]:
+        """Images and videos by kind as the model's own encoders would have returned them; fresh objects."""
+        kinds = {kind: [image for image in images if image.kind == kind] for kind in self._keys}
+        return {kind: encoded.pack(own, self._templates[kind]) for kind, own in kinds.items() if own}
 
     def generate(
         self,
@@ -128,13 +199,13 @@ class Family:
         """``generate()`` of the model's own class on prepared features: no pixels, no second vision pass.
 
         Args:
+            text: ``input_ids``, ``attention_mask`` and token types of the rows.
+            vision: the inputs of ``position_keys`` of all images and videos of the rows.
+            images: the images and videos of the rows, in order.
             loop: see :func:`lvlm_decode.engine.hf.generate`.
         """
-        inputs: dict[str, Any] = dict(text)
-        # Position ids of families with image grids need the grid, not the pixels.
-        inputs.update({key: value for key, value in vision.items() if key.endswith("grid_thw")})
-        packed = hf.with_images(self.pack(images) if images else None)
-        return hf.generate(self.model, loop, **inputs, **packed, **kwargs)
+        inputs: dict[str, Any] = {**text, **vision}
+        return hf.generate(self.model, loop, **inputs, **hf.with_images(self.pack(images)), **kwargs)
 
     def prepare(self, text: dict[str, Tensor], vision: dict[str, Tensor], images: Sequence[Encoded]) -> Prepared:
         """Let the model's own ``generate()`` prepare a batch, and stop before its first forward."""
@@ -146,8 +217,8 @@ class Family:
         )
 
     def drop_image(self, input_ids: Tensor) -> Tensor:
-        """(T,) bool: which tokens of a prompt stay when its images are taken away."""
-        return input_ids != self.image_token_id
+        """(T,) bool: which tokens of a prompt stay when its images and videos are taken away."""
+        return ~self.is_placeholder(input_ids)
 
     def insert_prefix(self, input_ids: Tensor, prefix: Tensor) -> tuple[Tensor, int]:
         """(T + P,) the prompt with ``prefix`` (P,) after its begin token, and where it was put."""
@@ -155,10 +226,21 @@ class Family:
         at = 1 if len(input_ids) and bos is not None and int(input_ids[0]) == bos else 0
         return torch.cat([input_ids[:at], prefix, input_ids[at:]]), at
 
-    def unpack(self, packed: Any) -> list[Encoded]:
-        """The images that the user passed in encoded, as the model's own encoder returns them."""
-        self._template = packed
-        return self._split(packed)
+    def unpack(self, packed: Mapping[str, Any]) -> list[Encoded]:
+        """The images and videos that the user passed in encoded, by kind, as the model's own encoders return them.
+
+        Raises:
+            UnsupportedError: videos, where the model takes none.
+        """
+        out: list[Encoded] = []
+        for kind, own in packed.items():
+            if kind not in self._keys:
+                raise UnsupportedError(
+                    f"an encoded {kind} cannot be honoured: {self.config.model_type} takes none; leave it out."
+                )
+            self._templates[kind] = own
+            out += self._split(own) if kind == IMAGE else encoded.unpack(own, kind)
+        return out
 
     def tie_noise(self, noise: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         """``noise(pixels)``; a hook for families that hold copies of a picture, which must get the same noise."""
@@ -177,6 +259,10 @@ class Family:
         Args:
             vision: the inputs ``pixels`` came with, for families that need them to see the pictures.
         """
+        return self.edit_normalised(edit, pixels)
+
+    def edit_normalised(self, edit: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """``edit`` of normalised pictures (..., 3, H, W): it sees and returns values in [0, 1]."""
         mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels) for v in self.pixel_statistics)
         return (edit((pixels * std + mean).float().clamp(0, 1)).to(pixels) - mean) / std
 
@@ -209,14 +295,13 @@ class Family:
         """The layers of the vision encoder, the first one first."""
         return list(self.model.get_encoder(modality="image").encoder.layers)
 
-    def encode_from(self, states: Any, vision: dict[str, Tensor]) -> list[Encoded]:
-        """The images of ``vision`` as they would come if every layer of the encoder put out ``states``; no layer runs.
+    def putting_out(self, states: Any) -> AbstractContextManager[None]:
+        """In the block every layer of the vision encoder puts out ``states``; none runs.
 
         Args:
             states: what one of :meth:`vision_layers` puts out.
         """
-        with replaced(dict.fromkeys(self.vision_layers(), lambda *args, **kwargs: states)):
-            return self.encode(vision)
+        return replaced(dict.fromkeys(self.vision_layers(), lambda *args, **kwargs: states))
 
     def cls_layer(self) -> Any:
         """The self-attention of the encoder layer that produces the features."""

@@ -82,7 +82,7 @@ class InstructBlip(Family):
 
         def given(*args: Any, **ignored: Any) -> Any:
             if images:
-                return self.pack(images)
+                return self.pack(images)[encoded.IMAGE]
             return encoded.no_images(self.config.get_text_config().hidden_size, text["input_ids"].device)
 
         # Its own generate() insists on pixels and encodes them; what follows from the features is kept.

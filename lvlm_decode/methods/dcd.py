@@ -12,6 +12,7 @@ the paper's values.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -65,10 +66,11 @@ class DCD(Contrast):
 
     @contextmanager
     def observe(self, family: Family) -> Iterator[dict[torch.nn.Module, Any]]:
-        outputs: dict[torch.nn.Module, Any] = {}
+        #: Per module one entry per pass of the encoder.
+        outputs: dict[torch.nn.Module, Any] = defaultdict(list)
 
         def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            outputs[module] = output
+            outputs[module].append(output)
 
         own = nullcontext() if self.positive is None else projecting(family.projector(), self.positive)
         with hooked(after=dict.fromkeys(family.before_projector(), keep)), own:
@@ -77,19 +79,21 @@ class DCD(Contrast):
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
-        if "pixel_values" not in sample.vision:
+        if not {"pixel_values", "pixel_values_videos"} & set(sample.vision):
             raise InputError("dcd projects the image anew, and the images were given as features; pass pixel_values.")
-        images = sample.batch.once(("dcd", id(self.negative)), lambda batch: self._project(batch, sample))
-        own = images[sample.image_slice]
+        own = sample.batch.once(("dcd", id(self.negative)), lambda batch: self._project(batch, sample))[sample.index]
         return [sample.with_features(lambda _, number: own[number].features, weight=-self.alpha)]
 
-    def _project(self, batch: Any, sample: Any) -> list[Any]:
-        """All images of the batch through the negative projector, on what the encoder said the first time."""
+    def _project(self, batch: Any, sample: Any) -> list[tuple[Any, ...]]:
+        """Per row its images through the negative projector, on what the encoder said the first time."""
         assert self.negative is not None
         outputs = sample.observed_by(self.name)
-        recorded = {module: lambda *a, output=output, **k: output for module, output in outputs.items()}
-        with replaced(recorded), projecting(batch.family.projector(), self.negative):
-            return batch.family.encode(batch.family.cat_vision([batch.vision]))
+
+        def recorded(number: int) -> Any:
+            return replaced({module: lambda *a, said=said[number], **k: said for module, said in outputs.items()})
+
+        with projecting(batch.family.projector(), self.negative):
+            return batch.encode_again(recorded)
 
 
 @contextmanager

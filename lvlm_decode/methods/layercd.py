@@ -60,10 +60,11 @@ class LayerCD(Contrast):
         layers = family.vision_layers()
         if self.layer > len(layers):
             raise UnsupportedError(f"layercd: layer = {self.layer}, and the vision encoder has {len(layers)} layers.")
-        seen: dict[str, Any] = {}
+        #: One entry per pass of the encoder.
+        seen: dict[str, Any] = {"states": []}
 
         def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen["states"] = output
+            seen["states"].append(output)
 
         with hooked(after={layers[self.layer - 1]: keep}):
             yield seen
@@ -71,11 +72,10 @@ class LayerCD(Contrast):
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
-        images = sample.batch.once(("layercd", self.layer), lambda batch: self._early(batch, sample))
-        own = images[sample.image_slice]
+        own = sample.batch.once(("layercd", self.layer), lambda batch: self._early(batch, sample))[sample.index]
         return [sample.with_features(lambda _, number: own[number].features, weight=-self.alpha)]
 
-    def _early(self, batch: Batch, sample: Sample) -> list[Encoded]:
-        """All images of the batch as the model receives them from an encoder that ends after ``layer``."""
+    def _early(self, batch: Batch, sample: Sample) -> list[tuple[Encoded, ...]]:
+        """Per row its images as the model receives them from an encoder that ends after ``layer``."""
         states = sample.observed_by(self.name)["states"]
-        return batch.family.encode_from(states, batch.family.cat_vision([batch.vision]))
+        return batch.encode_again(lambda number: batch.family.putting_out(states[number]))

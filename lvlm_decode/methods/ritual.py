@@ -9,7 +9,8 @@ sampling at temperature 1.
 The authors transform the picture before the processor; ``generate()`` sees pixels after it, so here the normalisation is
 undone, the picture is transformed at the model's resolution and normalised again. Blur and crop therefore act on the
 resized picture, and the blur's sigma is scaled by the picture's height over 336, the size the authors crop to. Families
-that cut a picture into tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM) get each tile transformed where it is.
+that cut a picture into tiles (LLaVA-NeXT, LLaVA-OneVision, Idefics3, SmolVLM) get each tile transformed where it is. The
+authors have no videos; here all frames of a video get the same transformation, with the same draw.
 
 A row of a batch without an image has nothing to transform: both views are the same and it scores (1 + alpha) * l.
 """
@@ -147,7 +148,7 @@ class RITUAL(Contrast):
         names = list(TRANSFORMS)
         drawn = names[_choice(rng, len(names))] if self.transform == "random" else self.transform
 
-        def transformed(pixels: Tensor) -> Tensor:
-            return sample.family.edit_pictures(lambda x: TRANSFORMS[drawn](x, rng).clamp(0, 1), pixels, sample.vision)
+        def transformed(pictures: Tensor) -> Tensor:
+            return TRANSFORMS[drawn](pictures, rng).clamp(0, 1)
 
-        return [sample.with_pixels(transformed, weight=self.alpha)]
+        return [sample.with_pictures(transformed, weight=self.alpha)]

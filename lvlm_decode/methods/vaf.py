@@ -70,7 +70,7 @@ class _Scale(Edit):
         rows = lane.rows_of(0)
         if rows is None or layer not in self.layers:
             return out
-        images = image_slots(lane, self.run.family.image_token_id)[rows]
+        images = image_slots(lane, self.run.family)[rows]
         # 1 before the first image, then 0; rows without one have nothing before it.
         before = (images.cumsum(-1) == 0) & images.any(-1, keepdim=True)
         factor = torch.where(images, self.method.enhance, torch.where(before, self.method.suppress, 1.0))

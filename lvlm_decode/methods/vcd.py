@@ -4,7 +4,8 @@
 
 Follows the authors' code where it differs from the paper. The code diffuses the normalised pixels on a sigmoid schedule
 (step betas from 1e-5 to 5e-3), in which step 500 leaves the image visible (0.863 of it); the paper states a constant
-gamma = 0.1 per step, which leaves nothing of it: ``schedule="paper"``. One noise draw per sample, kept for the answer.
+gamma = 0.1 per step, which leaves nothing of it: ``schedule="paper"``. One noise draw per sample, kept for the answer; in
+a video one per frame, as the code's function gives where it is handed the frames of a video.
 The paper's POPE runs use step 999, the released scripts 500; the released POPE script sets beta = 0.2, the paper 0.1.
 """
 
@@ -74,6 +75,6 @@ class VCD(Contrast):
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
         def noised(pixels: Tensor) -> Tensor:
-            return sample.family.tie_noise(lambda x: diffuse(x, self.noise_step, self.schedule, rng), pixels)
+            return diffuse(pixels, self.noise_step, self.schedule, rng)
 
-        return [sample.with_pixels(noised, weight=-self.alpha)]
+        return [sample.with_noise(noised, weight=-self.alpha)]

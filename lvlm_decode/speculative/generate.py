@@ -219,11 +219,11 @@ class _Loop:
         """Each sample's prompt without padding, image placeholders as -1."""
         prepared = self.lanes.main.prepared[0]
         ids, mask = prepared.input_ids, prepared.mask.bool()
-        text = ids.masked_fill(ids == self.run.family.image_token_id, -1).tolist()
+        text = ids.masked_fill(self.run.family.is_placeholder(ids), -1).tolist()
         return [[token for token, seen in zip(row, keep) if seen] for row, keep in zip(text, mask.tolist())]
 
     def _prompt_features(self, watcher: Watcher) -> Features:
-        lane, image_id = self.lanes.main, self.run.family.image_token_id
+        lane, family = self.lanes.main, self.run.family
         width = watcher.hidden.shape[1]
         ids, masks = [], []
         for prepared in lane.prepared:
@@ -234,7 +234,7 @@ class _Loop:
         return Features(
             watcher.hidden,
             watcher.embeds,
-            mask & (text == image_id),
+            mask & family.is_placeholder(text),
             mask,
             len(lane.views),
             text,

@@ -6,6 +6,7 @@ contrast pass. So all weights are drawn with unit gain; ``test_families.py`` sho
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ def tokenizer(special: dict[str, int]) -> tf.PreTrainedTokenizerFast:
 
 @dataclass
 class Row:
-    """One sample before batching: its ids, and what its images add."""
+    """One sample before batching: its ids, and what its images and videos add."""
 
     ids: Tensor
     images: dict[str, list[Any]] = field(default_factory=dict)
@@ -72,6 +73,7 @@ class Tiny:
         finish: adds the inputs that depend on the whole batch, such as token types.
         special: the tokens that stand for an image or around it; ``image_token`` is the placeholder itself.
         max_images: the most images of one row. text_only: whether a row may have none.
+        video_ids, video_pixels: the same of videos, for families that take them.
     """
 
     family: str
@@ -83,6 +85,8 @@ class Tiny:
     max_images: int = 2
     text_only: bool = True
     image_token: int = IMAGE
+    video_ids: Callable[[int], list[list[int]]] | None = None
+    video_pixels: Callable[[int, torch.Generator], dict[str, list[Any]]] | None = None
 
     @functools.cached_property
     def processor(self) -> SimpleNamespace:
@@ -93,11 +97,15 @@ class Tiny:
     def tokenizer(self) -> tf.PreTrainedTokenizerFast:
         return tokenizer(self.special)
 
-    def row(self, text: str = "is it", images: int = 1, seed: int = 0) -> Row:
+    def row(self, text: str = "is it", images: int = 1, seed: int = 0, videos: int = 0) -> Row:
         generator = torch.Generator().manual_seed(seed)
         letters = self.tokenizer(text, add_special_tokens=False).input_ids
-        ids = [BOS, *(token for block in self.image_ids(images) for token in [*block, letters[0]]), *letters]
-        return Row(torch.tensor(ids), self.pixels(images, generator) if images else {})
+        blocks, pixels = self.image_ids(images), self.pixels(images, generator) if images else {}
+        if videos:
+            assert self.video_ids is not None and self.video_pixels is not None
+            blocks, pixels = [*blocks, *self.video_ids(videos)], pixels | self.video_pixels(videos, generator)
+        ids = [BOS, *(token for block in blocks for token in [*block, letters[0]]), *letters]
+        return Row(torch.tensor(ids), pixels)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The rows as one left-padded batch, ready for ``model.generate``."""
@@ -114,10 +122,14 @@ class Tiny:
         return self.finish(inputs, list(rows))
 
     def inputs(
-        self, texts: Sequence[str] = ("is it",), images: Sequence[int] | int = 1, seed: int = 0
+        self,
+        texts: Sequence[str] = ("is it",),
+        images: Sequence[int] | int = 1,
+        seed: int = 0,
+        videos: Sequence[int] | int = 0,
     ) -> dict[str, Any]:
-        counts = [images] * len(texts) if isinstance(images, int) else images
-        return self.batch([self.row(text, n, seed + i) for i, (text, n) in enumerate(zip(texts, counts))])
+        counts, films = ([n] * len(texts) if isinstance(n, int) else n for n in (images, videos))
+        return self.batch([self.row(*row, seed + i, n) for i, (*row, n) in enumerate(zip(texts, counts, films))])
 
 
 #: Last weight between the vision encoder and the language model: what scales an image's share of the logits.
@@ -216,6 +228,10 @@ def llava_next() -> Tiny:
     return Tiny("llava_next", model, _packed(model), _tiles)
 
 
+#: Of a video of LLaVA-OneVision.
+FRAMES = 4
+
+
 def llava_onevision() -> Tiny:
     vision = tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=14, vision_use_head=False)
     config = tf.LlavaOnevisionConfig(
@@ -236,7 +252,17 @@ def llava_onevision() -> Tiny:
             inputs["batch_num_images"] = torch.tensor([count for count in counts if count])
         return inputs
 
-    return Tiny("llava_onevision", model, _packed(model, batch_num_images=True), _tiles, finish)
+    return Tiny(
+        "llava_onevision",
+        model,
+        _packed(model, batch_num_images=True),
+        _tiles,
+        finish,
+        special={"<image>": IMAGE, "<video>": VIDEO},
+        # 2 x 2 patches of a frame are pooled into one token, and one more closes the video.
+        video_ids=lambda n: [[VIDEO] * (FRAMES + 1)] * n,
+        video_pixels=lambda n, g: {"pixel_values_videos": [_image(g, FRAMES, 3, 28, 28) for _ in range(n)]},
+    )
 
 
 def instructblip() -> Tiny:
@@ -276,6 +302,8 @@ def instructblip() -> Tiny:
 
 #: Patches per image (height, width) of the Qwen models; merged 2 x 2.
 GRIDS = [(4, 6), (4, 4)]
+#: Pairs of frames and patches (height, width) per video.
+VIDEO_GRIDS = [(3, 4, 4), (2, 4, 6)]
 QWEN_TOKENS = {
     "<|image_pad|>": IMAGE,
     "<|video_pad|>": VIDEO,
@@ -302,11 +330,43 @@ def _qwen(
             patches.append(still.expand(-1, -1, 2, -1).reshape(height * width, -1))
         return {"pixel_values": patches, "image_grid_thw": [torch.tensor([[1, h, w]]) for h, w in GRIDS[:n]]}
 
-    def finish(inputs: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
-        return inputs | {"mm_token_type_ids": (inputs["input_ids"] == IMAGE).long()}
+    def videos(n: int, generator: torch.Generator) -> dict[str, list[Any]]:
+        grids = VIDEO_GRIDS[:n]
+        out: dict[str, list[Any]] = {
+            "pixel_values_videos": [_image(generator, t * h * w, 3 * 2 * 4 * 4) for t, h, w in grids],
+            "video_grid_thw": [torch.tensor([grid]) for grid in grids],
+        }
+        if family == "qwen2_5_vl":
+            out["second_per_grid_ts"] = [torch.tensor(0.5 * (number + 1)) for number in range(n)]
+        return out
 
+    def finish(inputs: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+        ids = inputs["input_ids"]
+        return inputs | {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+
+    letters = tokenizer(QWEN_TOKENS)
     blocks = [[VISION_START, *[IMAGE] * (h * w // 4), VISION_END] for h, w in GRIDS]
-    return Tiny(family, model, lambda n: blocks[:n], pixels, finish, special=QWEN_TOKENS)
+    films = []
+    for steps, height, width in VIDEO_GRIDS:
+        pair = [VIDEO] * (height * width // 4)
+        inside = pair * steps
+        if family.startswith("qwen3"):
+            # Every pair of frames has markers of its own, and the time before them.
+            times = [
+                letters(f"<{0.5 + step:.1f} seconds>", add_special_tokens=False).input_ids for step in range(steps)
+            ]
+            inside = [token for time in times for token in [*time, VISION_START, *pair, VISION_END]]
+        films.append([VISION_START, *inside, VISION_END])
+    return Tiny(
+        family,
+        model,
+        lambda n: blocks[:n],
+        pixels,
+        finish,
+        special=QWEN_TOKENS,
+        video_ids=lambda n: films[:n],
+        video_pixels=videos,
+    )
 
 
 def qwen2_vl() -> Tiny:
@@ -485,9 +545,23 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
 }
 
 
+class Filming(Tiny):
+    """A tiny model in whose rows a video takes the place of one image."""
+
+    def row(self, text: str = "is it", images: int = 1, seed: int = 0, videos: int = 0) -> Row:
+        return super().row(text, max(images - 1, 0), seed, videos + min(images, 1))
+
+
+#: What is put behind a family's name for rows with videos.
+WITH_VIDEO = ":video"
+
+
 @functools.cache
 def tiny(family: str) -> Tiny:
     """The tiny model of a family, built once per process; tests must leave it as they found it."""
+    if family.endswith(WITH_VIDEO):
+        own = tiny(family.removesuffix(WITH_VIDEO))
+        return Filming(**{field.name: getattr(own, field.name) for field in dataclasses.fields(own)})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return BUILDERS[family]()

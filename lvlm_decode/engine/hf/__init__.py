@@ -8,7 +8,7 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 from . import decoder
 from .blueprint import blueprint, is_loaded
 from .cache import KV, check_empty, check_own, check_plain, is_fixed
-from .inputs import ENCODED_FIRST, check_inputs, check_positions, mask_of, model_inputs
+from .inputs import check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
     Prepared,
     cache_in,
@@ -30,7 +30,6 @@ from .places import device_for, unwrapped
 from .vision import Encoded
 
 __all__ = [
-    "ENCODED_FIRST",
     "KV",
     "Call",
     "Encoded",

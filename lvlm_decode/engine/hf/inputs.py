@@ -15,15 +15,15 @@ from transformers import GenerationConfig, GenerationMixin
 from ...errors import UnsupportedError
 from . import kwargs as names
 
-_VIDEO = "a view of a sample is made of its images, and videos are not among them; pass frames as images"
+_VIDEO = "this family's model takes no videos; pass frames as images"
 _TRAINING = "it belongs to training"
 _ENCODER = "it belongs to encoder-decoders, and views run in one decoder"
 #: Inputs of forwards that no view can be given: name -> why, and what to do.
 REFUSED = {
     "pixel_values_videos": _VIDEO,
     "video_grid_thw": _VIDEO,
-    "image_sizes_videos": _VIDEO,
-    "second_per_grid_ts": _VIDEO,
+    "image_sizes_videos": "no encoder of videos reads it; leave it out",
+    "second_per_grid_ts": "this family's positions do not follow the time between frames; leave it out",
     "position_ids": "every view has positions of its own, which the model makes from its prompt and mask; leave it out",
     "inputs_embeds": "they hide the image placeholders; pass input_ids and pixel_values instead",
     "image_sizes": "this family's encoder takes images of one size; leave it out",
@@ -33,8 +33,6 @@ REFUSED = {
     "decoder_input_ids": _ENCODER,
     "decoder_attention_mask": _ENCODER,
 }
-#: Of those, what ``generate()`` would encode before a callable is asked.
-ENCODED_FIRST = ("pixel_values_videos", "video_grid_thw", "image_sizes_videos", "second_per_grid_ts")
 #: Inputs that every family honours beside those of its own.
 HONOURED = ("input_ids", "attention_mask", names.ENCODED)
 

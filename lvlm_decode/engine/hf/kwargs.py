@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ CACHE = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-#: Where ``generate()`` and forwards take images that are encoded already.
+#: Where ``generate()`` and forwards take images and videos that are encoded already, by kind.
 ENCODED = "mm_encoder_outputs"
 #: Settings of a forward that the lanes give anew.
 _SETTINGS = {"logits_to_keep", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
@@ -83,24 +83,24 @@ def joined(first: Any, second: Any) -> Any:
     return second
 
 
-def with_images(images: Any) -> dict[str, Any]:
-    """Encoded images (see :func:`vision.pack`) as an argument of ``generate()``; nothing for ``None``."""
-    return {} if images is None else {ENCODED: {"image": images}}
+def with_images(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Encoded images and videos (see :func:`vision.pack`) by kind as an argument of ``generate()``; nothing for none."""
+    return {ENCODED: dict(packed)} if packed else {}
 
 
-def take_images(kwargs: dict[str, Any]) -> Any:
-    """Encoded images that the caller passed instead of pixels, taken out of ``kwargs``; ``None`` if there are none.
+def take_images(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Encoded images and videos that were passed instead of pixels, by kind, taken out of ``kwargs``.
 
     Raises:
-        UnsupportedError: something else that is encoded already, such as a video.
+        UnsupportedError: something else that is encoded already, such as sound.
     """
-    encoded = dict(kwargs.pop(ENCODED, None) or {})
-    images = encoded.pop("image", None)
-    if other := [name for name, value in encoded.items() if value is not None]:
+    packed = {name: value for name, value in (kwargs.pop(ENCODED, None) or {}).items() if value is not None}
+    if other := [name for name in packed if name not in vision.KINDS]:
         raise UnsupportedError(
-            f"an encoded {other[0]} cannot be honoured: a view of a sample is made of its images; leave out the {other[0]}."
+            f"an encoded {other[0]} cannot be honoured: a view of a sample is made of its images and videos; leave out the "
+            f"{other[0]}."
         )
-    return images
+    return packed
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Prepared:
         positions: (B, T), or (axes, B, T) where positions have several axes (M-RoPE).
         embeds: (B, T, D) where the module decodes from embeddings, else ``None``.
         tokens: further inputs per token, (B, T) each, by name (token types).
-        images: the encoded images, as the forward takes them, or ``None``.
+        images: the encoded images and videos, as the forward takes them, by kind.
     """
 
     module: torch.nn.Module
@@ -123,7 +123,7 @@ class Prepared:
     positions: Tensor
     embeds: Tensor | None = None
     tokens: dict[str, Tensor] = field(default_factory=dict)
-    images: Any = None
+    images: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -140,7 +140,7 @@ class Prepared:
         Args:
             kwargs: what ``prepare_inputs_for_generation`` returned.
             token_keys: names of the inputs that hold one value per token.
-            vision_keys: names of the encoder's inputs, which encoded images replace.
+            vision_keys: names of the encoder's inputs, which encoded images and videos replace.
 
         Raises:
             DependencyError: an argument that nobody here knows, or a cache.
@@ -169,7 +169,7 @@ def first_forward(parts: Sequence[Prepared], pad_token_id: int) -> dict[str, Any
     """The arguments of one forward over the rows of several prepared batches, left-padded to the longest.
 
     Returns:
-        ids or embeddings, ``attention_mask`` (R, T), ``position_ids`` (..., R, T), token types and encoded images.
+        ids or embeddings, ``attention_mask`` (R, T), ``position_ids`` (..., R, T), token types, encoded images and videos.
     """
     width = max(part.input_ids.shape[1] for part in parts)
 
@@ -192,7 +192,8 @@ def first_forward(parts: Sequence[Prepared], pad_token_id: int) -> dict[str, Any
         kwargs["input_ids"] = rows([part.input_ids for part in parts], pad_token_id)
     for name in parts[0].tokens:
         kwargs[name] = rows([part.tokens[name] for part in parts], 0)
-    return {**kwargs, **with_images(vision.merge([part.images for part in parts if part.images is not None]))}
+    own = {kind: [part.images[kind] for part in parts if kind in part.images] for kind in vision.KINDS}
+    return {**kwargs, **with_images({kind: vision.merge(packed, kind) for kind, packed in own.items() if packed})}
 
 
 def further_forward(tokens: Tensor, positions: Tensor, mask: Any) -> dict[str, Any]:

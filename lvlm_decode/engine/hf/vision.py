@@ -1,4 +1,4 @@
-"""Encoded images as transformers hands them from the vision encoder to the language model."""
+"""Encoded images and videos as transformers hands them from the vision encoder to the language model."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: What transformers calls the kinds of what a vision encoder puts out.
+IMAGE, VIDEO = "image", "video"
+KINDS = (IMAGE, VIDEO)
+#: Kind -> the input that holds its pixels.
+PIXELS = {IMAGE: "pixel_values", VIDEO: "pixel_values_videos"}
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One image as the language model receives it.
+    """One image or one video as the language model receives it.
 
     Args:
         features: (n, D) projected features, one per placeholder.
         deep: per extra layer (n, D), for families that also feed features into deeper layers (Qwen3-VL).
+        kind: ``IMAGE`` or ``VIDEO``.
     """
 
     features: Tensor
     deep: tuple[Tensor, ...] = ()
+    kind: str = IMAGE
 
 
 def features_of(output: Any) -> Any:
@@ -30,27 +38,32 @@ def features_of(output: Any) -> Any:
     return output.pooler_output
 
 
-def unpack(output: Any) -> list[Encoded]:
-    """The images in what ``get_image_features`` returned, in order."""
+def unpack(output: Any, kind: str = IMAGE) -> list[Encoded]:
+    """The images or videos in what ``get_image_features`` or ``get_video_features`` returned, in order."""
     features = list(output.pooler_output)
     layers = getattr(output, "deepstack_features", None)
     if layers is None:
-        return [Encoded(f) for f in features]
+        return [Encoded(f, kind=kind) for f in features]
     sizes = [len(f) for f in features]
     split = [torch.split(layer, sizes) if isinstance(layer, Tensor) else layer for layer in layers]
-    return [Encoded(f, tuple(layer[i] for layer in split)) for i, f in enumerate(features)]
+    return [Encoded(f, tuple(layer[i] for layer in split), kind) for i, f in enumerate(features)]
 
 
 def pack(images: Sequence[Encoded], template: Any) -> Any:
-    """The images as an output of ``get_image_features``; a fresh object, for ``generate()`` mutates it.
+    """Images, or videos, as an output of ``get_image_features``; a fresh object, for ``generate()`` mutates it.
 
     Args:
-        template: an output of the same model, whose other fields and types are followed.
+        images: all of one kind.
+        template: an output of the same model and kind, whose other fields and types are followed.
     """
     out = copy.copy(template)
     features = [image.features for image in images]
-    stackable = isinstance(template.pooler_output, Tensor) and len({f.shape for f in features}) == 1
-    out.pooler_output = torch.stack(features) if stackable else features
+    if images[0].kind == VIDEO and isinstance(template.pooler_output, Tensor):
+        out.pooler_output = _in_a_row(features)
+    elif isinstance(template.pooler_output, Tensor) and len({f.shape for f in features}) == 1:
+        out.pooler_output = torch.stack(features)
+    else:
+        out.pooler_output = features
     if getattr(template, "deepstack_features", None) is not None:
         layers = list(zip(*[image.deep for image in images]))
         whole = isinstance(template.deepstack_features[0], Tensor)
@@ -71,13 +84,18 @@ def no_images(width: int, device: torch.device) -> Any:
     return type("NoImages", (), {"pooler_output": torch.empty(0, width, device=device)})
 
 
-def merge(outputs: Sequence[Any]) -> Any:
-    """The encoded images of several batches in row order, as one output; ``None`` without any."""
-    if not outputs:
-        return None
+def _in_a_row(features: Sequence[Tensor]) -> Tensor:
+    """(1, n, D) features of several videos (n_i, D): their tensor is flattened where it is used, and lengths may differ."""
+    return torch.cat(list(features))[None]
+
+
+def merge(outputs: Sequence[Any], kind: str = IMAGE) -> Any:
+    """The encoded images, or videos, of several batches in row order, as one output."""
     out = copy.copy(outputs[0])
     features = [output.pooler_output for output in outputs]
-    if all(isinstance(f, Tensor) for f in features) and len({f.shape[1:] for f in features}) == 1:
+    if kind == VIDEO and all(isinstance(f, Tensor) for f in features):
+        out.pooler_output = _in_a_row([f.flatten(0, 1) for f in features])
+    elif all(isinstance(f, Tensor) for f in features) and len({f.shape[1:] for f in features}) == 1:
         out.pooler_output = torch.cat(features)
     else:
         out.pooler_output = [image for f in features for image in f]
