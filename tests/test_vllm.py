@@ -749,9 +749,15 @@ def test_text_alone_is_served(views):
 class LLM:
     """Answers every view of a group alike, or not."""
 
-    def __init__(self, apart=False, scheduler="lvlm_decode.vllm.scheduler.GangScheduler", rows=8, embeds=False):
+    def __init__(
+        self, apart=False, scheduler="lvlm_decode.vllm.scheduler.GangScheduler", rows=8, embeds=False, normalizes=False
+    ):
+        media = SimpleNamespace(mm_device_do_normalize=normalizes)
         model = SimpleNamespace(
-            model=str(lvlm_decode_data.tiny_path("tiny-llava")), max_model_len=200, enable_prompt_embeds=embeds
+            model=str(lvlm_decode_data.tiny_path("tiny-llava")),
+            max_model_len=200,
+            enable_prompt_embeds=embeds,
+            multimodal_config=media,
         )
         schedule = SimpleNamespace(scheduler_cls=scheduler, max_num_seqs=rows)
         self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, scheduler_config=schedule))
@@ -781,6 +787,8 @@ def test_generate_refuses_engines_that_cannot_do_it(engine, views):
 
     with pytest.raises(InputError, match="engine_args"):
         run("vcd", scheduler=None)
+    with pytest.raises(InputError, match="engine_args"):
+        run("vcd", normalizes=True)
     with pytest.raises(InputError, match="max_num_seqs=3"):
         run("vcd+icd+ritual", rows=3)
     with pytest.raises(InputError, match=r"engine_args\(features=True\)"):

@@ -1,7 +1,7 @@
 """The methods inside vLLM against the same methods on transformers: tokens, what can go wrong with groups, throughput.
 
     tools/vllm_environment.sh FOLDER
-    FOLDER/bin/python benchmarks/serving/run.py --output benchmarks/serving/results.json [--parts exact stress async speed]
+    FOLDER/bin/python benchmarks/serving/run.py --output benchmarks/serving/results.json [--parts exact stress async families speed]
 
 Both engines run in this environment, in float32, on the small LLaVA and its held-out scenes, with one thread. Reference answers
 are kept in ``--work`` and made once. Each part adds its record to the output file.
@@ -66,10 +66,13 @@ class Bench:
     Args:
         work: keeps the reference answers.
         count: of scenes.
+        path, prompt: of another model.
     """
 
-    def __init__(self, work: Path, count: int, path: str | None = None):
+    def __init__(self, work: Path, count: int, path: str | None = None, prompt: str = PROMPT):
         import lvlm_decode_data
+
+        self.prompt = prompt
 
         self.path = path or str(lvlm_decode_data.tiny_path("tiny-llava"))
         self.scenes = lvlm_decode_data.load_scenes()[:count]
@@ -83,7 +86,7 @@ class Bench:
 
         scene = self.scenes[number % len(self.scenes)]
         return {
-            "prompt": PROMPT,
+            "prompt": self.prompt,
             "multi_modal_data": {"image": Image.open(scene.path).convert("RGB")},
             "id": scene.path.name,
         }
@@ -133,7 +136,7 @@ class Bench:
             self.cache.write_text(json.dumps(self.references))
         return self.references[key][: len(self.scenes)]
 
-    def engine(self, overlap: bool = False, **more: Any) -> Any:
+    def engine(self, overlap: bool = False, features: bool = True, **more: Any) -> Any:
         from vllm import LLM
 
         import lvlm_decode.vllm
@@ -143,7 +146,7 @@ class Bench:
             self.path,
             limit_mm_per_prompt={"image": 1},
             disable_log_stats=True,
-            **lvlm_decode.vllm.engine_args(features=True, overlap=overlap),
+            **lvlm_decode.vllm.engine_args(features=features, overlap=overlap),
             **settings,
         )
 
@@ -451,6 +454,35 @@ def stress(bench: Bench) -> list[dict[str, Any]]:
     return rows
 
 
+# --- other families -------------------------------------------------------------------------------------------------------
+
+
+def others(bench: Bench, work: Path) -> list[dict[str, Any]]:
+    """Tiny random models of the other families that are served, on some scenes."""
+    import families
+
+    import lvlm_decode.vllm
+
+    rows = []
+    for family in families.BUILDERS:
+        folder = work / family
+        prompt = families.build(family, folder)
+        own = Bench(folder, min(8, len(bench.scenes)), str(folder), prompt)
+        llm = own.engine(max_model_len=512, features=False)
+        for name, how in (("greedy", GREEDY), ("sampled", SAMPLED)):
+            for method in families.METHODS:
+                want = own.reference(method, how)
+                samples = [own.sample(number) for number in range(len(own.scenes))]
+                outputs = lvlm_decode.vllm.generate(llm, method, samples, own.params(how))
+                got = [list(output.outputs[0].token_ids) for output in outputs]
+                same = sum(a == b for a, b in zip(got, want))
+                rows.append({"family": family, "method": method, "how": name, "same": same, "of": len(want)})
+                print(rows[-1], flush=True)
+        del llm, own
+        gc.collect()
+    return rows
+
+
 # --- an asynchronous engine, and clients that go away --------------------------------------------------------------------
 
 
@@ -614,7 +646,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", default=["exact", "stress", "async", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["exact", "stress", "async", "families", "speed"])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("serving-work"))
@@ -625,6 +657,7 @@ def main() -> None:
         "exact": lambda: exact(bench),
         "stress": lambda: stress(bench),
         "async": lambda: asynchronous(bench),
+        "families": lambda: others(bench, arguments.work),
         "speed": lambda: speed(bench, arguments.rounds),
     }
     for part in arguments.parts:

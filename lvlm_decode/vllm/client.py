@@ -35,6 +35,8 @@ def engine_args(*, features: bool = False, overlap: bool = False) -> dict[str, A
         "scheduler_cls": f"lvlm_decode.vllm.scheduler.{name}",
         "logits_processors": ["lvlm_decode.vllm.processor:Grouped"],
         "async_scheduling": overlap,
+        # Views bring pixels that are normalised; a device that normalises would do it again.
+        "mm_device_do_normalize": False,
     }
     if features:
         args["enable_prompt_embeds"] = True
@@ -69,9 +71,9 @@ def generate(
     method = parse(method) if isinstance(method, str) else method
     check_served(method)
     facts = port().facts(llm)
-    if not facts.gangs:
+    if not facts.gangs or facts.normalizes:
         raise InputError(
-            "this vllm.LLM keeps no groups together; make it with vllm.LLM(model, **lvlm_decode.vllm.engine_args())."
+            "this vllm.LLM is not made for the views of a sample; make it with vllm.LLM(model, **lvlm_decode.vllm.engine_args())."
         )
     if views is None:
         views = _VIEWS.get(llm)

@@ -133,6 +133,7 @@ class Facts:
         model: folder or hub id.
         gangs: its scheduler keeps groups together.
         embeds: it takes embeddings of whole prompts.
+        normalizes: its device normalises pixels, so it expects them as they are in the picture.
     """
 
     model: str
@@ -140,6 +141,7 @@ class Facts:
     max_num_seqs: int
     gangs: bool
     embeds: bool
+    normalizes: bool
 
 
 def facts(engine: Any) -> Facts:
@@ -155,6 +157,7 @@ def facts(engine: Any) -> Facts:
         schedule.max_num_seqs,
         text.startswith("lvlm_decode.vllm.scheduler."),
         bool(model.enable_prompt_embeds),
+        bool(getattr(model.multimodal_config, "mm_device_do_normalize", False)),
     )
 
 
