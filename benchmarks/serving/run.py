@@ -1,7 +1,7 @@
 """The methods inside vLLM against the same methods on transformers: tokens, what can go wrong with groups, throughput.
 
     tools/vllm_environment.sh FOLDER
-    FOLDER/bin/python benchmarks/serving/run.py --output benchmarks/serving/results.json [--parts exact stress async families speed]
+    FOLDER/bin/python benchmarks/serving/run.py --output benchmarks/serving/results.json [--parts exact stress ...]
 
 Both engines run in this environment, in float32, on the small LLaVA and its held-out scenes, with one thread. Reference answers
 are kept in ``--work`` and made once. Each part adds its record to the output file.
