@@ -252,10 +252,11 @@ def amber_exact(text: str, label: str) -> parsers.Verdict:
 class Amber(Evaluator):
     """AMBER scores.
 
-    data: AMBER's data folder, None for the emoji scenes (whose objects are found by CHAIR's pattern parser).
-    parser: how nouns are found, "pattern" (no language library) or "nltk-pos" (official).
-    similarity: "none" (exact match) or "spacy" (official, needs en_core_web_lg).
-    rule: how yes or no is read, "amber-exact" (official) or a name of `parsers.RULES` for a lenient reading.
+    Args:
+        data: AMBER's data folder; None for the emoji scenes, whose objects are found by CHAIR's pattern parser.
+        parser: How nouns are found: "pattern", which needs no language library, or "nltk-pos", the official one.
+        similarity: "none" for exact matches, or "spacy", the official one, which needs en_core_web_lg.
+        rule: Rule that reads yes or no: "amber-exact", the official one, or a name of `parsers.RULES`.
     """
 
     data: str | None = None

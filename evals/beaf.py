@@ -41,7 +41,11 @@ _SCENES = 150
 
 @dataclass(frozen=True)
 class BEAF(Evaluator):
-    """BEAF scores. rule: how yes or no is read, a name of `parsers.RULES`; "repope" is the authors'."""
+    """BEAF scores.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`; "repope" is the authors'.
+    """
 
     rule: str = "repope"
 

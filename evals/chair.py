@@ -544,12 +544,6 @@ def _captions(path: Path, image_key_name: str | None, caption_name: str | None) 
 class Chair(Evaluator):
     """CHAIR scores.
 
-    parser: how words are found, a name of `PARSERS`. vocabulary: synonym table file, None for the emoji scenes' own.
-    objects: JSON file of image id -> objects, None for the emoji scenes' truth or the answers' own labels. prompt: what
-    the emoji scenes are asked. unfinished: "keep" the end of a caption that the token limit cut, or "drop" it, as
-    OPERA's 64-token table does. image_id_key, caption_key: fields of a caption file that name the image and hold the
-    caption, where neither is called as in a known form ("caption_64").
-
     A method that stops early names fewer objects, so CHAIR is also counted at equal length. Captions are cut to their
     first 32, 64 and 128 tokens (`chair_s_64`; tokens before pairs are merged, so a cut is the same whatever was merged),
     and two runs are compared with both captions of an image cut to the shorter one (`equal_length`).
@@ -557,6 +551,15 @@ class Chair(Evaluator):
     recall is micro: distinct true objects mentioned / true objects. distinct_objects is the mean number of different objects a
     caption names: CHAIRi is diluted by naming the same true objects again. length is the mean number of words and punctuation
     marks after pairs are merged (OPERA); length_split that of `text.split(" ")` (POPE's table).
+
+    Args:
+        parser: How words are found: "pattern" or "wordnet-pos".
+        vocabulary: File of the synonym table; None for the emoji scenes' own.
+        objects: JSON file, image id -> objects; None for the emoji scenes' truth or the labels of the answers.
+        prompt: What the emoji scenes are asked.
+        unfinished: "keep" the end of a caption that the token limit cut, or "drop" it, as OPERA's 64-token table does.
+        image_id_key: Field of a caption file that names the image, where it is not called as in a known form.
+        caption_key: Field of a caption file that holds the caption, where it is not called as in a known form.
     """
 
     parser: str = "pattern"

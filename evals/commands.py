@@ -71,7 +71,12 @@ Parser = Annotated[str | None, typer.Option(help="Word parser of CHAIR: pattern 
 Objects = Annotated[Path | None, typer.Option(help="For chair: JSON file, from image id to object names.")]
 Vocabulary = Annotated[Path | None, typer.Option(help="For chair: file of the synonym table.")]
 OptionList = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="Other option of the evaluator, name=value; may repeat.")
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        help="Other option of the benchmark, name=value; may repeat. An unknown name is answered with the known ones.",
+    ),
 ]
 
 

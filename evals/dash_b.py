@@ -28,7 +28,11 @@ PROMPT = "Can you see a {} in this image? Please answer only with yes or no."
 
 @dataclass(frozen=True)
 class DashB(Evaluator):
-    """DASH-B scores. rule: how yes or no is read, a name of `parsers.RULES`; "repope" is the authors'."""
+    """DASH-B scores.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`; "repope" is the authors'.
+    """
 
     rule: str = "repope"
 

@@ -32,7 +32,11 @@ _DIGITS = {"0": "No", "1": "Yes", "2": "Uncertain"}
 
 @dataclass(frozen=True)
 class HallusionBench(Evaluator):
-    """HallusionBench scores. rule: how yes or no is read, a name of `parsers.RULES`; the default is VLMEvalKit's."""
+    """HallusionBench scores.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`; the default is VLMEvalKit's.
+    """
 
     rule: str = "vlmevalkit"
 

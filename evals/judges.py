@@ -220,8 +220,12 @@ def _reply_to(answer: Answer) -> str:
 class Judged(Evaluator):
     """Base of the two.
 
-    judge: file of recorded replies, or the http address of an endpoint. judge_model, temperature: for an endpoint.
-    replies: file in which an endpoint's replies are kept. template: file with the prompt to use instead of ours.
+    Args:
+        judge: File of recorded replies, or the http address of an endpoint.
+        judge_model: Name of the model that an endpoint is asked for.
+        temperature: Sampling temperature of an endpoint.
+        replies: File in which the replies of an endpoint are kept.
+        template: File with the prompt to use instead of ours.
     """
 
     judge: str | None = None
@@ -427,9 +431,11 @@ Reply with JSON only: for each aspect an object with "reason" and "score", and "
 class VaLLu(Judged):
     """VaLLu: answers graded by a judge that sees the image, 1 to 5 in five aspects (VDGD; arXiv 2405.15683).
 
-    images: folder of the images that the judge is shown, None for a judge that has them. The authors sample from
-    gpt-4-turbo at temperature 0.7, so their numbers cannot be repeated exactly. A reply without all five ratings is
-    `unrated` and left out of the means.
+    The authors sample from gpt-4-turbo at temperature 0.7, so their numbers cannot be repeated exactly. A reply without all
+    five ratings is `unrated` and left out of the means.
+
+    Args:
+        images: Folder of the images that the judge is shown; None for a judge that has them.
     """
 
     images: str | None = None

@@ -33,10 +33,13 @@ _COUNTS = ("questions", "images", "correct", "pairs_correct", "other", "yes", "n
 
 @dataclass(frozen=True)
 class MME(Evaluator):
-    """MME scores. rule: how yes or no is read, a name of `parsers.RULES`; "mme" is the official one.
+    """MME scores.
 
     Questions are paired by image within their task. A file in which an image does not have exactly two lines is
     refused; in a run, an image with only one answer counts among the questions but not among the images.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`; "mme" is the official one.
     """
 
     rule: str = "mme"

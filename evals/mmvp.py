@@ -47,7 +47,11 @@ def answer_letter(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class MMVP(Evaluator):
-    """MMVP scores. labels: "corrected" or "official", see the module."""
+    """MMVP scores.
+
+    Args:
+        labels: Labels of the questions: "corrected" or "official".
+    """
 
     labels: str = "corrected"
 

@@ -187,7 +187,7 @@ def _is_repope(record: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Pope(Evaluator):
-    """POPE scores. rule: how yes or no is read, a name of `parsers.RULES`.
+    """POPE scores.
 
     accuracy counts an unparsed answer as wrong; precision and recall leave it out, as lmms-eval does (with the rules
     that always give a verdict there is none). Under `icd` unparsed answers leave the accuracy too but stay in the
@@ -196,6 +196,9 @@ class Pope(Evaluator):
 
     Where RePOPE's files are in the data folder and belong to the questions, the same answers are also scored by its
     labels (`repope.py`): columns of that name.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`.
     """
 
     rule: str = "pope-official"

@@ -43,7 +43,11 @@ _OPPOSITE |= {other: word for word, other in _OPPOSITE.items()}
 
 @dataclass(frozen=True)
 class RBench(Evaluator):
-    """R-Bench scores. rule: how yes or no is read, a name of `parsers.RULES`; the authors' is POPE's."""
+    """R-Bench scores.
+
+    Args:
+        rule: Rule that reads yes or no, a name of `parsers.RULES`; the authors' is POPE's.
+    """
 
     rule: str = "pope-official"
 

@@ -83,11 +83,14 @@ def with_leading(questions: Sequence[Question], suggests: str = "wrong", tone: s
 class Sycophancy(Evaluator):
     """Scores of leading questions.
 
-    source: the evaluator whose yes/no questions are asked (pope, mme, amber, hallusionbench). suggests: "wrong" or
-    "right". tone: "tentative" or "confident". rule: how yes or no is read, a name of `parsers.RULES`.
-
     Only questions with both answers count; the others are counted as `unpaired`. An answer that cannot be read changes
     the prediction but has no direction. EIR, ECR and PIR are 0 where undefined.
+
+    Args:
+        source: Evaluator whose yes/no questions are asked: pope, mme, amber or hallusionbench.
+        suggests: What the leading question suggests: the "wrong" or the "right" answer.
+        tone: Tone of the suggestion: "tentative" or "confident".
+        rule: Rule that reads yes or no, a name of `parsers.RULES`.
     """
 
     source: str = "pope"

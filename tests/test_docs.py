@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, its code runs, its commands can be read, what it quotes is said."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from conftest import ROOT
 from lvlm_decode import catalogue
 from lvlm_decode.cli import app
 from lvlm_decode.methods import METHODS
-from lvlm_decode_evals import EVALUATORS
+from lvlm_decode_evals import EVALUATORS, evaluator_class
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 sys.path.insert(0, str(ROOT))
@@ -87,7 +88,11 @@ def test_every_method_and_benchmark_has_its_page(generated):
         assert all(f"| `{parameter['name']}` |" in page for parameter in found["parameters"]), name
     assert "| vcd | sample |" in generated["methods/vcd.md"] and "| plain | greedy |" in generated["methods/vcd.md"]
     for name in EVALUATORS:
-        assert "## Columns" in generated[f"evaluators/{name}.md"]
+        page = generated[f"evaluators/{name}.md"]
+        assert "## Columns" in page
+        # Every option has a description.
+        for option in dataclasses.fields(evaluator_class(name)):
+            assert re.search(rf"^\| `{option.name}` \| [^|]+ \| [A-Z\"][^|]+\. \|$", page, re.M), (name, option.name)
     assert "Accepted lines of answer files" in generated["evaluators/pope.md"]
 
 

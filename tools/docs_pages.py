@@ -195,9 +195,11 @@ def evaluator_page(name: str) -> str:
     lines += [prose(inspect.getdoc(sys.modules[cls.__module__]) or ""), "", "## Options", ""]
     fields = dataclasses.fields(cls)
     if fields:
-        notes = catalogue.documented(inspect.cleandoc(cls.__doc__ or ""))
+        notes: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            notes |= catalogue.documented(inspect.cleandoc(base.__doc__ or ""))
         lines += ["| name | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{f.name}` | {_code(f.default)} | {_cell(notes.get(f.name, ''))} |" for f in fields]
+        lines += [f"| `{f.name}` | {_code(f.default)} | {_cell(notes[f.name])} |" for f in fields]
         if any(f.name == "rule" for f in fields):
             lines += ["", "Rules that read an answer; they differ because the original scripts do:", ""]
             lines += [f"- `{rule}`: {_cell(_first(function))}" for rule, function in RULES.items()]
