@@ -1,5 +1,5 @@
-"""``lvlm-decode``: demo, methods, models, doctor, generate, explain, export-hub, eval, score, table, reproduce, data, bench,
-train.
+"""``lvlm-decode``: demo, methods, models, doctor, generate, explain, export-hub, serve, eval, score, table, reproduce, data,
+bench, train.
 
 Imports no torch before a command needs it: ``--help`` and ``score`` answer at once.
 """
@@ -397,9 +397,11 @@ def demo(
 def _mount() -> None:
     from lvlm_decode_evals.commands import add_to
 
+    from .serving.command import serve
     from .speculative.commands import bench
     from .training.commands import app as train
 
+    app.command()(serve)
     add_to(app)
     app.add_typer(bench, name="bench")
     app.add_typer(train, name="train")

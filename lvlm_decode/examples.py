@@ -15,6 +15,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "explain": ("lvlm-decode explain scene:12 --method vcd --page why.html",),
     "export-hub": ("lvlm-decode export-hub 'vcd(alpha=0.5)' my-vcd",),
+    "serve": (
+        "lvlm-decode serve --method vcd",
+        "lvlm-decode serve --model llava-hf/llava-1.5-7b-hf --method 'vcd(alpha=0.5)' --port 8080",
+    ),
     "eval": (
         "lvlm-decode eval pope --method vcd --limit 100 --out runs",
         "lvlm-decode eval chair --protocol opera-64 --method vcd --out opera",

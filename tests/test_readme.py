@@ -65,6 +65,7 @@ SPEEDS = [
     ("plain", "vispec", "`vispec`"),
     ("vcd", "sequential", "none, a forward for each view"),
     ("vcd", "", "none, views stacked"),
+    ("vcd", "automaton(shortest=1)", "`automaton(shortest=1)`"),
     ("vcd", "vispec", "`vispec`"),
     ("vcd+ritual", "vispec", "`vispec`"),
 ]
