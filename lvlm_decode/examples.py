@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "export-hub": ("lvlm-decode export-hub 'vcd(alpha=0.5)' my-vcd",),
     "serve": (
         "lvlm-decode serve --method vcd",
-        "lvlm-decode serve --model llava-hf/llava-1.5-7b-hf --method 'vcd(alpha=0.5)' --port 8080",
+        "lvlm-decode serve --model llava-hf/llava-1.5-7b-hf --method vcd+icd",
     ),
     "eval": (
         "lvlm-decode eval pope --method vcd --limit 100 --out runs",
