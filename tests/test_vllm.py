@@ -402,9 +402,7 @@ def test_draws_are_those_of_generate_with_a_seed(draw, tiny_draws):
     got = combine.drawn(scores, rows).argmax(-1).tolist()
     assert got == [tiny_draws(scores[n : n + 1], draw, 7, ("x", n), n) for n in range(3)]
     assert torch.equal(
-        combine.drawn(
-            scores, [dataclasses.replace(r, member=dataclasses.replace(r.member, temperature=0.0)) for r in rows]
-        ),
+        combine.drawn(scores, [r._replace(member=dataclasses.replace(r.member, temperature=0.0)) for r in rows]),
         scores,
     )
 

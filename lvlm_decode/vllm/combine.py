@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from ..method import Step
 from .wire import Member, Printed, made
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of the step's logits that belongs to a view.
 
     Args:

@@ -72,6 +72,8 @@ class Gangs:
     def opened(self) -> None:
         """The scheduler stands."""
         self.gangs: dict[str, Gang] = {}
+        #: Id of a request -> its group; asked several times a step for every request.
+        self._gang_of: dict[str, Gang] = {}
         #: Groups of which every member may compute its last token in this step.
         self.may_sample: set[str] = set()
         #: How often whole groups were preempted, and how many groups were ended because vLLM parted them.
@@ -79,9 +81,7 @@ class Gangs:
 
     def gang_of(self, request: Any) -> Gang | None:
         """The group that a request is a member of; ``None`` for an ordinary one, and for a group of one view."""
-        member = self.member(request)
-        gang = None if member is None else self.gangs.get(member.group)
-        return gang if gang is not None and gang.members.get(member.view) is request else None  # type: ignore[union-attr]
+        return self._gang_of.get(request.request_id)
 
     def member(self, request: Any) -> Member | None:
         found = member_of(request.sampling_params)
@@ -101,6 +101,7 @@ class Gangs:
             self.end([request], False)
             return
         gang.members[member.view] = request
+        self._gang_of[request.request_id] = gang
         if gang.complete:
             why = self.impossible(gang)
             if why:
@@ -149,11 +150,9 @@ class Gangs:
 
     def departed(self, request: Any) -> None:
         """A request is finished and leaves the engine."""
-        if (gang := self.gang_of(request)) is None:
+        if (gang := self._gang_of.pop(request.request_id, None)) is None:
             return
-        member = self.member(request)
-        assert member is not None
-        del gang.members[member.view]
+        gang.members = {view: other for view, other in gang.members.items() if other is not request}
         gang.broken = True
         if not gang.members:
             del self.gangs[gang.name]
