@@ -41,6 +41,9 @@ SMALL = {name: parameters for name, parameters in OF_EACH_KIND.values() if param
     "vaf": dict(enhance=1.6, suppress=0.5),
     "spin": dict(share=0.5),
     "vti": dict(text=4.0),
+    "revis": dict(threshold=-0.05, layer=1),
+    "memvr": dict(ratio=0.5, threshold=0.6),
+    "cai": dict(threshold=1.5, first_layer=1, gamma=1.5),
 }
 #: Methods whose own rules mask tokens even where they are switched off.
 MASKS = ("code", "deco")
@@ -67,7 +70,7 @@ def directions(family: str, *more: int) -> torch.Tensor:
 
 
 #: Methods that need vectors -> what makes them for a family.
-DIRECTIONS = {"vti": directions, "nullu": lambda family: directions(family, 6)}
+DIRECTIONS = {"vti": directions, "revis": directions, "nullu": lambda family: directions(family, 6)}
 
 
 def method_of(name: str, family: str, parameters=None):

@@ -1,6 +1,7 @@
-"""SPIN, VAF and HGAI against the same model under plain eager attention, one unpadded row at a time."""
+"""SPIN, VAF, HGAI and CAI against the same model under plain eager attention, one unpadded row at a time."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from lvlm_decode import attach, detach
 from lvlm_decode.engine import hf
 from lvlm_decode.engine.attention import materialised
 from lvlm_decode.errors import ParameterError, UnsupportedError
+from lvlm_decode.method import Step
+from lvlm_decode.methods.cai import CAI
 from lvlm_decode.methods.hgai import HGAI
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.spin import SPIN
@@ -121,6 +124,68 @@ def test_spin_damps_the_heads_that_look_least(texts, rank, damp):
         return out
 
     assert_spelled(SPIN(share=0.5, damp=damp, layers=(1, 2), rank=rank), texts, after=factor)
+
+
+@padded
+@pytest.mark.parametrize("threshold", [0.0, 1.5])
+def test_cai_tilts_towards_what_is_like_the_newest_word(texts, threshold):
+    """Literally, on a copy of the model whose layers and attention are followed by the test's own code."""
+    logits, tokens = traced(CAI(threshold=threshold, first_layer=1), texts)
+    inputs = tiny("llava").inputs(texts[:1])
+    model, state = copy.deepcopy(tiny("llava").model), {}
+    decoder = model.model.language_model
+    prompt = inputs["input_ids"][0] == IMAGE
+
+    def read(module, args):
+        h = args[0][0]
+        if len(h) > 1:
+            state["v"] = h[prompt]
+            last = int(prompt.nonzero()[-1])
+            t = h[last + 1 :].mean(0)
+        else:
+            t = h[0]
+        cosine = torch.nn.functional.cosine_similarity(state["v"], t[None])
+        state["s"], state["edit"] = torch.sigmoid(100 * (cosine - cosine.min())), set()
+
+    def look(number, h):
+        p = model.lm_head(decoder.norm(h[0, -1])).softmax(-1)
+        if number in (1, 2) and -(p * p.log()).sum() / math.log(10) > threshold:
+            state["edit"].add(number + 1)
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        q, slots = scores.shape[2:]
+        if module.layer_idx in state["edit"]:
+            own = scores[0, :, -1, : len(prompt)][:, prompt]
+            scores[0, :, -1, prompt.nonzero()[:, 0]] = own + own.abs() * state["s"]
+        seen = torch.ones(q, slots, dtype=torch.bool).tril(slots - q)
+        return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("lvlm_decode_test_cai", attend)
+    AttentionMaskInterface.register("lvlm_decode_test_cai", AttentionMaskInterface()["sdpa"])
+    decoder.config._attn_implementation = "lvlm_decode_test_cai"
+    decoder.layers[0].register_forward_pre_hook(read)
+    for number, layer in enumerate(decoder.layers):
+        layer.register_forward_hook(lambda m, a, h, number=number: look(number, h))
+    cache, want, edited = DynamicCache(config=model.config.get_text_config()), [], []
+    with torch.no_grad():
+        for given in [inputs, *({"input_ids": token.view(1, 1)} for token in tokens[:-1])]:
+            want.append(model(**given, **hf.with_cache(cache)).logits[0, -1])
+            edited.append(frozenset(state["edit"]))
+    torch.testing.assert_close(logits, torch.stack(want), atol=2e-5, rtol=1e-4)
+    assert set(edited) == {frozenset({2, 3})} if not threshold else len(set(edited)) > 1
+
+
+def test_cai_guides_as_pai_does():
+    given = torch.randn(2, 2, 1, 9, generator=torch.Generator().manual_seed(0))
+    step = Step(given, torch.zeros(2, 1, dtype=torch.long), (-0.5,))
+    assert torch.equal(CAI(gamma=1.5).scores(step), PAI(gamma=1.5).scores(step))
+    plain = spelled(tiny("llava").inputs(TEXTS[0][:1]), (told := traced(CAI(threshold=None), TEXTS[0]))[1][:-1])
+    torch.testing.assert_close(told[0], plain, atol=2e-5, rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="first_layer = 3 leaves no later layer"):
+        traced(CAI(first_layer=3), TEXTS[0])
 
 
 def test_spin_ranks_by_scores_what_the_abstract_ranks_by_attention():

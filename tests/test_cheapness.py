@@ -122,6 +122,8 @@ def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
         "crops": [(B, 1)] * 2 * NEW,
         # One layer, the row of every token, the prompt's too.
         "hgai": [(B, 1)] * NEW,
+        # The two layers after the first one that may be unsure.
+        "cai": [(B, 1)] * 2 * NEW,
         # Every layer's last row, once.
         "avisc": [(B, 1)] * LAYERS,
         "mod": [(B, 1)] * LAYERS,
@@ -144,7 +146,9 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     rows = count.views * B
     early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2, "only": [B]}.get(name, [])
     if name not in ("avisc", "mod", "code", "vista"):
-        assert count.projected == [rows, *early] * NEW
+        # Layers are asked on the way, so their projections come before.
+        asked = {"memvr": [B], "cai": [B] * 2}.get(name, [])
+        assert count.projected == [*asked, rows, *early] * NEW
 
 
 def test_a_sum_shares_the_pass_and_the_forward(monkeypatch):

@@ -332,6 +332,10 @@ BAD = {
     "damro": dict(k=0),
     "layercd": dict(layer=0),
     "only": dict(gamma=-0.1),
+    "revis": dict(vectors=torch.zeros(1), threshold=1.5),
+    "memvr": dict(ratio=1.5),
+    "cai": dict(gamma=0.5),
+    "causalmm": dict(form="mirror"),
     "dcd": dict(),
     "dola": dict(layers="middle"),
     "deco": dict(top_p=0.0),
@@ -869,6 +873,10 @@ DEFAULTS = {
     "vista": dict(strength=0.17, gamma=0.3, window=None, layers=None),
     "vti": dict(text=0.8, layers=None),
     "nullu": dict(rank=4, layers=None),
+    "revis": dict(strength=2.5, threshold=0.2, layer=None),
+    "memvr": dict(ratio=0.12, threshold=0.75, layers=None),
+    "cai": dict(threshold=0.15, first_layer=None, gamma=None, beta=0.1),
+    "causalmm": dict(alpha=1.0, beta=0.1),
     "scmoe": dict(alpha=0.5, beta=0.1, rank=2, strong_temperature=1.0, weak_temperature=1.0),
 }
 

@@ -1,4 +1,4 @@
-"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD, CRoPS, ONLY."""
+"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD, CRoPS, ONLY, CausalMM."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from lvlm_decode.engine import hf
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import UnsupportedError
 from lvlm_decode.method import BELOW, Step
+from lvlm_decode.methods.causalmm import CausalMM, edited
 from lvlm_decode.methods.crops import CRoPS
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
@@ -427,3 +428,60 @@ def test_only_begins_before_the_last_layer():
     run = run_of("llava", ONLY(layer=3))
     with pytest.raises(UnsupportedError, match="layer = 3 is not before the last layer"):
         run.method.patch(run)
+
+
+# --- CausalMM
+
+
+@pytest.mark.parametrize("form", ["uniform", "reversed"])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_causalmm_weighs_patches_by_edited_attention(family, form):
+    """Against the encoder's own eager attention and states; of LLaVA-NeXT the features are tiles put together, so the whole
+    is computed by the model from an encoder whose layer puts out the weighed states."""
+    run = run_of(family, CausalMM(form=form), ["is it a dog?", "ab"])
+    inputs = tiny(family).inputs(["is it a dog?", "ab"])
+    model = copy.deepcopy(tiny(family).model)
+    encoder = model.get_encoder(modality="image")
+    encoder.config._attn_implementation = "eager"
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    with torch.no_grad():
+        out = encoder(pixels, output_attentions=True, output_hidden_states=True)
+        attention, states = out.attentions[-2], out.hidden_states[-2]
+        patches = states.shape[1] - 1
+        side = round(patches**0.5)
+        if form == "uniform":
+            weights = torch.full((len(states), patches), 1 / (patches + 1))
+        else:
+            turned = attention.amax((2, 3), keepdim=True) - attention
+            resize = torch.nn.functional.interpolate(turned, size=(side, side), mode="bilinear", align_corners=False)
+            weights = resize.mean(1).flatten(1)
+        weighed = torch.cat([states[:, :1], states[:, 1:] * weights[..., None]], 1)
+        if family == "llava":
+            want = [model.model.multi_modal_projector(one[1:]) for one in weighed]
+        else:
+            encoder.encoder.layers[-2].forward = lambda *args, **kwargs: given["states"]
+            # Tiles of zeros fill an image up; the model leaves them out.
+            real = inputs["pixel_values"].flatten(2).abs().sum(-1) > 0
+            given = {"states": weighed[real.flatten()]}
+            want = model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output
+    for row in range(2):
+        features = run.samples[1][row].images[0].features
+        torch.testing.assert_close(features, want[row], atol=1e-5, rtol=1e-4)
+        assert (features - run.samples[0][row].images[0].features).abs().max() > 1e-2
+
+
+def test_causalmm_shuffles_every_head_with_the_samples_own_generator():
+    attention = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+    got = edited(attention, "shuffle", torch.Generator().manual_seed(7))
+    again = torch.Generator().manual_seed(7)
+    for head in range(3):
+        order = torch.randperm(25, generator=again)
+        assert torch.equal(got[:, head].flatten(1), attention[:, head].flatten(1)[:, order])
+    drawn = edited(attention, "random", torch.Generator().manual_seed(7))
+    assert 0 <= drawn.min() < 0.5 and 1.5 < drawn.max() <= 2
+    one, other = (
+        run_of("llava", CausalMM(), ["is it a dog?", "ab"]).samples[1][1].images[0].features for _ in range(2)
+    )
+    alone = Run(tiny("llava").model, CausalMM(), tiny("llava").inputs(["ab"], seed=1), processor=None, seed=0)
+    assert torch.equal(one, other)
+    torch.testing.assert_close(alone.samples[1][0].images[0].features, one)

@@ -1,6 +1,7 @@
 """Steered hidden states against literal re-statements, on copies of the model with hooks of the test's own."""
 
 import copy
+import math
 from typing import ClassVar
 
 import pytest
@@ -16,7 +17,9 @@ from lvlm_decode.engine.steer import Add, Project, Turn, last_states, steering
 from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
 from lvlm_decode.method import Contrast, Method
 from lvlm_decode.methods.deco import DeCo
+from lvlm_decode.methods.memvr import MemVR, retraced
 from lvlm_decode.methods.nullu import Nullu
+from lvlm_decode.methods.revis import Revis
 from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.methods.vista import VISTA
 from lvlm_decode.methods.vti import VTI
@@ -40,8 +43,8 @@ def decoder_layers(model):
     return model.model.language_model.layers
 
 
-def stepped(inputs, tokens: Tensor, edit=None, layers=range(4), late=None, model=None) -> Tensor:
-    """(steps, N) logits of one row that is fed ``tokens``; ``edit(layer, y)`` changes what MLPs put out.
+def stepped(inputs, tokens: Tensor, edit=None, layers=range(4), late=None, model=None, at="mlp") -> Tensor:
+    """(steps, N) logits of one row that is fed ``tokens``; ``edit(layer, y)`` changes what MLPs, or layers, put out.
 
     Args:
         late: (first, last, gamma) the window of layer outputs that is mixed in without the final norm.
@@ -50,7 +53,8 @@ def stepped(inputs, tokens: Tensor, edit=None, layers=range(4), late=None, model
     states: dict[int, Tensor] = {}
     for number, layer in enumerate(decoder_layers(model)):
         if edit is not None and number in layers:
-            layer.mlp.register_forward_hook(lambda m, a, y, number=number: edit(number, y))
+            part = layer.mlp if at == "mlp" else layer
+            part.register_forward_hook(lambda m, a, y, number=number: edit(number, y))
         layer.register_forward_hook(lambda m, a, h, number=number: states.__setitem__(number, h))
     cache = DynamicCache(config=model.config.get_text_config())
     out = []
@@ -336,6 +340,117 @@ def test_a_views_weight_may_differ_from_sample_to_sample(more):
         assert torch.equal(batched, alone)
     one, _ = traced(PerSample(), TEXTS[:1], tokens=4)
     torch.testing.assert_close(both, one, atol=3e-5, rtol=1e-4)
+
+
+# --- Revis and MemVR --------------------------------------------------------------------------------------------------
+
+
+def test_revis_adds_where_states_point_away():
+    """As a hook of the test's own on one layer's output."""
+    found = 3 * vectors()
+    for threshold in (0.05, -1.0):
+        logits, tokens = traced(Revis(vectors=found, layer=1, threshold=threshold, strength=1.5))
+        opened = []
+
+        def add(number, h, threshold=threshold, opened=opened):
+            v = found[1]
+            away = -(h @ v) / (h.norm(dim=-1) * v.norm()) > threshold
+            opened.append(away.float().mean())
+            return h + 1.5 * away[..., None] * v
+
+        want = stepped(tiny("llava").inputs(TEXTS[:1]), tokens[:-1], edit=add, layers=[1], at="layer")
+        torch.testing.assert_close(logits, want, atol=3e-5, rtol=1e-4)
+        assert 0 < torch.stack(opened).mean() < 1 or threshold == -1.0
+    never, _ = traced(Revis(vectors=found, threshold=1.0))
+    torch.testing.assert_close(never, traced(VTI(vectors=found, text=0.0))[0], atol=3e-5, rtol=1e-4)
+
+
+def test_revis_reads_the_authors_files(tmp_path):
+    path = tmp_path / "llava.pt"
+    found = vectors()
+    held = {0: {"visual": torch.zeros(D)}} | {n + 1: {"visual": v, "language": -v} for n, v in enumerate(found)}
+    torch.save(held, path)
+    own, tokens = traced(Revis(vectors=found, threshold=-1.0))
+    theirs, same = traced(Revis(vectors=path, threshold=-1.0))
+    assert torch.equal(tokens, same) and torch.equal(own, theirs)
+    torch.save({"a": 1}, path)
+    with pytest.raises(InputError, match="cannot be read as the authors' vectors"):
+        traced(Revis(vectors=path))
+    with pytest.raises(UnsupportedError, match=r"layers = \(4, 4\) are not all layers"):
+        traced(Revis(vectors=found, layer=4))
+
+
+def test_revis_vector_is_the_widest_direction_without_the_words():
+    g = torch.Generator().manual_seed(0)
+    words, image = torch.linalg.qr(torch.randn(5, 2, generator=g)).Q.T
+    rows = torch.tensor([3.0, -1.0, 0.5, 2.0])[:, None, None]
+    prior = (rows * words).expand(-1, 3, -1) + 0.1
+    seen = (rows + 1.5) * image + torch.tensor([2.0, 1.0, -3.0, 0.0])[:, None, None] * words
+    found = calibration.revis(seen.expand(-1, 3, -1), prior)
+    clean = (rows + 1.5) * image
+    torch.testing.assert_close(found, (image * clean.norm(dim=-1).mean()).expand(3, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_revis_reads_states_without_the_image(loaded):
+    model, processor = loaded.model, loaded.processor
+    pair = calibration.scene_pairs(1)[0]
+    added, prior = calibration.revis_states(model, processor, pair)
+    for found in (added, prior):
+        assert len(found) == model.config.text_config.num_hidden_layers and (found.abs().amax(-1) > 1e-3).all()
+    told = calibration.states(model, processor, pair, "chosen", image=False)
+    whole = calibration.states(model, processor, pair, "chosen")
+    assert told.shape[1] < whole.shape[1]
+
+
+def test_memvr_mixes_the_image_into_the_mlp_after_the_first_unsure_layer():
+    """Literally: one layer of a forward at most, the prompt as its last position says, by the means of the whole forward."""
+    model = copy.deepcopy(tiny("llava").model)
+    layers, fired = decoder_layers(model), []
+    inputs = tiny("llava").inputs(TEXTS[:1])
+    with torch.no_grad():
+        image = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    ratio, threshold, state = 0.4, 0.9, {}
+
+    def look(number, h):
+        logits = model.lm_head(model.model.language_model.norm(h[0, -1]))
+        p = logits.topk(10).values.softmax(-1)
+        if number in (0, 1, 2) and state.get("at") is None and -(p * p.log()).sum() / math.log(10) > threshold:
+            state["at"] = number + 1
+
+    def mix(number, module, x, f):
+        if state.get("at") != number:
+            return None
+        a = (x @ image.T) @ image
+        return (1 - ratio) * f + ratio * f.abs().mean() / a.abs().mean() * a
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda m, a, h, number=number: look(number, h))
+        layer.mlp.register_forward_hook(lambda m, a, f, number=number: mix(number, m, a[0], f))
+    logits, tokens = traced(MemVR(ratio=ratio, threshold=threshold, layers=(0, 2)))
+    cache, want = DynamicCache(config=model.config.get_text_config()), []
+    with torch.no_grad():
+        for given in [inputs, *({"input_ids": token.view(1, 1)} for token in tokens[:-1])]:
+            state["at"] = None
+            want.append(model(**given, **hf.with_cache(cache)).logits[0, -1])
+            fired.append(state["at"])
+    torch.testing.assert_close(logits, torch.stack(want), atol=3e-5, rtol=1e-4)
+    assert len(set(fired)) > 1, "positions differ in the layer that is unsure"
+    never, plain = traced(MemVR(threshold=1.0, layers=(0, 2)))
+    torch.testing.assert_close(never, stepped(inputs, plain[:-1]), atol=3e-5, rtol=1e-4)
+
+
+def test_memvr_is_the_authors_function():
+    """What their mixed MLP gave on these numbers, at ratio 0.12, before the activation of its own parts was restated here."""
+    f = torch.tensor([-0.10481, -0.10068, -0.08853, -0.06933, 0.12107, 0.12125, 0.11177, 0.09339]).view(1, 2, 4)
+    x, z = torch.arange(8.0).sin().view(1, 2, 4), torch.arange(12.0).cos().view(1, 3, 4)
+    want = [-0.09726, -0.07515, -0.05835, -0.05332, 0.08855, 0.09122, 0.09962, 0.09903]
+    torch.testing.assert_close(retraced(x, f, z, 0.12, True).flatten(), torch.tensor(want), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(retraced(x, f, 7 * z, 0.12, True), retraced(x, f, z, 0.12, True))
+
+
+def test_memvr_needs_a_layer_after_an_unsure_one():
+    with pytest.raises(UnsupportedError, match="reaches the last layer"):
+        traced(MemVR(layers=(1, 3)))
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 #: What ``Method.needs`` may name: key -> in words.
 NEEDS = {
     "cls": "a vision encoder with a CLS token",
+    "patches": "image tokens that are patches of a vision encoder with a CLS token",
     "qformer": "a Q-Former",
     "experts": "a decoder with a mixture of experts",
     "plain_layers": "decoder layers of two norms, attention and an MLP alone",

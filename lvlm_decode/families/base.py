@@ -275,6 +275,11 @@ class Family:
         return bool(self.routers())
 
     @property
+    def has_patches(self) -> bool:
+        """Every image token is one patch of an encoder with a CLS token."""
+        return self.has_cls and not self.has_qformer
+
+    @property
     def has_plain_layers(self) -> bool:
         """Every decoder layer is two norms, attention and an MLP, and nothing else."""
         return decoder.plain_layers(self.decoding_module(self.model))

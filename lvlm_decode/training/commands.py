@@ -83,7 +83,7 @@ def negatives(
 @app.command("vector")
 @one_sentence
 def vector(
-    kind: Annotated[Literal["vti", "nullu"], typer.Option(help="The method the vectors are for.")],
+    kind: Annotated[Literal["vti", "nullu", "revis"], typer.Option(help="The method the vectors are for.")],
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder or a hub id.")] = "tiny",
     pairs: Annotated[
         Path | None, typer.Option(help="JSON lines: image, question, truthful, hallucinated; scenes without it.")
@@ -95,7 +95,7 @@ def vector(
     ),
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
 ) -> None:
-    """Vectors that VTI or Nullu steer with, from right and hallucinated captions of the same pictures."""
+    """Vectors that VTI, Nullu or Revis steer with, from right and hallucinated captions of the same pictures."""
     from lvlm_decode_evals.runner import load
 
     from ..engine.vectors import save
