@@ -117,7 +117,7 @@ class _Tilt(Rescored):
         if rows is None:
             return
         states = (args[0] if args else kwargs["hidden_states"])[rows].float()
-        images = image_slots(lane, self.run.family.image_token_id)[rows][:, : lane.width]
+        images = image_slots(lane, self.run.family)[rows][:, : lane.width]
         if lane.prefilling:
             self.prompt = normalize(states, dim=-1)
             # What stands after the last image of a row; padding comes first, so it is none of it.

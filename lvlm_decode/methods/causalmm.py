@@ -98,7 +98,8 @@ class CausalMM(Contrast):
         # The CLS token is no patch; features do not have it, or have it as it is.
         weighed = torch.cat([states[:, :1], states[:, 1:] * weights[..., None].to(states)], 1)
         output = decoder.with_states(seen["states"], weighed)
-        own = family.encode_from(output, family.cat_vision([sample.vision]))
+        with family.putting_out(output):
+            own = family.encode(family.cat_vision([sample.vision]))
         return [sample.with_features(lambda _, number: own[number].features, weight=-self.alpha)]
 
 
