@@ -1,5 +1,6 @@
 """The documentation: it builds without a warning, its code runs, its commands can be read, what it quotes is said."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -50,6 +51,36 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_python_blocks_run_offline(page, tmp_path):
     """The blocks of a page run one after the other in one process, as a reader types them."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S))
+    with served_tiny(tmp_path) if SERVED in code else contextlib.nullcontext(SERVED) as address:
+        run_block(code.replace(SERVED, address), tmp_path)
+
+
+#: Where the page on serving calls the server of its own example.
+SERVED = "http://127.0.0.1:8000"
+
+
+@contextlib.contextmanager
+def served_tiny(folder):
+    """The address of the example's server, on a free port."""
+    command = [sys.executable, "-m", "lvlm_decode", "serve", "--model", "tiny", "--method", "vcd", "--port", "0"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    server = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if found := re.search(r"http://[\d.]+:\d+", line):
+                break
+        else:
+            pytest.fail("".join(said))
+        yield found[0]
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stderr.close()
+
+
+def run_block(code, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -21,6 +21,7 @@ from mkdocs.structure.files import File, Files
 from lvlm_decode import catalogue, checkpoints
 from lvlm_decode.examples import EXIT_STATUS
 from lvlm_decode.methods import METHODS, load
+from lvlm_decode.vllm import served_methods
 from lvlm_decode_evals import EVALUATORS, evaluator_class
 from lvlm_decode_evals.forms import Form
 from lvlm_decode_evals.parsers import RULES
@@ -106,6 +107,11 @@ def method_page(name: str) -> str:
         lines += ["", f"It needs a model with: {', '.join(found['needs'])}."]
     lines += ["", f"It runs with {', '.join(found['supports'])}."]
     lines += [f"\nIt does not run with {mode}: {why}" for mode, why in found["refuses"].items()]
+    why = served_methods()[name]
+    lines += [
+        "",
+        "[vLLM](../serving.md) serves it." if why is None else f"[vLLM](../serving.md) does not serve it: {why}.",
+    ]
     lines += ["", "## Effect on captions", "", docs_figures.effect(name), "", "## Measured", "", measured(name), ""]
     return "\n".join(lines)
 
