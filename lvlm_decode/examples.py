@@ -56,11 +56,13 @@ Decoding that keeps vision-language models from inventing what is not there.
 
   lvlm-decode demo                      a small model hallucinates (2 minutes)
   lvlm-decode generate scene:12         one picture: plain beside a method
+  lvlm-decode explain scene:12          why, token by token, as a page
   lvlm-decode methods                   every method in one line
   lvlm-decode models                    model families with hub ids
   lvlm-decode eval pope --limit 100     a benchmark, with matched controls
   lvlm-decode table runs                the table of what eval wrote
   lvlm-decode score pope answers.jsonl  answers that were made elsewhere
+  lvlm-decode serve                     the API of OpenAI's clients
   lvlm-decode doctor                    versions, devices and a self-check
 
 lvlm-decode --help lists all commands.
