@@ -736,6 +736,21 @@ def test_families_that_were_not_compared_are_refused_by_name():
         lvlm_decode.vllm.Views(str(ROOT / "nowhere"))
 
 
+def test_a_sample_may_show_several_pictures(views):
+    two = {"prompt": "USER: <image>\n<image>\nCompare them. ASSISTANT:", "id": "x"}
+    two["multi_modal_data"] = {"image": [picture(0), picture(1)]}
+    group = views.group("vcd+icd+m3id", two, settings())
+    for number in (0, 2):
+        assert (
+            group.prompts[number]["prompt_token_ids"].count(4)
+            == 2
+            == len(group.prompts[number]["multi_modal_data"]["image"])
+        )
+    noised = group.prompts[1]["multi_modal_data"]["image"]
+    assert [image.shape for image in noised] == [(3, 96, 96)] * 2 and not np.allclose(*noised)
+    assert group.lengths[0] - group.lengths[3] == 2 * 64 and "multi_modal_data" not in group.prompts[3]
+
+
 def test_text_alone_is_served(views):
     group = views.group("vcd", {"prompt": "USER: hello ASSISTANT:"}, settings())
     assert all(set(prompt) == {"prompt_token_ids"} for prompt in group.prompts) and len(group.prompts) == 2

@@ -92,7 +92,10 @@ class Media:
                 for row in range(count)
             ]
         sizes = self.family.tokens_per_image(self.inputs) if image else self.family.tokens_per_video(self.inputs)
-        if sizes is None:
+        if sizes is None and count == 1:
+            # All are its own. Whether they fill its places shows when they are encoded, which a model without weights cannot.
+            counts = [len(pixels)]
+        elif sizes is None:
             encode()
             counts = [len(items) for items in self.items]
         else:

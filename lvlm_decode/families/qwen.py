@@ -86,7 +86,7 @@ class QwenVL(Family):
         for frames, height, width in vision["image_grid_thw"].tolist():
             own = pixels[at : at + frames * height * width]
             at += len(own)
-            picture = self._to_picture(own, height, width)
+            picture = self.picture(own, height, width)
             out.append(self._to_patches(self.edit_normalised(edit, picture), len(own), height, width))
         return torch.cat(out)
 
@@ -117,7 +117,7 @@ class QwenVL(Family):
         vision = self.config.vision_config
         return vision.temporal_patch_size, vision.patch_size, self._merge
 
-    def _to_picture(self, patches: Tensor, height: int, width: int) -> Tensor:
+    def picture(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(3, H, W) of the first frame of one still image."""
         frames, size, merge = self._sizes()
         grid = patches.view(height // merge, width // merge, merge, merge, 3, frames, size, size)[:, :, :, :, :, 0]

@@ -81,7 +81,7 @@ class QwenPictures(Pictures):
         for frames, height, width in vision["image_grid_thw"].tolist():
             own = vision["pixel_values"][at : at + frames * height * width]
             at += len(own)
-            found.append(self.family._to_picture(own, height, width))
+            found.append(self.family.picture(own, height, width))
         return found
 
 
