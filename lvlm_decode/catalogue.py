@@ -119,9 +119,9 @@ def by_kind(described: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown() -> str:
-    """The table of methods in the README: kind by kind, what each does, and the arXiv id of its paper."""
-    lines = ["| method | what it does | arXiv |", "|---|---|---|"]
+    """The table of methods in the README: kind by kind, and what each does."""
+    lines = ["| method | what it does |", "|---|---|"]
     for group in by_kind([describe(name) for name in METHODS]).values():
         for method in group:
-            lines.append(f"| `{method['name']}` | {method['summary'].removesuffix('.')} | {method['arxiv'] or '–'} |")
+            lines.append(f"| `{method['name']}` | {method['summary'].removesuffix('.')} |")
     return "\n".join(lines)

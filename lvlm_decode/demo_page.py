@@ -38,6 +38,7 @@ def html(shown: Shown) -> str:
         for line in shown.differences
     )
     splits = "".join(f"<th>{split}</th>" for split in SPLITS)
+    axes = "".join(f'<th>{split}<span class="axis"><i>50</i><i>100 %</i></span></th>' for split in SPLITS)
     slowest = max(shown.times.values())
     bars = "".join(
         f'<div class="bar{" plain" if name == "plain" else ""}"><div>{escape(name)}</div>'
@@ -61,7 +62,7 @@ def html(shown: Shown) -> str:
 random, the most frequent, or those that usually come along. Accuracy with its 95 % interval over images, and how often
 the model says yes. The grey rows are the controls each method must be read against.</p>
 <div class="scroll"><table><thead><tr><th>method</th><th>decoding</th>
-{splits}</tr></thead><tbody>{_rows(shown.table)}</tbody></table></div>
+{axes}</tr></thead><tbody>{_rows(shown.table)}</tbody></table></div>
 <p>Each method minus its matched controls on the same questions, points of accuracy; * where the interval excludes zero.</p>
 <div class="scroll"><table><thead><tr><th>method</th><th>control</th>{splits}</tr></thead>
 <tbody>{differences}</tbody></table></div>

@@ -65,7 +65,6 @@ SPEEDS = [
     ("plain", "vispec", "`vispec`"),
     ("vcd", "sequential", "none, a forward for each view"),
     ("vcd", "", "none, views stacked"),
-    ("vcd", "automaton(shortest=1)", "`automaton(shortest=1)`"),
     ("vcd", "vispec", "`vispec`"),
     ("vcd+ritual", "vispec", "`vispec`"),
 ]
