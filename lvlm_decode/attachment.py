@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import torch
 
-from .engine import hf
+from .engine import conversation, hf
 from .engine.modes import check_modes, check_needs
 from .engine.recorder import Recorder
 from .engine.run import Run, Summary
@@ -86,6 +86,10 @@ class Attached:
                 drafter nor a resumed run changes an answer. Without it token draws are Hugging Face's own.
             sample_ids: one key per row of the batch; by default a hash of the row's prompt and pixels.
 
+        A conversation goes on from a cache: pass an empty ``DynamicCache`` in the first turn, and the same one with the whole
+        conversation in the next. It then carries the keys of all views, and of each what is new alone runs; the views keep the
+        ``sample_ids`` of the first turn. Methods that change attention or hidden states, searches, drafters and beams refuse.
+
         Raises:
             UnsupportedError: a mode the method cannot honour.
             InputError: images and prompts that do not belong together.
@@ -97,7 +101,8 @@ class Attached:
             raise UnsupportedError(
                 f"{self.method.name} is attached to this model; detach it first, or leave out custom_generate."
             )
-        hf.check_empty(kwargs.values())
+        cache = hf.cache_among(kwargs.values())
+        kept = conversation.kept_in(cache, self.model, self.method)
         if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
         family = self.family
@@ -124,14 +129,17 @@ class Attached:
             {**text, **vision},
             processor=self.processor,
             seed=seed,
-            sample_ids=sample_ids,
+            sample_ids=kept.sample_ids if kept is not None and sample_ids is None else sample_ids,
             rows_per_sample=self._rows_per_sample(family, kwargs),
             execution=self.execution,
             family=family,
             features=family.unpack(given) if given else None,
             memory=self.memory,
             recorder=self.recorder,
+            kept=kept,
         )
+        # The run alone holds it: it lets go of it as soon as it can.
+        del kept
         strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
 
         def loop(call: Call) -> Any:
@@ -139,7 +147,10 @@ class Attached:
             return decode(run, more, strategy)
 
         try:
-            return hf.generate(run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs)
+            with conversation.going_on(run, cache):
+                return hf.generate(
+                    run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs
+                )
         finally:
             self.last_run = run.summary()
 

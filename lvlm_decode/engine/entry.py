@@ -27,7 +27,7 @@ from ..errors import InputError, UnsupportedError
 from ..families import families, family_of
 from ..families.base import Family
 from ..method import Method, Step
-from . import hf, sampling
+from . import conversation, hf, sampling
 from .hf import Call
 from .modes import check_modes
 from .run import Run
@@ -62,7 +62,7 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
     Raises:
         UnsupportedError: a language model inside an LVLM, to which pixels and other prompts never get.
     """
-    hf.check_empty([call.cache])
+    kept = conversation.kept_in(call.cache, model, method)
     asked = hf.asked()
     if asked.get("assistant_model") is not None:
         raise UnsupportedError(
@@ -96,8 +96,21 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
         features = family.unpack(given)
     hf.check_inputs({**call.inputs, "position_ids": None}, family.input_keys, family.config.model_type)
     hf.check_positions(model, call.input_ids, call.inputs)
-    run = Run(model, method, inputs, seed=seed, rows_per_sample=expand, family=family, features=features)
-    return decode(run, call)
+    ids = None if kept is None else kept.sample_ids
+    run = Run(
+        model,
+        method,
+        inputs,
+        seed=seed,
+        sample_ids=ids,
+        rows_per_sample=expand,
+        family=family,
+        features=features,
+        kept=kept,
+    )
+    del kept
+    with conversation.going_on(run, call.cache):
+        return decode(run, call)
 
 
 class ViewsProcessor(LogitsProcessor):

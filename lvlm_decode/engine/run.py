@@ -14,10 +14,11 @@ from torch import Tensor
 from ..families import family_of
 from ..families.base import Family
 from ..method import Method, Probes, Sum, View
-from . import hf, sampling
+from . import conversation, hf, sampling
 from .attention import Edit, routed
 from .batch import Batch, views_of
 from .branch import Branch
+from .conversation import Carried
 from .hf import KV, Encoded, Prepared, decoder
 from .modes import check_needs
 from .recorder import Recorder
@@ -90,6 +91,7 @@ class Run:
         features: the images, where the caller encoded them.
         memory: what methods may keep between the calls of one attached model.
         recorder: receives what happens while the run decodes.
+        kept: what the rows hold already, where a conversation goes on.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Run:
         features: Sequence[Encoded] | None = None,
         memory: dict[Any, Any] | None = None,
         recorder: Recorder | None = None,
+        kept: Carried | None = None,
     ):
         hf.require()
         check_execution(execution)
@@ -115,7 +118,9 @@ class Run:
         check_needs(method, self.family)
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         self.memory = {} if memory is None else memory
-        self.recorder = recorder
+        self.recorder, self.kept = recorder, kept
+        #: As it was attached; ``method`` knows this run's views.
+        self.given_method = method
         self.trace = Trace()
         view_seed = sampling.DEFAULT_SEED if seed is None else seed
         # Only a method that watches the encoder makes the images be encoded before its views are known.
@@ -270,6 +275,11 @@ class Run:
             if record and numbers[0] != 0:
                 lane.kv.record()
             lanes.append(lane)
+        if self.kept is not None:
+            # Taken off the run, so that its memory is free as soon as the lanes have what they need of it.
+            kept, self.kept = self.kept, None
+            for lane in lanes:
+                conversation.resume(self, kept, lane)
         weights, project = self.weights(lanes[0].rows), self._projection()
         self.lanes = Lanes(self.method, lanes, weights, self.probes, project, self.recorder, self.branches)
         return self.lanes

@@ -86,6 +86,14 @@ class Lane:
         """Prompt width of the stacked rows."""
         return max(p.input_ids.shape[1] for p in self.prepared)
 
+    def resume(self, new: int, images: Mapping[str, Any]) -> None:
+        """The prompts' first ``width - new`` slots are in the cache already; :meth:`prefill` runs the others.
+
+        Args:
+            images: those among the other slots, packed by kind.
+        """
+        self._first = hf.last_of_first(self._first, new, images)
+
     def prefill(self, keep: int, **call: Any) -> Any:
         """Run the prompts of all views.
 
@@ -244,6 +252,11 @@ class Lanes:
     @property
     def main(self) -> Lane:
         return self.lanes[0]
+
+    @property
+    def lead(self) -> int:
+        """Slots that the prompts of the lane of view 0 have before the caller's: longer views run in it, or do not."""
+        return self.main.width - self.main.prepared[0].input_ids.shape[1]
 
     @property
     def forwards(self) -> int:

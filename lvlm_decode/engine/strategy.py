@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import UnsupportedError
-from . import hf, sampling
+from . import conversation, hf, sampling
 from .hf import Call
 from .modes import check_modes
 from .run import Run
@@ -36,8 +36,11 @@ def decode(run: Run, call: Call, strategy: Strategy | None = None) -> Any:
     Raises:
         UnsupportedError: a mode, a cache or a setting that the method or the engine cannot honour.
     """
-    call = checked(run, call, None if strategy is None else strategy.name)
     search = getattr(run.method, "decode", None) if strategy is None else strategy.decode
+    if run.kept is not None:
+        name = run.method.name if strategy is None else strategy.name
+        conversation.check(call, None if search is None else name)
+    call = checked(run, call, None if strategy is None else strategy.name)
     if search is None:
         return Stacked().decode(run, call)
     if call.synced:
@@ -118,9 +121,11 @@ class Stacked:
             lanes = run.open(kv, record=assisted)
             with kv.led(lanes.reorder, lanes.drop):
                 out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length))
-        guard.check(out if isinstance(out, Tensor) else out.sequences)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        guard.check(sequences)
         # Its rows are those of every view; the caller is given those of the samples.
-        own = kv.give(given, lanes.main.rows, run.extra_width)
+        kept = hf.is_own(given) and conversation.keep(run, call, given, lanes, kv, sequences)
+        own = kept or kv.give(given, lanes.main.rows, lanes.lead)
         hf.give_cache(out, given if own else None)
         return out
 
@@ -132,8 +137,7 @@ def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
         prompt_length: tokens beyond it in the first call are a draft.
     """
     started = False
-    # Slots that the longest view's prompt has before those of the caller's.
-    lead = run.extra_width
+    lead = lanes.lead
 
     def own(states: Any, name: str, first: bool) -> Any:
         """Of one layer's hidden states or attentions: the caller's rows, queries and slots."""

@@ -7,7 +7,7 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 
 from . import decoder
 from .blueprint import blueprint, is_loaded
-from .cache import KV, check_empty, check_own, check_plain, is_fixed
+from .cache import KV, cache_among, check_empty, check_own, check_plain, is_fixed, is_own
 from .inputs import check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
     Prepared,
@@ -17,6 +17,7 @@ from .kwargs import (
     give_cache,
     joined,
     kept_of,
+    last_of_first,
     left_pad,
     run,
     take_cache,
@@ -37,6 +38,7 @@ __all__ = [
     "Proxy",
     "asked",
     "blueprint",
+    "cache_among",
     "cache_in",
     "check_empty",
     "check_inputs",
@@ -53,8 +55,10 @@ __all__ = [
     "given",
     "is_fixed",
     "is_loaded",
+    "is_own",
     "joined",
     "kept_of",
+    "last_of_first",
     "left_pad",
     "mask_of",
     "model_inputs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -262,6 +263,41 @@ class KV:
         target.layers = layers
         return True
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer grows and holds all keys and values, and nothing else."""
+        return all(type(layer) is cache_utils.DynamicLayer for layer in self.cache.layers)
+
+    def split(self, rows: int, lead: int) -> KV:
+        """Everything that this cache holds, as another; this one then holds its first ``rows`` rows without ``lead`` slots.
+
+        No memory is copied: both read the same.
+        """
+        whole = KV(DynamicCache())
+        whole.cache.layers = self.cache.layers
+        whole.show(self.cache, rows, lead)
+        return whole
+
+    def show(self, target: Any, rows: int, lead: int) -> None:
+        """Let the cache ``target`` hold the first ``rows`` rows of this one without ``lead`` slots, on the same memory."""
+        target.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in target.layers:
+            layer.keys, layer.values = layer.keys[:rows, :, lead:], layer.values[:rows, :, lead:]
+
+    def fill(self, other: KV, index: Tensor) -> None:
+        """Put slots ``index`` (R, S) of each row of ``other`` into this cache, which is empty."""
+        for number, layer in enumerate(other.cache.layers):
+            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            at = index.to(layer.keys.device)[:, None, :, None].expand(shape)
+            wide = at[..., :1].expand(-1, -1, -1, layer.values.shape[3])
+            self.cache.update(layer.keys.gather(2, at), layer.values.gather(2, wide), number)
+
+    def clear(self) -> None:
+        """Forget everything. For a cache of growing layers alone."""
+        for layer in self.cache.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
     def first_layers(self, count: int, rows: int, length: int) -> KV:
         """A growing view of what the first ``count`` layers hold of the first ``rows`` rows."""
         out = KV(DynamicCache())
@@ -273,6 +309,16 @@ class KV:
 def is_fixed(cache: Any) -> bool:
     """Whether a loop was given a static cache."""
     return isinstance(cache, StaticCache)
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The cache among ``values``, the arguments of a call; ``None`` if there is none."""
+    return next((value for value in values if isinstance(value, transformers.Cache)), None)
+
+
+def is_own(cache: Any) -> bool:
+    """Whether ``generate()`` was given this cache by the caller."""
+    return bool(getattr(cache, "_is_user_defined", False))
 
 
 def check_empty(values: Iterable[Any]) -> None:
@@ -295,7 +341,7 @@ def check_own(cache: Any, name: str) -> None:
     Raises:
         UnsupportedError: names what cannot fill it.
     """
-    if getattr(cache, "_is_user_defined", False):
+    if is_own(cache):
         raise UnsupportedError(f"{name} keeps keys and values of its own and cannot fill a cache; leave it out.")
 
 

@@ -196,6 +196,25 @@ def first_forward(parts: Sequence[Prepared], pad_token_id: int) -> dict[str, Any
     return {**kwargs, **with_images({kind: vision.merge(packed, kind) for kind, packed in own.items() if packed})}
 
 
+def last_of_first(first: dict[str, Any], count: int, images: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments ``first`` of a first forward for its last ``count`` slots, the others being in the cache.
+
+    Args:
+        images: the encoded images and videos among these slots, by kind.
+    """
+    out = {}
+    for name, value in first.items():
+        if name == ENCODED:
+            continue
+        if name == "inputs_embeds":
+            value = value[:, -count:]
+        elif name != "attention_mask":
+            value = value[..., -count:]
+        out[name] = value
+    # The positions were made with the images; where the model reads embeddings, they are among them.
+    return {**out, **({} if "inputs_embeds" in out else with_images(images))}
+
+
 def further_forward(tokens: Tensor, positions: Tensor, mask: Any) -> dict[str, Any]:
     """The arguments of a forward after the first.
 
