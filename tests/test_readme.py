@@ -23,8 +23,9 @@ def block(name: str) -> str:
 
 
 def test_readme_is_short():
-    """Beside the table of methods, which has a row for each."""
-    assert len(README.encode()) - len(block("methods").encode()) <= 7_300
+    """What is written by hand; the two tables grow with the registries."""
+    by_hand = re.sub(r"<!-- (methods|models) -->.*?<!-- /\1 -->", "", README, flags=re.S)
+    assert len(by_hand.encode()) <= 6_400
 
 
 def test_table_of_models_names_every_family():
