@@ -751,6 +751,17 @@ def test_a_sample_may_show_several_pictures(views):
     assert group.lengths[0] - group.lengths[3] == 2 * 64 and "multi_modal_data" not in group.prompts[3]
 
 
+def test_a_method_that_reads_features_without_saying_so_is_told(views):
+    class Reader(ld.Contrast):
+        name = "reader"
+
+        def views(self, sample, rng):
+            return [sample.with_features(lambda features, number: features * 0)]
+
+    with pytest.raises(UnsupportedError, match=r"costs = \('feature',\)"):
+        views.group(Reader(), sample(), settings())
+
+
 def test_text_alone_is_served(views):
     group = views.group("vcd", {"prompt": "USER: hello ASSISTANT:"}, settings())
     assert all(set(prompt) == {"prompt_token_ids"} for prompt in group.prompts) and len(group.prompts) == 2

@@ -167,6 +167,38 @@ def scheduler_of(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+# --- names ----------------------------------------------------------------------------------------------------------------
+
+
+def names(bench: Bench) -> dict[str, Any]:
+    """Is vLLM as the port knows it, and are the stand-ins of the tests as vLLM is?"""
+    import inspect
+
+    from lvlm_decode.vllm import port
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    import fake_vllm as fake
+
+    stand_ins = {
+        port.Scheduler: fake.Scheduler,
+        port.KVCacheManager: fake.KVCacheManager,
+        port.RowProcessor: fake.RowProcessor,
+        port.SlotProcessor: fake.SlotProcessor,
+    }
+    other = []
+    for owner, wanted in port.SIGNATURES.items():
+        for name, leading in wanted.items():
+            real, own = (
+                list(inspect.signature(getattr(one, name)).parameters)[: len(leading)]
+                for one in (owner, stand_ins[owner])
+            )
+            if real != own:
+                other.append(f"{owner.__name__}.{name}: {real}, stand-in {own}")
+    row = {"moved": port.probe(), "names compared": sum(map(len, port.SIGNATURES.values())), "stand-ins differ": other}
+    print(row, flush=True)
+    return row
+
+
 # --- exactness ----------------------------------------------------------------------------------------------------------
 
 
@@ -654,7 +686,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", default=["exact", "stress", "async", "families", "speed"])
+    parser.add_argument("--parts", nargs="+", default=["names", "exact", "stress", "async", "families", "speed"])
     parser.add_argument("--scenes", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("serving-work"))
@@ -662,6 +694,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.work, arguments.scenes)
     parts = {
+        "names": lambda: names(bench),
         "exact": lambda: exact(bench),
         "stress": lambda: stress(bench),
         "async": lambda: asynchronous(bench),

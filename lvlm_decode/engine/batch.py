@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..families.base import Family
 from ..method import Method, Sum, View
 from . import hf, sampling
@@ -168,7 +168,16 @@ class Batch:
         return [sample.in_order([item for rows in shared for item in rows[sample.index]]) for sample in self.samples]
 
     def _encode(self, others: list[Sample]) -> list[tuple[Encoded, ...]]:
-        """Encode the batch, if it was not yet, together with ``others`` in one pass per kind; the images of ``others``."""
+        """Encode the batch, if it was not yet, together with ``others`` in one pass per kind; the images of ``others``.
+
+        Raises:
+            UnsupportedError: the model has no weights.
+        """
+        if hf.is_blueprint(self.family.model):
+            raise UnsupportedError(
+                "this method reads image features, and only the model's configuration is loaded here; a method that does so "
+                "names them: costs = ('feature',)."
+            )
         found: list[list[Encoded]] = [[] for _ in others]
         watched = self._pending and self._observe is not None
         with self._observe(self.family) if watched and self._observe else nullcontext() as observed:

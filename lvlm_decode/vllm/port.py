@@ -179,7 +179,11 @@ def said(output: Any) -> list[int]:
     return ids[:-1] if completion.finish_reason == "stop" else ids
 
 
-class Seams:
+#: For type checkers: what stands above vLLM's scheduler has its methods.
+_Scheduler: Any = object
+
+
+class Seams(_Scheduler):
     """Between vLLM's scheduler and :class:`~lvlm_decode.vllm.gangs.Gangs`: overrides by vLLM's names, questions by ours."""
 
     def __init__(self, *args: Any, **kwargs: Any):

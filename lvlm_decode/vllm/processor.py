@@ -18,7 +18,7 @@ from .served import refused_setting
 from .wire import Member, of_params
 
 
-class Grouped(port.RowProcessor, port.SlotProcessor):  # type: ignore[misc]
+class Grouped(port.RowProcessor, port.SlotProcessor):
     """Gives all rows of a group the token that its method chooses."""
 
     def __init__(self, vllm_config: Any, *rest: Any):

@@ -6,7 +6,7 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 """
 
 from . import decoder
-from .blueprint import blueprint, is_loaded
+from .blueprint import blueprint, is_blueprint
 from .cache import KV, cache_among, check_empty, check_own, check_plain, is_fixed, is_own
 from .inputs import check_inputs, check_positions, mask_of, model_inputs
 from .kwargs import (
@@ -53,8 +53,8 @@ __all__ = [
     "generate",
     "give_cache",
     "given",
+    "is_blueprint",
     "is_fixed",
-    "is_loaded",
     "is_own",
     "joined",
     "kept_of",

@@ -70,6 +70,6 @@ def _apart(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def is_loaded(module: Any) -> bool:
-    """Whether the weights of ``module`` are there."""
-    return not any(parameter.is_meta for parameter in module.parameters())
+def is_blueprint(model: Any) -> bool:
+    """Whether no weight of ``model`` is there, nor where to fetch it from."""
+    return not hasattr(model, "hf_device_map") and all(parameter.is_meta for parameter in model.parameters())
