@@ -43,6 +43,8 @@ class Edit:
         return out
 
 
+# Edits ask the host how far a lane is, which a graph would hold on to: a compiled model leaves its graph here.
+@torch.compiler.disable
 def _attend(
     module: torch.nn.Module,
     query: Tensor,

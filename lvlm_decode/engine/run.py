@@ -141,6 +141,8 @@ class Run:
         self.edits: list[Edit] = []
         #: Views of partial depth, by number; see :meth:`branching`.
         self.branches: dict[int, Branch] = {}
+        #: What single tokens after the prompt run through, where transformers would compile them.
+        self.steps: Callable[..., Any] | None = None
         self.lanes: Lanes | None = None
         if recorder is not None:
             recorder.began(self)
@@ -238,6 +240,7 @@ class Run:
             kv=kv,
             patch=None if view is None else view.patch,
             forward=None if module is None else module.forward,
+            steps=self.steps if module is None else None,
             pad_token_id=self.family.pad_token_id,
             owner=self,
             # Another model is not edited: methods read and change the attention of the one they are attached to.

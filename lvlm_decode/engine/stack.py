@@ -37,6 +37,7 @@ class Lane:
         kv: the caller's keys and values, or ``None`` for growing ones of its own.
         patch: changes the module around every forward of this lane.
         forward: the module's own forward.
+        steps: the same, compiled, for single further tokens on keys and values of fixed size.
         pad_token_id: what left padding is filled with.
         owner: the run this lane belongs to; see :func:`running_lane`.
         edits: what is done to the decoder's attention in forwards of this lane.
@@ -50,6 +51,7 @@ class Lane:
         kv: KV | None = None,
         patch: Callable[[torch.nn.Module], AbstractContextManager[Any]] | None = None,
         forward: Callable[..., Any] | None = None,
+        steps: Callable[..., Any] | None = None,
         pad_token_id: int = 0,
         owner: object = None,
         edits: Sequence[Edit] = (),
@@ -62,6 +64,7 @@ class Lane:
         self._owner, self.edits = None if owner is None else weakref.ref(owner), edits
         self._patch = patch or (lambda module: nullcontext())
         self._forward = forward or self.module.forward
+        self._steps = None if self.kv.capacity is None else steps
         self._additive = hf.decoder.takes_additive(self.module)
         self._first = hf.first_forward(self.prepared, pad_token_id)
         seen = self._first["attention_mask"].bool()
@@ -145,7 +148,13 @@ class Lane:
         self._positions = positions
         self.length += q
         rows = tokens if views == 1 else tokens.repeat(views, 1)
-        return self._run(hf.further_forward(rows, positions, mask), keep, call)
+        further = hf.further_forward(rows, positions, mask)
+        if self._steps is None or q > 1 or call:
+            return self._run(further, keep, call)
+        out = self._run(further, keep, call, self._steps)
+        # A replayed graph writes over what it put out before.
+        out.logits = out.logits.clone()
+        return out
 
     def _row_mask(self, q: int) -> Tensor:
         """The mask of further tokens in padded rows, (V*B, S) or, where the decoder takes it, additive (V*B, 1, 1, S).
@@ -171,11 +180,13 @@ class Lane:
             seen = torch.nn.functional.pad(seen, (0, self.kv.capacity - seen.shape[-1]))
         return additive(seen, self.module.dtype)
 
-    def _run(self, kwargs: dict[str, Any], keep: int, call: dict[str, Any]) -> Any:
+    def _run(
+        self, kwargs: dict[str, Any], keep: int, call: dict[str, Any], forward: Callable[..., Any] | None = None
+    ) -> Any:
         self.forwards += 1
         self.keep = keep
         with running(self), self._patch(self.module):
-            return hf.run(self._forward, kwargs, self.kv.cache, keep, **call)
+            return hf.run(forward or self._forward, kwargs, self.kv.cache, keep, **call)
 
     def rows_of(self, view: int) -> slice | None:
         """Where the rows of view ``view`` stand among this lane's, or ``None`` if it runs elsewhere."""

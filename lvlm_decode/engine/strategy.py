@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..errors import UnsupportedError
+from ..method import Method
 from . import conversation, hf, sampling
 from .hf import Call
 from .modes import check_modes
@@ -83,7 +84,10 @@ def checked(run: Run, call: Call, drafter: str | None) -> Call:
         )
     if not config.use_cache:
         raise UnsupportedError("use_cache=False is not supported: the views keep their keys and values; leave it out.")
-    # A compiled forward would outlive the views it was traced with.
+    # The loop's own forward scores all views, which no graph should hold; the model's steps inside of it may be compiled,
+    # unless a method changes them: what it hooks in is made anew for each call, and a graph would be too.
+    if all(type(part).patch is Method.patch for part in run.method.parts()):
+        run.steps = hf.compiled(run.module, call)
     config.disable_compile = True
     if run.seed is not None and config.do_sample:
         if beams:

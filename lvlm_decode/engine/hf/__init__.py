@@ -26,7 +26,7 @@ from .kwargs import (
     with_images,
 )
 from .libraries import require, require_adapters, require_model
-from .loop import Call, Proxy, asked, check_training, generate, given, named, prepare, run_loop
+from .loop import Call, Proxy, asked, check_training, compiled, generate, given, named, prepare, run_loop
 from .places import device_for, unwrapped
 from .vision import Encoded
 
@@ -46,6 +46,7 @@ __all__ = [
     "check_plain",
     "check_positions",
     "check_training",
+    "compiled",
     "decoder",
     "device_for",
     "first_forward",

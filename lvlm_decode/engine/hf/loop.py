@@ -239,6 +239,17 @@ def prepare(
     return Prepared.of(module, box["input_ids"], mask.to(device), first, token_keys, vision_keys)
 
 
+def compiled(module: Any, call: Call) -> Callable[..., Any] | None:
+    """The module's forward, compiled, where transformers itself would run the steps after the prompt through it; else ``None``.
+
+    It does so with a static cache on an accelerator, and anywhere with a ``compile_config`` that is meant for all devices.
+    """
+    criteria = getattr(module, "_valid_auto_compile_criteria", None)
+    if criteria is None or not criteria(names.with_cache(call.cache), call.config):
+        return None
+    return module.get_compiled_call(call.config.compile_config)
+
+
 def run_loop(module: torch.nn.Module, call: Call, forward: Callable[..., Any] | None = None) -> Any:
     """Run Hugging Face's own decoding loop, as ``generate()`` would.
 
