@@ -147,6 +147,8 @@ def unpack(archive: Path) -> list[Path]:
     target = archive.parent
     try:
         with zipfile.ZipFile(archive) as content:
+            if not all(entry.filename for entry in content.infolist()):
+                raise FileFormatError(f"{archive} holds a file without a name; fetch it again.")
             members = [entry for entry in content.infolist() if not entry.is_dir()]
             for entry in members:
                 path = target / entry.filename

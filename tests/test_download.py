@@ -221,6 +221,10 @@ def test_archives_are_unpacked_beside_themselves(server, tmp_path, table):
         archive.writestr("../outside.txt", "x")
     with pytest.raises(FileFormatError, match="points outside"):
         unpack(tmp_path / "evil.zip")
+    with zipfile.ZipFile(tmp_path / "nameless.zip", "w") as archive:
+        archive.writestr("", "x")
+    with pytest.raises(FileFormatError, match="holds a file without a name"):
+        unpack(tmp_path / "nameless.zip")
 
 
 def test_large_files_only_on_request():
