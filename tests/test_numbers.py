@@ -1,12 +1,14 @@
 """Numbers at their edges, for every method: -inf and NaN among the model's own logits, bans, none and one new token."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from contract import SMALL, family_for, method_of
 
 import lvlm_decode as ld
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, LvlmDecodeError
 from lvlm_decode.method import Contrast, Step
 from lvlm_decode.methods import METHODS, load
@@ -82,6 +84,30 @@ def test_what_the_model_bans_itself_stays_banned_and_nothing_becomes_nan(zoo, na
             assert not logits.isnan().any() and bool((logits[..., BANNED] == float("-inf")).all())
             rest = [token for token in range(logits.shape[-1]) if token not in BANNED]
             assert bool(logits[..., rest].isfinite().all())
+
+
+#: Methods whose gate is defined by the size of the vocabulary.
+BY_SIZE = {"uscd": "the largest standard deviation that N probabilities can have"}
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in QUICK and n not in BY_SIZE], indirect=True)
+def test_gates_and_masks_see_a_banned_token_as_no_token(zoo, name):
+    """What every view bans is to a method as if the vocabulary did not have it: gates, masks and normalisation too."""
+    run = Run(zoo.model, made(name), zoo.inputs(("is it a dog", "no"), seed=1), processor=zoo.processor, seed=0)
+    with torch.no_grad(), run.method.patch(run):
+        run.open().prefill()
+    step, bans = run.lanes.last_step, torch.tensor(BANNED)
+    rest = torch.tensor([token for token in range(step.logits.shape[-1]) if token not in BANNED])
+
+    def with_logits(change):
+        return dataclasses.replace(
+            step, logits=change(step.logits), project=lambda *a, **k: change(step.project(*a, **k))
+        )
+
+    banned = run.method.scores(with_logits(lambda logits: logits.index_fill(-1, bans, float("-inf"))))
+    smaller = run.method.scores(with_logits(lambda logits: logits.index_select(-1, rest)))
+    assert bool((banned[..., bans] == float("-inf")).all()) and not banned.isnan().any()
+    torch.testing.assert_close(banned[..., rest], smaller, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("bad", ["nan", "-inf"])
