@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -107,15 +110,18 @@ def load(
         check_checkpoint(place)
     # Nobody's code is run and nothing is unpickled, whatever a checkpoint asks for.
     safely = {"trust_remote_code": False}
+    if not place.is_dir() and not hub_answers():
+        # Otherwise transformers tries again for minutes before it says so.
+        safely["local_files_only"] = True
     try:
         processor = AutoProcessor.from_pretrained(path, **safely)
         model = AutoModelForImageTextToText.from_pretrained(
             path, dtype=chosen, device_map=device_map, use_safetensors=True, **safely
         )
     except OSError as error:
-        raise MissingFileError(
-            f"model {name!r} cannot be loaded ({_first_line(error)}); give tiny, a folder or a hub id."
-        ) from error
+        alone = "it is no folder and was not downloaded before, and the hub cannot be reached"
+        why = alone if safely.get("local_files_only") else _first_line(error)
+        raise MissingFileError(f"model {name!r} cannot be loaded ({why}); give tiny, a folder or a hub id.") from error
     except torch.OutOfMemoryError as error:
         raise EvalError(
             f"model {name!r} does not fit in memory ({_first_line(error)}); try --device-map auto."
@@ -126,6 +132,22 @@ def load(
             "other or this version of transformers."
         ) from error
     return loaded_of(model.eval() if device_map else model.eval().to(device), processor, path)
+
+
+def hub_answers() -> bool:
+    """Whether the hub's host takes a connection, tried once; behind a proxy it is not tried and taken for granted."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():
+        return True
+    place = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((place.hostname or "", place.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def loaded_of(model: Any, processor: Any, name: str | None = None) -> Loaded:

@@ -552,3 +552,28 @@ def test_two_processes_end_with_the_files_of_one_also_after_either_is_killed(mod
     assert process.returncode == 0, output
     assert files_of(tmp_path) == files_of(out)
     assert output.count("pope, adversarial: method minus control") == 1
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    """transformers would try again for minutes; behind a proxy nobody but it can tell."""
+    import socket
+
+    from huggingface_hub import constants
+
+    from lvlm_decode_evals import runner
+
+    def nobody(address, timeout):
+        tried.append((address, timeout))
+        raise OSError("no way there")
+
+    tried = []
+    monkeypatch.setattr(socket, "create_connection", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(runner, "getproxies", dict)
+    with pytest.raises(MissingFileError, match="the hub cannot be reached"):
+        runner.load("some-one/some-model")
+    assert tried == [(("huggingface.co", 443), 5)]
+    monkeypatch.setattr(runner, "getproxies", lambda: {"https": "http://proxy"})
+    assert runner.hub_answers() and len(tried) == 1
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not runner.hub_answers()
