@@ -150,8 +150,11 @@ def eval_command(
     --questions it asks about the emoji scenes that ship with the project. Exit status 3: finished, but some questions
     could not be asked (a missing or corrupt image); they are named.
     """
+    from .loaders import check_limit, protocol_source
+
+    # Before torch is imported, which takes seconds.
+    check_limit(limit)
     from .api import Evaluation, prepare
-    from .loaders import protocol_source
     from .plan import Decoding
     from .runner import Options, Share, failures, load, processes
     from .tables import render

@@ -163,6 +163,12 @@ class HubImages:
         return rgb(self.dataset[row][self.column], f"image {name}")
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise EvalError for a limit that leaves no question."""
+    if limit is not None and limit < 1:
+        raise EvalError(f"--limit is {limit}; give a positive number of questions a split.")
+
+
 @dataclass(frozen=True)
 class Source:
     """What an evaluation asks and looks at: split -> questions, the images, and what the settings must say about it."""
@@ -180,10 +186,9 @@ class Source:
 
     def first(self, limit: int | None) -> Source:
         """The first `limit` questions of each split, all of them for None."""
+        check_limit(limit)
         if limit is None:
             return self
-        if limit < 1:
-            raise EvalError(f"--limit is {limit}; give a positive number of questions a split.")
         return replace(self, splits={name: questions[:limit] for name, questions in self.splits.items()})
 
 
