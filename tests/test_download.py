@@ -222,7 +222,9 @@ def test_archives_are_unpacked_beside_themselves(server, tmp_path, table):
     with pytest.raises(FileFormatError, match="points outside"):
         unpack(tmp_path / "evil.zip")
     with zipfile.ZipFile(tmp_path / "nameless.zip", "w") as archive:
-        archive.writestr("", "x")
+        archive.writestr("?", "x")
+    # A name ends at a zero byte.
+    (tmp_path / "nameless.zip").write_bytes((tmp_path / "nameless.zip").read_bytes().replace(b"?", b"\0"))
     with pytest.raises(FileFormatError, match="holds a file without a name"):
         unpack(tmp_path / "nameless.zip")
 
