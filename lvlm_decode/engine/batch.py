@@ -233,7 +233,7 @@ class Batch:
             stop = next((i for i, token in enumerate(ids.tolist()) if token in ends), len(ids))
             ids = ids[:stop]
             # An image placeholder among the words would need image features, so it is dropped.
-            answers.append(ids[self.family.drop_image(ids)])
+            answers.append(ids[~self.family.is_placeholder(ids)])
         return answers
 
     def resolve(self, samples: Sequence[Sample]) -> list[Sample]:

@@ -21,7 +21,7 @@ class Asked:
     Args:
         lead: what stands between the image and the question: line breaks, end-of-image tokens.
         text: the question.
-        cue: what asks the assistant to speak, from the processor's chat template.
+        cue: what asks the assistant to speak, from the processor's chat template, and the space before it.
     """
 
     lead: str
@@ -46,6 +46,8 @@ def question_of(sample: Sample) -> Asked:
     pattern = rf"(?:\s|{special})*" if special else r"\s*"
     text = re.sub(f"^{pattern}", "", body)
     lead, text = body[: len(body) - len(text)], text.rstrip()
+    # A line break that ends the question (PaliGemma) belongs to what asks for the answer.
+    cue = body[len(lead) + len(text) :] + cue
     if not text:
         raise InputError(
             f"sample {sample.id!r} has no question after its image; put the image first: apply_chat_template with the "

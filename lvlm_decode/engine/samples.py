@@ -344,7 +344,7 @@ class Sample:
                 return prefix + (rest.removeprefix(" ") if prefix.endswith(" ") else rest)
 
             # As text: some tokenizers join a word with the space before it, so that the words' own tokens are not there.
-            return self.with_ids(torch.cat([base[:at], self._edited(base[at:end], exchange), base[end:]]), weight)
+            return self.with_ids(self._edited(base, at, end, exchange), weight)
         return self.with_ids(self.family.insert_prefix(base, self._tokens(prefix))[0], weight)
 
     def with_text(self, edit: Callable[[str], str], weight: float = 0.0) -> View:
@@ -355,10 +355,15 @@ class Sample:
         ids = self.input_ids
         images = (~self.family.drop_image(ids)).nonzero().flatten()
         start = int(images[-1]) + 1 if len(images) else self.family.insert_prefix(ids, ids[:0])[1]
-        return self.with_ids(torch.cat([ids[:start], self._edited(ids[start:], edit)]), weight)
+        return self.with_ids(self._edited(ids, start, len(ids), edit), weight)
 
-    def _edited(self, ids: Tensor, edit: Callable[[str], str]) -> Tensor:
-        """``ids`` after ``edit`` of their text; tokens before and after the change stay."""
+    def _edited(self, whole: Tensor, start: int, stop: int, edit: Callable[[str], str]) -> Tensor:
+        """``whole`` after ``edit`` of the text of its tokens from ``start`` to ``stop``.
+
+        Where the tokenizer makes of the old text the tokens that stand there, it makes those of the new text. Otherwise tokens
+        before and after the change stay.
+        """
+        ids = whole[start:stop]
 
         def read(part: Tensor) -> str:
             return self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -366,7 +371,16 @@ class Sample:
         old = read(ids)
         new = edit(old)
         if new == old:
-            return ids
+            return whole
+
+        def put(words: Tensor) -> Tensor:
+            return torch.cat([whole[:start], words, whole[stop:]])
+
+        # Some tokenizers put a space before a text that does not follow a special token.
+        for before in ("", read(whole[start - 1 : start]) if start else ""):
+            lead = self._tokens(before) if before else ids[:0]
+            if torch.equal(self._tokens(before + old), torch.cat([lead, ids])):
+                return put(self._tokens(before + new)[len(lead) :])
         head = next(n for n in range(len(ids), -1, -1) if new.startswith(read(ids[:n])))
         rest = new[len(read(ids[:head])) :]
         tail = next(n for n in range(head, len(ids) + 1) if n == len(ids) or rest.endswith(read(ids[n:])))
@@ -377,7 +391,7 @@ class Sample:
             torch.cat([ids[:head], self._tokens(words), ids[tail:]])
             for words in (rest, rest.lstrip(" "), rest.rstrip(" "), rest.strip(" "))
         ]
-        return next((found for found in candidates if read(found) == new), candidates[0])
+        return put(next((found for found in candidates if read(found) == new), candidates[0]))
 
     def _tokens(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]

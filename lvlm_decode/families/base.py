@@ -220,9 +220,16 @@ class Family:
         """(T,) bool: which tokens of a prompt stay when its images and videos are taken away."""
         return ~self.is_placeholder(input_ids)
 
+    def runs(self, input_ids: Tensor) -> list[tuple[int, int]]:
+        """[start, stop) of the placeholders that stand side by side in (T,) ids."""
+        places = self.is_placeholder(input_ids).nonzero().flatten().tolist()
+        starts = [at for at, before in zip(places, [-1, *places]) if at != before + 1 or at == places[0]]
+        stops = [at + 1 for at, after in zip(places, [*places[1:], -1]) if after != at + 1]
+        return list(zip(starts, stops))
+
     def insert_prefix(self, input_ids: Tensor, prefix: Tensor) -> tuple[Tensor, int]:
         """(T + P,) the prompt with ``prefix`` (P,) after its begin token, and where it was put."""
-        bos = self.config.get_text_config().bos_token_id
+        bos = getattr(self.config.get_text_config(), "bos_token_id", None)
         at = 1 if len(input_ids) and bos is not None and int(input_ids[0]) == bos else 0
         return torch.cat([input_ids[:at], prefix, input_ids[at:]]), at
 

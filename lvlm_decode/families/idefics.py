@@ -15,8 +15,8 @@ from .base import Family
 class Idefics(Family):
     """One entry of ``pixel_values`` per row; all-zero images and the mask's zeros are padding.
 
-    The words around an image and between its tiles are no ids of the configuration; they stay in a prompt whose image is
-    taken out.
+    The processor writes every tile as a mark, the name of its place and its placeholders, breaks lines between rows of tiles,
+    and closes an image by the mark once more. All of this goes with an image that is taken out.
     """
 
     encoder_inputs = ("pixel_values", "pixel_attention_mask")
@@ -33,6 +33,23 @@ class Idefics(Family):
 
         keys = [key for key in parts[0] if key in ("pixel_values", "pixel_attention_mask")]
         return {key: torch.cat([fill(part[key]) for part in parts]) for key in keys}
+
+    def drop_image(self, input_ids: Tensor) -> Tensor:
+        keep, runs = super().drop_image(input_ids), self.runs(input_ids)
+        # No id of the configuration says what the mark is; it is what stands two tokens before every run.
+        ids = input_ids.tolist()
+        mark = ids[runs[0][0] - 2] if runs and runs[0][0] >= 2 else None
+        written = mark is not None and ids[runs[-1][1] : runs[-1][1] + 1] == [mark]
+        if not written or any(ids[start - 2] != mark for start, _ in runs):
+            # Not as the processor writes it.
+            return keep
+        for (start, stop), after in zip(runs, [*(start - 2 for start, _ in runs[1:]), None]):
+            keep[start - 2 : start] = False
+            if after is None or (ids[stop] == mark and stop != after):
+                keep[stop] = False
+            else:
+                keep[stop:after] = False
+        return keep
 
     def projector(self) -> torch.nn.Module:
         return self.model.model.connector

@@ -70,8 +70,8 @@ class LQCD(Method):
 
     def lead(self, query: str, cue: str = "") -> str:
         """The query with the hint, which goes before the words that ask the assistant to speak."""
-        question = query.removesuffix(cue)
-        return f"{question.rstrip()} {self.hint}{query[len(question) :]}"
+        question = query.removesuffix(cue).rstrip()
+        return f"{question} {self.hint}{query[len(question) :]}"
 
     def neutralise(self, query: str) -> str:
         """The query without its suggestions."""

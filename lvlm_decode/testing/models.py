@@ -434,9 +434,11 @@ def _idefics(family: str, make: Callable[..., tf.PreTrainedModel], config: type)
     return Tiny(
         family,
         model,
-        lambda n: [[IMAGE] * 4] * n,
+        # As the processor writes an image without tiles: a mark, what it is, its tokens, the mark again.
+        lambda n: [[VISION_START, VISION_END, *[IMAGE] * 4, VISION_START]] * n,
         lambda n, g: {"pixel_values": [_image(g, 3, 32, 32) for _ in range(n)]},
         finish,
+        special={"<image>": IMAGE, "<fake>": VISION_START, "<global>": VISION_END},
     )
 
 
@@ -459,8 +461,9 @@ def internvl() -> Tiny:
     return Tiny(
         "internvl",
         react(tf.InternVLForConditionalGeneration(config)),
-        lambda n: [[IMAGE] * 4] * n,
+        lambda n: [[VISION_START, *[IMAGE] * 4, VISION_END]] * n,
         lambda n, g: {"pixel_values": [_image(g, 3, 32, 32) for _ in range(n)]},
+        special={"<image>": IMAGE, "<img>": VISION_START, "</img>": VISION_END},
     )
 
 

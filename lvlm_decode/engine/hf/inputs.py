@@ -16,7 +16,6 @@ from ...errors import UnsupportedError
 from . import kwargs as names
 
 _VIDEO = "this family's model takes no videos; pass frames as images"
-_TRAINING = "it belongs to training"
 _ENCODER = "it belongs to encoder-decoders, and views run in one decoder"
 #: Inputs of forwards that no view can be given: name -> why, and what to do.
 REFUSED = {
@@ -29,12 +28,12 @@ REFUSED = {
     "image_sizes": "this family's encoder takes images of one size; leave it out",
     "output_router_logits": "the views run in one forward, whose routers are not told apart; leave it out",
     "num_crops": "it is the image processor's own and not among what the whole processor puts out; leave it out",
-    "labels": _TRAINING,
     "decoder_input_ids": _ENCODER,
     "decoder_attention_mask": _ENCODER,
 }
-#: Inputs that every family honours beside those of its own.
-HONOURED = ("input_ids", "attention_mask", names.ENCODED)
+#: Inputs that every family honours beside those of its own. PaliGemma's processor always puts out labels, which ``generate()``
+#: keeps from every forward.
+HONOURED = ("input_ids", "attention_mask", "labels", names.ENCODED)
 
 
 @functools.cache
