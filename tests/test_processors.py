@@ -10,7 +10,7 @@ from processors import BUILDERS, picture, real, shown
 import lvlm_decode as ld
 from lvlm_decode.engine.prompts import asking
 from lvlm_decode.engine.run import Run
-from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.families import FAMILIES, adapter
 from lvlm_decode.methods.code import CODE
 from lvlm_decode.methods.code import PROMPT as DESCRIBE
 from lvlm_decode.methods.damro import DAMRO
@@ -238,7 +238,7 @@ def test_at_real_length_stacked_equals_sequential(family, method):
 
 # Videos, through the real video processors.
 
-FILMS = [name for name in FAMILIES if "pixel_values_videos" in family_of(real(name).model).vision_keys]
+FILMS = [name for name in FAMILIES if "pixel_values_videos" in adapter(name).encoder_inputs]
 
 
 def clip(frames, seed=0):
