@@ -767,6 +767,20 @@ def test_text_alone_is_served(views):
     assert all(set(prompt) == {"prompt_token_ids"} for prompt in group.prompts) and len(group.prompts) == 2
 
 
+def test_the_small_llava_is_stored_under_names_that_vllm_reads():
+    from safetensors import safe_open
+
+    from tools.small_models.llava import published_names
+
+    with safe_open(lvlm_decode_data.tiny_path("tiny-llava") / "model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+    vision = [name for name in names if name.startswith("vision_tower.")]
+    assert len(vision) > 50 and all(name.startswith("vision_tower.vision_model.") for name in vision)
+    # transformers writes a new model without that part.
+    new = {name.replace("vision_model.", ""): torch.zeros(()) for name in names}
+    assert set(new) != set(names) == set(published_names(new)) == set(published_names(published_names(new)))
+
+
 # --- the offline client ---------------------------------------------------------------------------------------------------
 
 
@@ -778,6 +792,7 @@ class LLM:
     ):
         media = SimpleNamespace(mm_device_do_normalize=normalizes)
         model = SimpleNamespace(
+            revision=None,
             model=str(lvlm_decode_data.tiny_path("tiny-llava")),
             max_model_len=200,
             enable_prompt_embeds=embeds,

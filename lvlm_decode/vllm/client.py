@@ -78,7 +78,9 @@ def generate(
     if views is None:
         views = _VIEWS.get(llm)
     if views is None:
-        views = _VIEWS[llm] = Views(facts.model, ask=lambda prompts, n: port().greedy(llm, prompts, n))
+        views = _VIEWS[llm] = Views(
+            facts.model, ask=lambda prompts, n: port().greedy(llm, prompts, n), revision=facts.revision
+        )
     groups: list[Group] = []
     for sample in samples:
         group = views.group(method, sample, params, max_model_len=facts.max_model_len)

@@ -130,13 +130,14 @@ class Facts:
     """What a client must know of an engine.
 
     Args:
-        model: folder or hub id.
+        model, revision: folder or hub id, and which revision of it.
         gangs: its scheduler keeps groups together.
         embeds: it takes embeddings of whole prompts.
         normalizes: its device normalises pixels, so it expects them as they are in the picture.
     """
 
     model: str
+    revision: str | None
     max_model_len: int
     max_num_seqs: int
     gangs: bool
@@ -153,6 +154,7 @@ def facts(engine: Any) -> Facts:
     text = named if isinstance(named, str) else f"{getattr(named, '__module__', '')}.{getattr(named, '__name__', '')}"
     return Facts(
         model.model,
+        model.revision,
         model.max_model_len,
         schedule.max_num_seqs,
         text.startswith("lvlm_decode.vllm.scheduler."),

@@ -73,15 +73,16 @@ class Views:
         model: folder or hub id, the one that vLLM serves.
         processor: the model's; loaded from there when left out.
         ask: asks the engine, for methods whose views hold what the model writes (CODE).
+        revision: of the hub's repository, the one that vLLM serves.
 
     Raises:
         InputError: no such model.
         UnsupportedError: a family that is not served.
     """
 
-    def __init__(self, model: str, processor: Any = None, ask: Ask | None = None):
-        self.path, self._ask = str(model), ask
-        self._family = family_of(hf.blueprint(self.path))
+    def __init__(self, model: str, processor: Any = None, ask: Ask | None = None, revision: str | None = None):
+        self.path, self._ask, self._revision = str(model), ask, revision
+        self._family = family_of(hf.blueprint(self.path, revision=revision))
         self._encoding: Any = None
         self.pictures: Pictures = pictures_of(self._family)
         self._processor = processor
@@ -94,7 +95,7 @@ class Views:
         if self._processor is None:
             from transformers import AutoProcessor
 
-            self._processor = AutoProcessor.from_pretrained(self.path)
+            self._processor = AutoProcessor.from_pretrained(self.path, revision=self._revision)
         return self._processor
 
     def group(
@@ -166,7 +167,7 @@ class Views:
                 "tokens to a picture; use lvlm_decode.attach on the model in transformers."
             )
         if self._encoding is None:
-            self._encoding = family_of(hf.blueprint(self.path, encoder=True))
+            self._encoding = family_of(hf.blueprint(self.path, encoder=True, revision=self._revision))
         return self._encoding
 
     def _prompt(self, batch: _Batch, sample: Sample) -> dict[str, Any]:

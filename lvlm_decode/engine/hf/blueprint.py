@@ -13,24 +13,24 @@ from ...errors import InputError
 from . import decoder
 
 
-def blueprint(path: str, encoder: bool = False, trust: bool = False) -> Any:
+def blueprint(path: str, encoder: bool = False, revision: str | None = None) -> Any:
     """The model at ``path`` with all its modules and no weights: they are on the device "meta".
 
     Args:
         path: folder or hub id.
         encoder: load, in float32, the weights of everything but the decoder's layers and the head; those stay in the file.
-        trust: run code of the repository.
+        revision: of the hub's repository.
 
     Raises:
         InputError: no configuration of a vision-language model is there.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        config = AutoConfig.from_pretrained(path, revision=revision)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), trust_remote_code=trust)
+            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
         if encoder:
             model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=torch.float32, device_map=_apart(model), trust_remote_code=trust
+                path, dtype=torch.float32, device_map=_apart(model), revision=revision
             )
     except (OSError, ValueError) as error:
         raise InputError(
@@ -39,7 +39,7 @@ def blueprint(path: str, encoder: bool = False, trust: bool = False) -> Any:
     # What it is called, for messages and for its processor.
     model.name_or_path = path
     try:
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     except OSError:
         # Older repositories have none; what was made from the configuration stands.
         pass
