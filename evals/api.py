@@ -364,7 +364,8 @@ def score(
     chosen = benchmark if isinstance(benchmark, Evaluator) else evaluator(benchmark, **scoring)
     where = str(answers) if isinstance(answers, str | os.PathLike) else "the answers"
     found = _answers(chosen, answers)
-    asked, contradicted = None, ()
+    asked = None
+    contradicted: tuple[str, ...] = ()
     if questions is not None:
         asked = _questions(chosen, questions)
         found, contradicted = join(chosen.matched(found, asked, where), asked, where)

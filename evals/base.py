@@ -185,6 +185,7 @@ class Column:
         return 1.0 if self.kind == "percent" else self.top
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Base of all evaluators. Subclasses are frozen dataclasses; see the module's docstring for a whole one."""
 

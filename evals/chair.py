@@ -390,7 +390,7 @@ class _Captions(TypedDict):
     annotations: list[_CocoCaption]
 
 
-_COCO = {"categories": TypeAdapter(_Instances), "images": TypeAdapter(_Captions)}
+_COCO: dict[str, TypeAdapter[Any]] = {"categories": TypeAdapter(_Instances), "images": TypeAdapter(_Captions)}
 
 
 def _coco(path: Path, section: str) -> Any:
@@ -653,7 +653,8 @@ class Chair(Evaluator):
         if answer.label is None:
             return _scene_objects().get(image_key(answer.question_id))
         where = f"{file}image {answer.question_id}, field 'label'"
-        return _known_objects(checked(_Names, answer.label, where), set(self.table().category.values()), where)
+        named = checked(_Names, answer.label, where)
+        return _known_objects(named, set(self.table().category.values()), where)
 
     def ready(self, questions: Sequence[Question]) -> None:
         """Raise EvalError for images of which nobody says what they contain."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,10 @@ from . import EVALUATORS, evaluator
 from .base import Evaluator
 from .metrics import REPLICATES
 from .parsers import RULES
+
+if TYPE_CHECKING:
+    from .plan import Result
+    from .tables import Block
 
 # Exit status of a run or table that finished although some questions could not be asked or answered.
 FINISHED_WITH_FAILURES = 3
@@ -159,7 +163,8 @@ def eval_command(
     from .runner import Options, Share, failures, load, processes
     from .tables import render
 
-    shown, decided = None, {}
+    shown = None
+    decided: Mapping[str, Any] = {}
     if protocol is not None:
         from .configs import is_tiny
         from .protocols import protocol as protocol_named
@@ -180,7 +185,7 @@ def eval_command(
             list(fixed.seeds) or seed,
         )
     shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
-    chosen = evaluator_from(benchmark, option, **(shortcuts | decided))
+    chosen = evaluator_from(benchmark, option, **(shortcuts | dict(decided)))
     size = int(batch_size) if batch_size.isdecimal() else batch_size
     options = Options(max_new_tokens, suffix, template, drafter, size, pairs(param, "--param"), times)
     share, state = processes()
@@ -370,7 +375,8 @@ def table_command(
         check_folder(plot)
     if format not in FORMATS:
         raise UnknownNameError.of("table format", format, FORMATS)
-    extra: list = []
+    extra: list[Block] = []
+    results: Sequence[Result]
     status = 0
     if target.suffix in (".yaml", ".yml"):
         from .configs import paper_blocks, read_config, run_config
@@ -378,15 +384,16 @@ def table_command(
         if any(value is not None for value in (rule, parser, objects, vocabulary, option)):
             raise SettingsError("a paper's table says itself how it is scored; leave out the options of scoring.")
         config = read_config(target)
-        overrides = {
-            "model": model,
-            "out": out,
-            "limit": limit,
-            "images": images,
-            "questions": questions,
-            "seeds": seeds,
-        }
-        config, results = run_config(config, rerun=rerun, **overrides)
+        config, results = run_config(
+            config,
+            rerun=rerun,
+            model=model,
+            out=out,
+            limit=limit,
+            images=images,
+            questions=questions,
+            seeds=seeds,
+        )
         extra = paper_blocks(config, results, model or str(config.model), replicates)
     else:
         given = _options(option, rule=rule, parser=parser, objects=objects, vocabulary=vocabulary)
@@ -442,4 +449,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

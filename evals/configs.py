@@ -516,8 +516,9 @@ def _gains(
                 gain = Value(
                     round(theirs[key] - before[key], 4) / (100 if column.kind == "percent" else 1), column.kind
                 )
-                interval = pair.differences.get(key) if pair else None
-                shown = "–" if interval is None else difference_value(interval, column, pair.clusters)
+                shown: str | Value = "–"
+                if pair is not None and key in pair.differences:
+                    shown = difference_value(pair.differences[key], column, pair.clusters)
                 lines.append((row.name, split, column.title, shown, replace(gain, signed=True)))
     if not lines:
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import io
 import os
 import shutil
 import urllib.error
@@ -18,7 +19,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from lvlm_decode.errors import EvalError, FileFormatError, LvlmDecodeError, MissingFileError, UnknownNameError
 
@@ -59,7 +59,7 @@ class Found:
         }[self.state]
 
 
-def _digest(file: BinaryIO) -> str:
+def _digest(file: io.BufferedIOBase) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

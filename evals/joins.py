@@ -84,10 +84,10 @@ def _parts(name: str) -> tuple[str, ...]:
 
 def _same_number(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
     """Whether one is called by the bare number that ends the other's name."""
-    numbers = [re.search(r"\d+$", parts[-1]) for parts in (first, second)]
+    one, other = (re.search(r"\d+$", parts[-1]) for parts in (first, second))
     bare = any(len(parts) == 1 and parts[0].isdecimal() for parts in (first, second))
     # As text: a number of thousands of digits is no integer that Python reads.
-    return bare and all(numbers) and numbers[0][0].lstrip("0") == numbers[1][0].lstrip("0")
+    return bare and one is not None and other is not None and one[0].lstrip("0") == other[0].lstrip("0")
 
 
 def same_text(one: str, other: str) -> bool:

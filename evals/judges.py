@@ -143,8 +143,8 @@ def ask(prompts: Sequence[Prompt], judge: Callable[[Prompt], str], record: Path)
     known: dict[tuple[str, str], str] = {}
     if record.exists() and record.stat().st_size:
         for where, found in read_records(record):
-            line = checked(_Recorded, found, where)
-            known[str(line.id), line.prompt_sha256] = line.reply or ""
+            recorded = checked(_Recorded, found, where)
+            known[str(recorded.id), recorded.prompt_sha256] = recorded.reply or ""
     replies: dict[str, str] = {}
     for prompt in prompts:
         digest = hashlib.sha256(prompt.text.encode()).hexdigest()

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, OutsideError
-from lvlm_decode.reading import read_bytes, read_records
+from lvlm_decode.reading import read_bytes, read_records, repeated
 
 from .base import Evaluator, Question
 from .pictures import open_picture, rgb
@@ -91,8 +91,7 @@ def pope_files(path: Path) -> dict[str, list[Question]]:
 
 def check_ids(questions: Sequence[Question], where: str) -> None:
     """Raise FileFormatError naming the ids that occur twice: answers could not be told apart."""
-    seen: set[str] = set()
-    twice = list(dict.fromkeys(name for q in questions if (name := str(q.id)) in seen or seen.add(name)))
+    twice = repeated(str(question.id) for question in questions)
     if twice:
         raise FileFormatError(f"{where}: question ids must be unique, but {', '.join(twice[:5])} occur more than once.")
 
@@ -100,7 +99,8 @@ def check_ids(questions: Sequence[Question], where: str) -> None:
 class Images(Protocol):
     """Opens images by the name a question gives them. `describe` goes into the settings of a run."""
 
-    describe: str
+    @property
+    def describe(self) -> str: ...
 
     def open(self, name: str) -> Any:
         """The RGB PIL image. Raises EvalError naming the image when it is missing or corrupt."""
@@ -250,7 +250,8 @@ def hub_source(evaluator: Evaluator, name: str, split: str = "test") -> Source:
         ) from error
     loaded = datasets.load_dataset(name, split=split)
     pictures = [c for c in loaded.column_names if c.lower().startswith("image") and c != "image_source"]
-    records, place = [], {}
+    records: list[dict[str, Any]] = []
+    place: dict[str, int] = {}
     for i, row in enumerate(loaded.remove_columns(pictures)):
         record = dict(row)
         image = next(

@@ -63,23 +63,20 @@ class Hold:
         """Add a folder; as `writing`."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            whole = self._acquire(folder, ".lock")
-            own = whole if count == 1 else None
-            try:
+            with contextlib.ExitStack() as unless_all_went_well:
+                whole = own = self._acquire(folder, ".lock")
+                unless_all_went_well.callback(self._release, whole)
                 if count > 1:
                     own = self._acquire(folder, f".lock-{index + 1}-of-{count}")
+                    unless_all_went_well.callback(self._release, own)
                 for path in sorted(folder.glob(".lock-*")):
                     share = _SHARE.fullmatch(path.name)
                     if share and (count == 1 or int(share[2]) != count):
                         # Nobody can start a shard meanwhile: that takes the whole lock. A dead one's lock goes here.
                         self._release(self._acquire(folder, path.name))
-            except BaseException:
-                if own is not None:
-                    self._release(own)
-                raise
-            finally:
-                if own is not whole:
-                    self._release(whole)
+                unless_all_went_well.pop_all()
+            if own is not whole:
+                self._release(whole)
             self._leases.append(own)
             note = {"since": datetime.now().astimezone().isoformat(" ", "seconds"), "by": _me()}
             _note(own).write_text(json.dumps(note | ({"passing": True} if self._passing else {})) + "\n")

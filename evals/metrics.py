@@ -152,14 +152,14 @@ def _honest_rate(interval: Interval, column: Column, keys: Sequence[str], counts
     return Interval(interval.value, min(low * column.scale, interval.value), max(high * column.scale, interval.value))
 
 
-def _honest_difference(interval: Interval, column: Column, clusters: int) -> Interval:
-    """As `_honest_rate`, for a difference that is the same in every replicate.
+def _honest_difference(interval: Interval, scale: float, clusters: int) -> Interval:
+    """As `_honest_rate`, for a difference that is the same in every replicate. scale: the rate's largest value.
 
     Of two methods that are both right everywhere (or nowhere), Wilson bounds the share of images that could differ, in
     either direction.
     """
-    size = min(1.0, abs(interval.value) / column.scale)
-    low, high = (bound * column.scale for bound in wilson(size, clusters))
+    size = min(1.0, abs(interval.value) / scale)
+    low, high = (bound * scale for bound in wilson(size, clusters))
     if size < 1e-9:
         return Interval(interval.value, -high, high)
     return Interval(interval.value, low, high) if interval.value > 0 else Interval(interval.value, -high, -low)
@@ -217,7 +217,7 @@ def compare(
             continue
         # The same answers twice are no evidence of anything; the same rate at its end is that of a few images.
         if abs(found.value) > 1e-9 or min(ours[column.key][0], column.scale - ours[column.key][0]) <= 1e-9:
-            differences[column.key] = _honest_difference(found, column, _images_of(column, keys, counts))
+            differences[column.key] = _honest_difference(found, column.scale, _images_of(column, keys, counts))
     return Comparison(len(shared), len(clusters), differences, _mcnemar(method, control))
 
 

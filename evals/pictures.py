@@ -42,9 +42,7 @@ def open_picture(path: Path, turn: bool = False) -> Any:
                     f"image {path} has {width} x {height} = {width * height} pixels, and at most {MOST_PIXELS} are read; make "
                     "it smaller"
                 )
-            if turn:
-                image = ImageOps.exif_transpose(image)
-            return rgb(image, f"image {path}")
+            return rgb(ImageOps.exif_transpose(image) if turn else image, f"image {path}")
     except (FileFormatError, MissingFileError):
         raise
     except Image.DecompressionBombError as error:
@@ -93,7 +91,7 @@ def _on_white(image: Any, where: str) -> Any:
     from PIL import Image
 
     ground = Image.new("RGBA", image.size, "white")
-    seen = Image.alpha_composite(ground, image).convert("RGB")
+    seen: Any = Image.alpha_composite(ground, image).convert("RGB")
     if image.getextrema()[3][0] < 255 and all(low == high for low, high in seen.getextrema()):
         raise FileFormatError(
             f"{where} is transparent and shows nothing but one colour on white; save it without transparency"

@@ -438,7 +438,7 @@ class EvaluationRun:
             if self.main and self.state is not None:
                 self.state.wait_for_everyone()
             if self.tell is not None and self.main:
-                self._cost(plan, folders, asked)
+                self._cost(plan, folders, asked, self.tell)
             self._ask_all(plan, folders, asked, hold)
             if self.share.count == 1:
                 return _scored(plan, folders)
@@ -466,7 +466,9 @@ class EvaluationRun:
                 raise
             return []
 
-    def _cost(self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source) -> None:
+    def _cost(
+        self, plan: Sequence[Cell], folders: Mapping[Cell, Path], asked: Source, tell: Callable[[str], None]
+    ) -> None:
         """Say how many answers are owed, and prepare what the first batch needs to say how long that takes."""
         owed = {}
         for cell in plan:
@@ -480,13 +482,13 @@ class EvaluationRun:
         seeds = f", {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
         done = f"; {there} are there already" if there else ""
         controls = "" if len(arms) == len(set(self.methods)) else "; controls are left out by --without NAME"
-        self.tell(f"{total} answers in {len(arms)} arms ({', '.join(arms)}){seeds}{done}{controls}.")
+        tell(f"{total} answers in {len(arms)} arms ({', '.join(arms)}){seeds}{done}{controls}.")
 
     def _told(self, method: str, answers: int, seconds: float) -> None:
         """After the first batch: how long the rest takes at its speed."""
         left = self._owed - _weight(method) * answers
         self._owed = 0.0
-        if left > 0:
+        if left > 0 and self.tell is not None:
             about = seconds / (_weight(method) * answers) * left
             self.tell(f"About {spoken(about)} more at the speed of the first batch; stopped at any moment, it goes on.")
 

@@ -46,7 +46,9 @@ class Value:
     @property
     def starred(self) -> bool:
         """A difference whose interval excludes zero and may be trusted to."""
-        return self.signed and self.trusted and self.low is not None and (self.low > 0 or self.high < 0)
+        if self.low is None or self.high is None:
+            return False
+        return self.signed and self.trusted and (self.low > 0 or self.high < 0)
 
     def text(self) -> str:
         if self.kind == "count":
@@ -59,7 +61,7 @@ class Value:
         shown = f"{self.value * scale:{sign}.{digits}f}"
         if self.spread is not None:
             shown += f" ± {self.spread * scale:.{digits}f}"
-        if self.low is not None:
+        if self.low is not None and self.high is not None:
             shown += f" [{self.low * scale:{sign}.{digits}f}, {self.high * scale:{sign}.{digits}f}]"
         return shown + ("*" if self.starred else "") + self.mark
 

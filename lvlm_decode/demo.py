@@ -309,8 +309,8 @@ def print_shown(shown: Shown) -> None:
     )
     for title in ("method", "control", *SPLITS):
         table.add_column(title)
-    for line in shown.differences:
-        table.add_row(line.method, line.control, *(line.accuracy[s].text() for s in SPLITS))
+    for gain in shown.differences:
+        table.add_row(gain.method, gain.control, *(gain.accuracy[s].text() for s in SPLITS))
     console.print(table)
     console.print()
     for picture in shown.pictures:

@@ -19,7 +19,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import pydantic_core
 import yaml
@@ -64,6 +64,7 @@ class Closed(Record):
 Identity = Annotated[int, Field(ge=-(2**63), lt=2**63)] | str
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 T = TypeVar("T")
+R = TypeVar("R", bound=Record)
 
 
 # From disk ---------------------------------------------------------------------------------------------------------
@@ -141,10 +142,19 @@ def _finite(digits: str) -> float:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"field {shown(twice)} is there twice")
+        raise ValueError(f"field {shown(repeated(name for name, _ in pairs)[0])} is there twice")
     return made
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once, by where they occur again."""
+    seen: set[str] = set()
+    again: dict[str, None] = {}
+    for name in names:
+        if name in seen:
+            again[name] = None
+        seen.add(name)
+    return list(again)
 
 
 def read_json(path: Path) -> Any:
@@ -323,12 +333,19 @@ _WORDS = {
 }
 
 
-def checked(
-    schema: type[T] | TypeAdapter[T],
-    value: Any,
-    where: str,
-    line: Callable[[Sequence[str | int]], int | None] | None = None,
-) -> T:
+# The line of a field within its file, by the field's place; None where nobody knows.
+_LineOf = Callable[[Sequence[str | int]], int | None]
+
+
+@overload
+def checked(schema: type[R], value: Any, where: str, line: _LineOf | None = None) -> R: ...
+
+
+@overload
+def checked(schema: TypeAdapter[T], value: Any, where: str, line: _LineOf | None = None) -> T: ...
+
+
+def checked(schema: Any, value: Any, where: str, line: _LineOf | None = None) -> Any:
     """`value` as the declared shape.
 
     schema: a `Record`, or a TypeAdapter of any type. line: finds the line of a field within the file, where `where` does not

@@ -10,7 +10,7 @@ import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -72,7 +72,7 @@ def negatives(
     start(output, "negatives", model=model, triples=triples, steps=steps, batch=batch, rate=rate, seed=seed)
     loaded = load(model)
     drawn = list(train.scene_triples(triples, seed))
-    settings = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
     for name, state in train.train_projectors(loaded.model, loaded.processor, drawn, **settings).items():
         save_file(state, output / f"{name}.safetensors")
     train.train_amateur(loaded.model, loaded.processor, drawn, **settings)
