@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 
@@ -28,6 +28,7 @@ from .speculative.drafters.base import Drafter
 from .speculative.generate import Speculative
 
 _MISSING = object()
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Attached:
@@ -172,7 +173,7 @@ class Attached:
 
 
 def attach(
-    model: torch.nn.Module,
+    model: M,
     method: Method | str,
     *,
     processor: Any = None,
@@ -180,7 +181,7 @@ def attach(
     execution: str = "stacked",
     family: type[Family] | None = None,
     recorder: Recorder | None = None,
-) -> torch.nn.Module:
+) -> M:
     """Make ``model.generate(...)`` decode with ``method``; returns the same instance.
 
     Pipelines and evaluation harnesses that call ``model.generate`` then use the method without knowing it.
@@ -199,8 +200,8 @@ def attach(
         DependencyError: a version of torch or transformers that this library does not work with.
     """
     hf.require()
-    whole, model = model, hf.unwrapped(model)
-    if (own := _of(model)) is not None:
+    inner = hf.unwrapped(model)
+    if (own := _of(inner)) is not None:
         raise UnsupportedError(
             f"{own.method.name} is already attached to this model; detach(model) first, or attach their sum."
         )
@@ -209,12 +210,12 @@ def attach(
         raise InputError(f"method is {type(method).__name__}; expected a Method such as VCD() or a name such as 'vcd'.")
     if drafter is not None:
         check_modes(method, ["speculation"])
-        drafter = parse_drafter(drafter, model) if isinstance(drafter, str) else drafter
-    model.__dict__["generate"] = Attached(model, method, family, processor, drafter, execution, recorder)
-    return whole
+        drafter = parse_drafter(drafter, inner) if isinstance(drafter, str) else drafter
+    inner.__dict__["generate"] = Attached(inner, method, family, processor, drafter, execution, recorder)
+    return model
 
 
-def detach(model: torch.nn.Module) -> torch.nn.Module:
+def detach(model: M) -> M:
     """Take the method off again; the instance is as it was before :func:`attach`. No error if none is attached."""
     own = _of(model)
     if own is None:
@@ -230,9 +231,7 @@ def detach(model: torch.nn.Module) -> torch.nn.Module:
 @overload
 def attached(model: torch.nn.Module) -> Method | None: ...
 @overload
-def attached(
-    model: torch.nn.Module, method: Method | str, **options: Any
-) -> AbstractContextManager[torch.nn.Module]: ...
+def attached(model: M, method: Method | str, **options: Any) -> AbstractContextManager[M]: ...
 def attached(model: torch.nn.Module, method: Method | str | None = None, **options: Any) -> Any:
     """``with attached(model, "vcd"):`` attaches a method for the length of the block; blocks nest.
 
@@ -248,7 +247,7 @@ def attached(model: torch.nn.Module, method: Method | str | None = None, **optio
 
 
 @contextmanager
-def _attached(model: torch.nn.Module, method: Method | str, options: dict[str, Any]) -> Iterator[torch.nn.Module]:
+def _attached(model: M, method: Method | str, options: dict[str, Any]) -> Iterator[M]:
     inner = hf.unwrapped(model)
     outer = inner.__dict__.pop("generate", None)
     try:

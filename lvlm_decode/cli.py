@@ -406,7 +406,7 @@ def _mount() -> None:
     app.add_typer(bench, name="bench")
     app.add_typer(train, name="train")
     for command in app.registered_commands:
-        command.epilog = epilog(command.name or getattr(command.callback, "__name__", ""))
+        command.epilog = epilog(command.name or str(getattr(command.callback, "__name__", "")))
     for group in app.registered_groups:
         for command in group.typer_instance.registered_commands if group.typer_instance else ():
             command.epilog = epilog(f"{group.name} {command.name}")

@@ -107,7 +107,9 @@ class CNTP(Controller):
         answers = [torch.tensor(writer.tokens, dtype=torch.long, device=input_ids.device) for writer in writers]
         sequences = pad_answers(input_ids, answers, limits.pad)
         if config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences)
+            # Hugging Face's annotation asks for a LongTensor, which no tensor is to a checker.
+            found: Any = sequences
+            return GenerateDecoderOnlyOutput(sequences=found)
         return sequences
 
 
@@ -216,7 +218,7 @@ class Writer:
         """Drop trials that have lost; the numbers of those that stay."""
         finished = [i for i, trial in enumerate(self.open) if trial.done]
         best = min(finished, key=lambda i: self.open[i].mean_loss, default=None)
-        if len(finished) == len(self.open):
+        if best is not None and len(finished) == len(self.open):
             segment, self.open = self.open[best].tokens, []
             self._append(segment)
             return [best]

@@ -183,7 +183,9 @@ class OPERA(Controller):
         if not config.return_dict_in_generate:
             return sequences
         scores = torch.tensor([score for _, score in answers], device=input_ids.device)
-        return GenerateBeamDecoderOnlyOutput(sequences=sequences, sequences_scores=scores)
+        # Hugging Face's annotation asks for a LongTensor, which no tensor is to a checker.
+        found: Any = sequences
+        return GenerateBeamDecoderOnlyOutput(sequences=found, sequences_scores=scores)
 
     def _prompt_length(self, run: Run, ids: Tensor) -> int:
         """``ids`` (P,) is a prompt without padding."""
@@ -264,6 +266,11 @@ class _State:
     candidates: Tensor | None = None  # (beams, N_can) ids
     candidate_scores: Tensor | None = None  # (beams, N_can) logits after the penalty
 
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """(beams, N_can) the candidates and their scores, once :meth:`Search.judge` has set them."""
+        assert self.candidates is not None and self.candidate_scores is not None
+        return self.candidates, self.candidate_scores
+
 
 @dataclass(frozen=True)
 class Rollback:
@@ -339,7 +346,7 @@ class Search:
         # back and what is excluded from it, and whether the beams just went back.
         self._weights: Tensor | None = None
         self._open: Tensor | None = None
-        self._excluded: Tensor | None = None
+        self._excluded = torch.empty(0, 2, dtype=torch.long)
         self._fresh = False
 
     @property
@@ -441,11 +448,13 @@ class Search:
         back = self._steps_back(length, position)
         old, after = self.history[-back], self.history[-back + 1]
         live = (old.scores > -1e8).tolist()
-        there = {(beam, token) for beam, row in enumerate(old.candidates.tolist()) if live[beam] for token in row}
+        there = {(beam, token) for beam, row in enumerate(old.judged()[0].tolist()) if live[beam] for token in row}
         return len(there - set(map(tuple, self._rejections(position, after).tolist()))) >= self.beams
 
     def _rejections(self, position: int, after: _State) -> Tensor:
         """(n, 2) the (beam, token) pairs that were chosen at this position before, ``after`` last."""
+        # The first state alone has none, and it comes after no other.
+        assert after.origin is not None
         pairs = torch.stack(after.origin, -1)
         return torch.cat([self._rejected[position], pairs]) if position in self._rejected else pairs
 
@@ -477,7 +486,7 @@ class Search:
 
     def _among_candidates(self, logits: Tensor) -> Tensor:
         scores = torch.full_like(logits, self.method.fill)
-        return scores.scatter_(-1, self.state.candidates, self.state.candidate_scores)
+        return scores.scatter_(-1, *self.state.judged())
 
     def choose(self) -> Choice:
         """Rank the continuations of all beams and pick; may end the search."""
@@ -523,6 +532,7 @@ class Search:
                 columns = [-1] * beams
         products = state.products
         if columns[0] >= 0:
+            assert self._weights is not None
             weights = self._weights[parents, columns]
             products = torch.cat([state.products[parents] * weights[:, :t], weights[:, t:]], -1)
             products = products.clamp(max=torch.finfo(products.dtype).max)
@@ -669,6 +679,8 @@ class Model:
         going = list(choices.values())
         missing = [s for s, choice in enumerate(going) if choice.columns[0] < 0]
         if not missing:
+            # Every row took one of its candidates.
+            assert logits is not None
             return self._by_sample(logits), {}
         tokens = torch.cat([choice.tokens for choice in going])[:, None]
         counts = [int(column < 0) for column in columns]

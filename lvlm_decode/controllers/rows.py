@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ from ..engine.hooks import hooked
 from ..engine.running import running
 from ..engine.stack import Lane, additive
 from ..errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """Alternatives that were looked at and of which none is appended yet.
+
+    Args:
+        count: C, of each row.
+        states: (R, C, D) what the head reads of them, or (R, C, N) their logits where no head is left to run.
+        head: the head, which runs for the alternatives that are taken.
+    """
+
+    count: int
+    states: Tensor
+    head: Callable[[Tensor], Tensor] | None
 
 
 class Rows:
@@ -55,7 +71,7 @@ class Rows:
         #: Tokens that each row holds after its prompt.
         self.lengths = [0] * len(self.first)
         self.forwards = 1
-        self._looked: tuple[int, Tensor | None, Tensor | None] | None = None
+        self._looked: _Looked | None = None
         head = decoder.head(self.module)
         # Some families scale or cap what their head says; the head alone then does not give the logits.
         plain = head is not None and torch.allclose(head(hidden[:, -1]).float(), self.first, atol=1e-4, rtol=1e-3)
@@ -116,12 +132,12 @@ class Rows:
         mask = self._mask(torch.eye(c, dtype=torch.bool, device=self.device), depth)
         if self._head is None:
             out = self._forward(tokens, depth, mask, c)
-            self._looked = (c, None, out.logits)
+            self._looked = _Looked(c, out.logits, None)
             return
         # The head runs later, for the alternatives that are chosen.
         none = torch.empty(0, dtype=torch.long, device=self.device)
         hidden, _ = _with_hidden(self.module, lambda: self._forward(tokens, depth, mask, none))
-        self._looked = (c, hidden, None)
+        self._looked = _Looked(c, hidden, self._head)
 
     def take(self, parents: Sequence[int], columns: Sequence[int]) -> Tensor | None:
         """Row i becomes what row ``parents[i]`` was plus its alternative ``columns[i]``; -1 appends nothing.
@@ -129,8 +145,8 @@ class Rows:
         Returns:
             (R, N) float32 logits after the alternative; of a row that took none, unspecified. ``None`` if none did.
         """
-        c, hidden, all_logits = self._looked or (0, None, None)
-        start = self.prompt + self._slots() - c
+        looked = self._looked
+        start = self.prompt + self._slots() - (0 if looked is None else looked.count)
         had, same = self.prompt + self.width, list(parents) == list(range(len(self)))
         lengths = [self.lengths[p] + (column >= 0) for p, column in zip(parents, columns)]
         end = self.prompt + max(lengths)
@@ -140,8 +156,10 @@ class Rows:
         index = torch.tensor(parents, device=self.device)
         logits = None
         if taken:
-            logits = (hidden if all_logits is None else all_logits)[source, column]
-            logits = sampling.numbers((self._head(logits) if all_logits is None else logits).float())
+            # Only an alternative that was looked at can be taken.
+            assert looked is not None
+            chosen = looked.states[source, column]
+            logits = sampling.numbers((chosen if looked.head is None else looked.head(chosen)).float())
             if len(taken) < len(parents):
                 logits = logits.new_empty(len(parents), logits.shape[-1]).index_copy_(0, rows, logits)
         # Rows that stay among those of their prompt need not move its slots, which are most of the cache.
@@ -160,7 +178,7 @@ class Rows:
             elif not same:
                 own = states[:, :, self.prompt : had]
                 own.copy_(own.index_select(0, index_here))
-            if taken:
+            if chosen is not None:
                 states[rows_here, :, to] = chosen
             return states[:, :, :end]
 

@@ -79,7 +79,7 @@ class Measured:
 
 
 @contextmanager
-def ready(model: torch.nn.Module, processor: Any, arm: Arm):
+def ready(model: Any, processor: Any, arm: Arm):
     """Prepare the model as the arm needs it, for the length of the block."""
     if arm.method is None:
         yield model
@@ -91,7 +91,7 @@ def ready(model: torch.nn.Module, processor: Any, arm: Arm):
         detach(model)
 
 
-def _timed(model: torch.nn.Module, inputs: Mapping[str, Any], **options: Any) -> tuple[list[int], float]:
+def _timed(model: Any, inputs: Mapping[str, Any], **options: Any) -> tuple[list[int], float]:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     start = perf_counter()
@@ -102,7 +102,7 @@ def _timed(model: torch.nn.Module, inputs: Mapping[str, Any], **options: Any) ->
 
 
 def measure(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     samples: Sequence[Mapping[str, Tensor]],
     arms: Mapping[str, Arm],
@@ -146,7 +146,9 @@ def measure(
                     if turn:
                         result.seconds[-1].append(seconds)
                         if arm.drafter is not None:
-                            result.stats = result.stats + last_run(model).trace.speculation
+                            run = last_run(model)
+                            assert run is not None and run.trace.speculation is not None
+                            result.stats = result.stats + run.trace.speculation
                         result.firsts[-1].append(_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1])
                     else:
                         result.answers.append(answer)
@@ -228,7 +230,7 @@ def caption_inputs(processor: Any, count: int, start: int = 0, prompt: str = CAP
     ]
 
 
-def circumstances(model: torch.nn.Module) -> dict[str, Any]:
+def circumstances(model: Any) -> dict[str, Any]:
     """Machine, versions, dtype, commit and load: what a recorded number came from."""
     here = Path(__file__).resolve().parent
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
@@ -256,7 +258,7 @@ def _processor() -> str:
 
 
 def speculative(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     method: Method,
     drafter: Drafter,

@@ -66,7 +66,8 @@ class Chooser:
         elif sample:
             seed = int(torch.randint(2**62, (1,)))
             self.noise = KeyedDraw(seed, range(len(prompt)), prompt.shape[1])
-        self.processors = processors
+        # Their annotations ask for a LongTensor, which no tensor is to a checker.
+        self.processors: Any = processors
         self.row_wise = all(type(processor) in ROW_WISE for processor in processors)
         self.rows = len(prompt)
         #: (1, S + generated) ids of each row; kept only for processors that read them.
@@ -112,7 +113,7 @@ class Chooser:
             check_left(own[None], f"after {generated[sample]} generated tokens")
             if self.noise is not None:
                 position = generated[sample] + tree.shape(sample).depth[row]
-                drawn = (own + self._gumbel(sample, position, len(own), own.device)).argmax()
+                drawn = (own + self._gumbel(self.noise, sample, position, len(own), own.device)).argmax()
                 token = int(drawn)
                 if self.record:
                     own = torch.full_like(own, float("-inf")).index_fill_(0, drawn, 0.0)
@@ -144,9 +145,8 @@ class Chooser:
             return scores, scores
         if self.row_wise:
             scores = self._process_trimmed(scores, ids)
-        noise = torch.stack(
-            [self._gumbel(b, position, self.size, scores.device) for b, position in enumerate(positions)]
-        )
+        drawn = [self._gumbel(self.noise, b, at, self.size, scores.device) for b, at in enumerate(positions)]
+        noise = torch.stack(drawn)
         return scores, scores + (noise if ids is None else noise[:, ids])[:, None]
 
     def _process_trimmed(self, scores: Tensor, ids: Tensor | None) -> Tensor:
@@ -176,10 +176,10 @@ class Chooser:
         ids = self.history[sample].expand(self.rows, -1)
         return self.processors(ids, scores.expand(self.rows, -1).clone())[sample]
 
-    def _gumbel(self, sample: int, position: int, size: int, device: torch.device) -> Tensor:
+    def _gumbel(self, noise: KeyedDraw, sample: int, position: int, size: int, device: torch.device) -> Tensor:
         key = (sample, position)
         if key not in self._noise:
-            self._noise[key] = gumbel(self.noise.seed, self.noise.row_ids[sample], position, size).to(device)
+            self._noise[key] = gumbel(noise.seed, noise.row_ids[sample], position, size).to(device)
         return self._noise[key]
 
 

@@ -33,6 +33,12 @@ class Watcher:
         given = self.positions
         return None if given is None or given.dim() < 3 else given[-3:]
 
+    def seen(self) -> tuple[Tensor, Tensor]:
+        """(R, T, D) twice: the last hidden states and the input embeddings of the forward that was watched."""
+        if self.hidden is None or self.embeds is None:
+            raise RuntimeError("no forward of this run was watched")
+        return self.hidden, self.embeds
+
     def reset(self) -> None:
         self.hidden, self.embeds, self.positions, self.layers = None, None, None, {}
 

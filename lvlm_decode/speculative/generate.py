@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..errors import UnsupportedError
 from .cache_ops import accept_paths
 from .choose import Chooser, Stopper
 from .clock import Clock
-from .drafters.base import Context, Drafter, Features, Verified
+from .drafters.base import Context, Drafter, Features, PromptFeatures, Verified
 from .features import Watcher, watched
 from .stats import Stats
 from .tree import Tree, shape_of
@@ -133,8 +134,8 @@ class _Loop:
                 self._cycle(session, watcher)
             session.finish()
         if not self.stopper.fills:
-            longest = max(self.ended)
-            self.generated = [own[:longest] for own in self.generated]
+            last = self._last_end()
+            self.generated = [own[:last] for own in self.generated]
         stats.tokens = sum(map(len, self.generated))
         stats.add_seconds(self.clock.seconds())
         if self.streamer is not None:
@@ -151,16 +152,15 @@ class _Loop:
         scores, _ = lanes.extend(tree.tokens.clamp(min=0), ancestors=tree.ancestors(), depth=tree.depths())
         clock.mark("target")
         choose = self.chooser.at(scores, tree, [len(own) for own in self.generated])
-        paths, committed = [], []
+        paths: list[list[int]] = []
+        committed: list[list[int]] = []
         for b, own in enumerate(self.generated):
             if self.done[b]:
                 paths.append([])
                 committed.append([])
                 continue
             before, tokens, shape = len(own), tree.lists[b], tree.shape(b)
-            path, self.done[b] = walk(
-                shape, tokens, lambda row, b=b: choose(b, row), lambda token, b=b: self._emit(b, token)
-            )
+            path, self.done[b] = walk(shape, tokens, partial(choose, b), partial(self._emit, b))
             self.chooser.commit(b, own[-1])
             paths.append(path)
             committed.append(own[before:])
@@ -204,13 +204,19 @@ class _Loop:
             self.ended[sample] = len(own)
         if self.stopper.fills or self.stopper.full(own):
             return self.ended[sample] is not None
-        return None not in self.ended and len(own) >= max(self.ended)
+        last = self._last_end()
+        return last is not None and len(own) >= last
+
+    def _last_end(self) -> int | None:
+        """How many tokens the sample that ended last had by then; ``None`` while one goes on."""
+        ends = [end for end in self.ended if end is not None]
+        return max(ends) if len(ends) == len(self.ended) else None
 
     def _settle(self) -> None:
         """Samples that ended are decoded on, as without a draft, until all have: what is done is known afterwards."""
-        if not self.stopper.fills and None not in self.ended:
-            longest = max(self.ended)
-            self.done = [len(own) >= longest for own in self.generated]
+        last = self._last_end()
+        if not self.stopper.fills and last is not None:
+            self.done = [len(own) >= last for own in self.generated]
 
     def _couple(self, scores: Tensor, level: int, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.chooser.couple(scores, [len(own) + level for own in self.generated], ids)
@@ -222,28 +228,29 @@ class _Loop:
         text = ids.masked_fill(self.run.family.is_placeholder(ids), -1).tolist()
         return [[token for token, seen in zip(row, keep) if seen] for row, keep in zip(text, mask.tolist())]
 
-    def _prompt_features(self, watcher: Watcher) -> Features:
+    def _prompt_features(self, watcher: Watcher) -> PromptFeatures:
         lane, family = self.lanes.main, self.run.family
-        width = watcher.hidden.shape[1]
+        hidden, embeds = watcher.seen()
+        width = hidden.shape[1]
         ids, masks = [], []
         for prepared in lane.prepared:
             missing = width - prepared.input_ids.shape[1]
             ids.append(torch.nn.functional.pad(prepared.input_ids, (missing, 0)))
             masks.append(torch.nn.functional.pad(prepared.mask.bool(), (missing, 0)))
         text, mask = torch.cat(ids), torch.cat(masks)
-        return Features(
-            watcher.hidden,
-            watcher.embeds,
-            mask & family.is_placeholder(text),
-            mask,
-            len(lane.views),
-            text,
-            watcher.axes,
-            dict(watcher.layers),
+        return PromptFeatures(
+            hidden=hidden,
+            embeds=embeds,
+            image=mask & family.is_placeholder(text),
+            mask=mask,
+            views=len(lane.views),
+            ids=text,
+            positions=watcher.axes,
+            layers=dict(watcher.layers),
         )
 
     def _features(self, watcher: Watcher) -> Features:
-        return Features(watcher.hidden, views=len(self.lanes.main.views), layers=dict(watcher.layers))
+        return Features(watcher.seen()[0], views=len(self.lanes.main.views), layers=dict(watcher.layers))
 
     def _output(self) -> Any:
         config, ids = self.config, self.input_ids
@@ -256,10 +263,12 @@ class _Loop:
             return sequences
         recorded = self.chooser.recorded
         steps = [[row[min(t, len(row) - 1)] for row in recorded] for t in range(longest)] if self.chooser.record else []
-        out = GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            scores=tuple(torch.stack([own[1] for own in step]) for step in steps) if config.output_scores else None,
-            logits=tuple(torch.stack([own[0] for own in step]) for step in steps) if config.output_logits else None,
-        )
+        # Hugging Face's annotations ask for a LongTensor and for a tuple of one, which a checker takes at their word.
+        fields: dict[str, Any] = {"sequences": sequences}
+        if config.output_scores:
+            fields["scores"] = tuple(torch.stack([own[1] for own in step]) for step in steps)
+        if config.output_logits:
+            fields["logits"] = tuple(torch.stack([own[0] for own in step]) for step in steps)
+        out = GenerateDecoderOnlyOutput(**fields)
         out.speculation = self.stats
         return out

@@ -44,10 +44,12 @@ def traced(drafter: Drafter) -> tuple[Drafter, list[Draft]]:
                 seen.append(Draft(tree.lists[0], tree.shape(0), list(verified.paths[0]), list(verified.committed[0])))
             observe(verified)
 
-        session.observe = note
+        # Of this one session.
+        session.observe = note  # type: ignore[method-assign]
         return session
 
-    twin.begin = begin
+    # Of this one drafter.
+    twin.begin = begin  # type: ignore[method-assign]
     return twin, seen
 
 

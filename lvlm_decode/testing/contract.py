@@ -278,7 +278,7 @@ def runs_in_inference_mode(case: Case) -> None:
 
 def adds_to_vcd(case: Case) -> None:
     """The sum's views are its parts' views, and its scores their terms."""
-    vcd, own = load("vcd")(alpha=0.5), case.method
+    vcd, own = parse("vcd", alpha=0.5), case.method
     own = load("ritual")() if own.name == "vcd" else own
     tokens, out, run = case.decode(vcd + own)
     same_tokens(tokens, case.decode(vcd + own, execution="sequential")[0], "added to VCD, stacked against sequential")

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..attachment import attach, detach, last_run
@@ -32,7 +31,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, 
 
 def drafted(
     zoo: Tiny,
-    model: torch.nn.Module,
+    model: Any,
     method: Method,
     inputs: Mapping[str, Any],
     drafter: Drafter | None = None,

@@ -22,7 +22,7 @@ from ..engine.batch import Batch
 from ..engine.run import Run
 from ..families.base import Family
 from ..method import BELOW
-from ..methods import load
+from ..methods import load, parse
 from .contract import Case, Check, method_checks, run_all, same_tokens
 from .models import Tiny, tiny
 
@@ -129,7 +129,7 @@ def family_checks(model: Tiny | str, *, family: type[Family] | None = None) -> l
         image_spans_hold_exactly_the_placeholders,
     )
     checks = [Check(rule, plain) for rule in rules]
-    flip = load("ritual")(transform="horizontal_flip")
+    flip = parse("ritual", transform="horizontal_flip")
     checks += [
         Check(rows_of_a_mixed_batch_say_what_they_say_alone, Case(method, zoo, family))
         for method in (load("vcd")(), flip)

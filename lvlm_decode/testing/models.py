@@ -77,7 +77,7 @@ class Tiny:
     """
 
     family: str
-    model: tf.PreTrainedModel
+    model: Any
     image_ids: Callable[[int], list[list[int]]]
     pixels: Callable[[int, torch.Generator], dict[str, list[Any]]]
     finish: Callable[[dict[str, Any], list[Row]], dict[str, Any]] = lambda inputs, rows: inputs
@@ -129,14 +129,15 @@ class Tiny:
         videos: Sequence[int] | int = 0,
     ) -> dict[str, Any]:
         counts, films = ([n] * len(texts) if isinstance(n, int) else n for n in (images, videos))
-        return self.batch([self.row(*row, seed + i, n) for i, (*row, n) in enumerate(zip(texts, counts, films))])
+        asked = enumerate(zip(texts, counts, films))
+        return self.batch([self.row(text, own, seed + i, shown) for i, (text, own, shown) in asked])
 
 
 #: Last weight between the vision encoder and the language model: what scales an image's share of the logits.
 PROJECTORS = ("multi_modal_projector", "language_projection", "connector", "merger")
 
 
-def react(model: torch.nn.Module, projector_gain: float = 1.0, embedding_gain: float = 1.0, seed: int = 0) -> Any:
+def react(model: Any, projector_gain: float = 1.0, embedding_gain: float = 1.0, seed: int = 0) -> Any:
     """Weights of unit gain, so that signals neither vanish nor explode and the image reaches the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -173,7 +174,7 @@ def _text(kind: type, **more: Any) -> Any:
 def llava() -> Tiny:
     vision = tf.CLIPVisionConfig(**VISION, image_size=28, patch_size=7)
     config = tf.LlavaConfig(
-        vision_config=vision, text_config=_text(tf.LlamaConfig), image_token_id=IMAGE, vision_feature_layer=-2
+        vision_config=vision, text_config=_text(tf.LlamaConfig), image_token_index=IMAGE, vision_feature_layer=-2
     )
     model = react(tf.LlavaForConditionalGeneration(config))
     return Tiny(
@@ -199,7 +200,7 @@ def _tiles(n: int, generator: torch.Generator) -> dict[str, list[Any]]:
     return {"pixel_values": pixels, "image_sizes": [torch.tensor(size) for size in SIZES[:n]]}
 
 
-def _packed(model: tf.PreTrainedModel, **more: Any) -> Callable[[int], list[list[int]]]:
+def _packed(model: Any, **more: Any) -> Callable[[int], list[list[int]]]:
     """Placeholders per image of a tiling family: what the model itself makes of such an image."""
 
     @functools.lru_cache
@@ -220,7 +221,7 @@ def llava_next() -> Tiny:
     config = tf.LlavaNextConfig(
         vision_config=vision,
         text_config=_text(tf.LlamaConfig),
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-2,
     )
@@ -237,8 +238,8 @@ def llava_onevision() -> Tiny:
     config = tf.LlavaOnevisionConfig(
         vision_config=vision,
         text_config=_text(tf.Qwen2Config),
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -484,7 +485,7 @@ def gemma3() -> Tiny:
         text_config=tf.Gemma3TextConfig(**text),
         vision_config=tf.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False),
         mm_tokens_per_image=4,
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
         # A random model whose head is its embedding only repeats its last token.
         tie_word_embeddings=False,
         boi_token_index=VISION_START,
@@ -507,10 +508,8 @@ def gemma3() -> Tiny:
 def paligemma() -> Tiny:
     config = tf.PaliGemmaConfig(
         text_config=_text(tf.GemmaConfig, head_dim=8, tie_word_embeddings=False),
-        vision_config=tf.SiglipVisionConfig(
-            **VISION, image_size=28, patch_size=14, projection_dim=32, vision_use_head=False
-        ),
-        image_token_id=IMAGE,
+        vision_config=tf.SiglipVisionConfig(**VISION, image_size=28, patch_size=14, vision_use_head=False),
+        image_token_index=IMAGE,
         projection_dim=32,
         hidden_size=32,
         tie_word_embeddings=False,

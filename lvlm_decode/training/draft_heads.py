@@ -34,7 +34,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from PIL import Image
-from pydantic import Field
+from pydantic import Strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -167,14 +167,14 @@ class Item:
         load: the picture, or ``None`` for text.
         source: which picture it is.
         answer: given answer; generated when ``None``.
-        ids: prompt and answer once known; ``start`` is where the answer starts.
+        ids: prompt and answer, empty until they are known; ``start`` is where the answer starts.
     """
 
     prompt: str
     load: Callable[[], Image.Image] | None = None
     source: str | None = None
     answer: str | None = None
-    ids: list[int] | None = None
+    ids: list[int] = field(default_factory=list)
     start: int = 0
 
 
@@ -203,7 +203,8 @@ def file_items(path: Path, held_out: int) -> tuple[list[Item], list[Item], list[
     Raises:
         InputError: a line without a prompt, or a file without pictures.
     """
-    pictures, texts = [], []
+    pictures: list[Item] = []
+    texts: list[Item] = []
     for where, record in read_records(path):
         line = checked(_Line, record, where)
         load = None if line.image is None else (lambda file=path.parent / line.image: open_picture(file))
@@ -227,13 +228,14 @@ class _Recorded(Record):
     """Answers of a target to the prompts of a run, as that run wrote them."""
 
     of: dict[str, Any]
-    items: list[Annotated[list[int | list[int]], Field(min_length=2, max_length=2)]]
+    # JSON has no tuples.
+    items: list[Annotated[tuple[int, list[int]], Strict(False)]]
 
 
 class Target:
     """The frozen target with its processor: prepares items, answers them, gives features."""
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.family = family_of(model)
         self._vision: dict[int, dict[str, Tensor]] = {}
@@ -336,7 +338,13 @@ class Target:
         starts = torch.tensor([item.start for item in items], device=ids.device)
         answer = mask & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])
         image = ids == self.family.image_token_id
-        found = {"mask": mask, "image": image, "answer": answer, "embeds": watcher.embeds, "hidden": watcher.hidden}
+        found: dict[str, Any] = {
+            "mask": mask,
+            "image": image,
+            "answer": answer,
+            "embeds": watcher.embeds,
+            "hidden": watcher.hidden,
+        }
         if states:
             words = module.get_input_embeddings()(ids)
             found |= {"words": words, "layers": watcher.layers, "positions": watcher.axes}
@@ -350,7 +358,7 @@ class Objective(nn.Module):
         super().__init__()
         self.head, self.settings = head, settings
         # In a list, so that the target's head is no parameter of this module.
-        self._out = [out]
+        self._out: list[Any] = [out]
 
     def forward(self, batch: dict[str, Any], pictures: bool) -> dict[str, Tensor]:
         """Loss of one batch of :meth:`Target.features`, and what to report beside it."""
@@ -444,7 +452,8 @@ def drafting_passes(head: DraftHead, embeds: Tensor, features: Tensor, slots: Sl
     for number in range(passes):
         x, kept = head.entered(head.text_slots(embeds, features, None))
         q, *own = head.projected(x, slots.positions + number)
-        past.append(tuple(state.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for state in own))
+        key, value = (state.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for state in own)
+        past.append((key, value))
         (keys, values), drafted = past[0], past[1:]
         scores = [(q @ keys.transpose(2, 3)).masked_fill(~seen[:, None], float("-inf"))]
         scores += [(q * key).sum(-1, keepdim=True) for key, _ in drafted]
@@ -482,14 +491,16 @@ def vispec_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 def acceptance(target: Target, head: DraftHead, items: Sequence[Item], settings: Settings) -> Stats:
     """What the head brings in greedy decoding of ``items``, by the library's own loop."""
-    drafter = drafter_class(head.config.kind)(head=copy.deepcopy(head))
+    drafter = drafter_class(head.config.kind).create(head=copy.deepcopy(head))
     attach(target.model, Plain(), processor=target.processor, drafter=drafter)
     try:
         total = Stats()
         for item in items:
             inputs = {k: v.to(target.model.device) for k, v in target.inputs(item).items()}
             target.model.generate(**inputs, do_sample=False, max_new_tokens=settings.max_new_tokens)
-            total = total + last_run(target.model).trace.speculation
+            run = last_run(target.model)
+            assert run is not None and run.trace.speculation is not None
+            total = total + run.trace.speculation
     finally:
         detach(target.model)
     return total
@@ -514,8 +525,8 @@ def answer_all(target: Target, items: Sequence[Item], settings: Settings, path: 
             return
     torch.manual_seed(settings.seed)
     target.complete(items, settings)
-    record = {"of": of, "items": [[item.start, item.ids] for item in items]}
-    path.write_text(json.dumps(record), encoding="utf-8")
+    made = {"of": of, "items": [[item.start, item.ids] for item in items]}
+    path.write_text(json.dumps(made), encoding="utf-8")
 
 
 def frequent_tokens(items: Sequence[Item], count: int, vocabulary: int) -> Tensor:

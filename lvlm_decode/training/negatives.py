@@ -92,9 +92,7 @@ def batches(
         yield {**inputs, "input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
-def fit(
-    model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter], data: Iterable[dict[str, Tensor]], rate: float
-):
+def fit(model: Any, parameters: Iterable[torch.nn.Parameter], data: Iterable[dict[str, Tensor]], rate: float):
     """Train ``parameters`` of ``model`` alone; the losses, one per step. Other parameters keep their flags and values.
 
     Raises:
@@ -128,7 +126,7 @@ def fit(
 
 
 def train_projectors(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     triples: Sequence[Triple],
     *,
@@ -151,7 +149,7 @@ def train_projectors(
 
 
 def train_amateur(
-    model: torch.nn.Module,
+    model: Any,
     processor: Any,
     triples: Sequence[Triple],
     *,

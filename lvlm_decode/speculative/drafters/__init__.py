@@ -11,8 +11,6 @@ import importlib
 import re
 from typing import Any
 
-import torch
-
 from ...errors import ParameterError, UnknownNameError, suggestion
 from ...plugins import Plugin, plugins
 from .base import Context, Drafter, Features, Session, Verified
@@ -58,7 +56,7 @@ def names() -> list[str]:
     return [*DRAFTERS, *foreign()]
 
 
-def parse(text: str | Drafter | None, model: torch.nn.Module | None = None) -> Drafter | None:
+def parse(text: str | Drafter | None, model: Any | None = None) -> Drafter | None:
     """The drafter that ``text`` names: ``"recycling"``, ``"recycling(rows=8,depth=4)"``, ``"vispec(path=FOLDER)"``.
 
     Args:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -35,12 +35,12 @@ class Context:
         device: where proposals are wanted.
     """
 
-    module: torch.nn.Module
+    module: Any
     lanes: Any
     tokens: list[list[int]]
     prompt_lengths: list[int]
     scores: Tensor
-    prompt: Features | None = None
+    prompt: PromptFeatures | None = None
     couple: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -51,36 +51,46 @@ class Features:
 
     Args:
         hidden: (V * B, T, D) last hidden states after the final norm: what the language head reads.
-        embeds: (V * B, T, D) input embeddings, image positions holding the projected image features.
-        image: (V * B, T) bool, image positions.
-        mask: (V * B, T) bool, False at padding.
         views: V.
-        ids: (V * B, T) token ids, image positions holding the placeholder.
-        positions: (axes, V * B, T) positions of a target that has several axes of them.
         layers: layer -> (V * B, T, D), hidden states after that layer, for drafters that ask for layers.
     """
 
     hidden: Tensor
-    embeds: Tensor | None = None
-    image: Tensor | None = None
-    mask: Tensor | None = None
     views: int = 1
-    ids: Tensor | None = None
-    positions: Tensor | None = None
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
-    def rows(self, count: int) -> Features:
+    def rows(self, count: int) -> Self:
         """The first ``count`` rows alone."""
-        own = lambda x: None if x is None else x[..., :count, :]  # noqa: E731
-        return Features(
-            self.hidden[:count],
-            None if self.embeds is None else self.embeds[:count],
-            own(self.image),
-            own(self.mask),
-            self.views,
-            own(self.ids),
-            own(self.positions),
-            {layer: states[:count] for layer, states in self.layers.items()},
+        layers = {layer: states[:count] for layer, states in self.layers.items()}
+        return replace(self, hidden=self.hidden[:count], layers=layers)
+
+
+@dataclass(kw_only=True)
+class PromptFeatures(Features):
+    """The target's view of the whole prompts: also what it read.
+
+    Args:
+        embeds: (V * B, T, D) input embeddings, image positions holding the projected image features.
+        image: (V * B, T) bool, image positions.
+        mask: (V * B, T) bool, False at padding.
+        ids: (V * B, T) token ids, image positions holding the placeholder.
+        positions: (axes, V * B, T) positions of a target that has several axes of them, ``None`` of any other.
+    """
+
+    embeds: Tensor
+    image: Tensor
+    mask: Tensor
+    ids: Tensor
+    positions: Tensor | None
+
+    def rows(self, count: int) -> Self:
+        return replace(
+            super().rows(count),
+            embeds=self.embeds[:count],
+            image=self.image[:count],
+            mask=self.mask[:count],
+            ids=self.ids[:count],
+            positions=None if self.positions is None else self.positions[..., :count, :],
         )
 
 
@@ -166,7 +176,7 @@ class Drafter(Checked):
         self.check(0 <= self.stop < 1, "stop", "in [0, 1), 0 for never")
 
     @classmethod
-    def create(cls, model: torch.nn.Module | None = None, **parameters: Any) -> Drafter:
+    def create(cls, model: Any | None = None, **parameters: Any) -> Drafter:
         """The drafter with these parameters, for ``model``.
 
         Raises:
@@ -174,7 +184,7 @@ class Drafter(Checked):
         """
         return cls(**parameters)
 
-    def layers(self, module: torch.nn.Module) -> tuple[int, ...]:
+    def layers(self, module: Any) -> tuple[int, ...]:
         """Decoder layers whose outputs its sessions read: ``i`` is the state after layer ``i``."""
         return ()
 

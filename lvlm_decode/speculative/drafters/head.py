@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, UnsupportedError
@@ -20,7 +20,7 @@ from ..heads.module import CONFIG
 from ..heads.published import checked_states, folder_of
 from ..heads.runner import HeadRunner
 from ..tree import Tree, rerank, shape_of
-from .base import Context, Drafter, Features, Session, Verified
+from .base import Context, Drafter, PromptFeatures, Session, Verified
 
 
 @dataclass
@@ -65,7 +65,7 @@ class HeadDrafter(Drafter):
             )
 
     @classmethod
-    def create(cls, model: nn.Module | None = None, **parameters: Any) -> Drafter:
+    def create(cls, model: Any | None = None, **parameters: Any) -> Drafter:
         if model is not None and parameters.get("head") is None and parameters.get("path") is None:
             parameters["path"] = shipped(model, cls.kind)
         drafter = cls(**parameters)
@@ -73,17 +73,17 @@ class HeadDrafter(Drafter):
             drafter.loaded(family_of(model).decoding_module(model))
         return drafter
 
-    def loaded(self, target: nn.Module) -> DraftHead:
+    def loaded(self, target: Any) -> DraftHead:
         """The head, read from where it is if that has not been done."""
         if self.head is None:
             self.head = load(self.path or shipped(target, self.kind), target, self.kind, **self.settings(target))
         return self.head
 
-    def settings(self, target: nn.Module) -> dict[str, Any]:
+    def settings(self, target: Any) -> dict[str, Any]:
         """What this drafter says of a published head that its files do not."""
         return {}
 
-    def layers(self, module: nn.Module) -> tuple[int, ...]:
+    def layers(self, module: Any) -> tuple[int, ...]:
         return self.loaded(module).config.states
 
     def begin(self, context: Context) -> Session:
@@ -96,16 +96,18 @@ class HeadDrafter(Drafter):
                 f"the {config.kind} head is for width {config.hidden_size} and {config.vocab_size} tokens, and the model has "
                 f"{text.hidden_size} and {vocabulary}; use a head trained for it."
             )
-        weight = target.get_output_embeddings().weight
-        if self.runner is None or self.runner.target_weight is not weight:
+        weight, runner = target.get_output_embeddings().weight, self.runner
+        if runner is None or runner.target_weight is not weight:
             if config.fingerprint and config.fingerprint != fingerprint(target):
                 warnings.warn(
                     f"the {config.kind} head was trained for {config.target or 'another model'}, whose language head is not "
                     "this model's: it will draft, no answer changes, and little of it may be accepted.",
                     stacklevel=2,
                 )
-            self.runner = HeadRunner(self.head, target)
-        return _HeadSession(self, context)
+            runner = self.runner = HeadRunner(self.loaded(target), target)
+        # A drafter with features is given those of the prompt.
+        assert context.prompt is not None
+        return _HeadSession(self, context, runner, context.prompt)
 
 
 @dataclass
@@ -146,16 +148,16 @@ class Eagle3Drafter(HeadDrafter):
 
     states: tuple[int, ...] | None = None
 
-    def settings(self, target: nn.Module) -> dict[str, Any]:
+    def settings(self, target: Any) -> dict[str, Any]:
         return {} if self.states is None else {"states": checked_states(self.states, target)}
 
 
 class _HeadSession(Session):
     drafter: HeadDrafter
 
-    def __init__(self, drafter: HeadDrafter, context: Context):
+    def __init__(self, drafter: HeadDrafter, context: Context, runner: HeadRunner, prompt: PromptFeatures):
         super().__init__(drafter, context)
-        self.runner, config = drafter.runner, drafter.head.config
+        self.runner, config = runner, runner.config
         self.rows = drafter.rows or config.rows
         self.depth = drafter.depth or config.depth
         self.top_k = min(drafter.top_k or config.top_k, self.runner.out_weight.shape[0])
@@ -170,9 +172,9 @@ class _HeadSession(Session):
                 )
             self.views = len(lanes.main.views)
         self._log_stop = math.log(drafter.stop) if drafter.stop > 0 else None
-        self._read(context.prompt)
+        self._read(prompt)
 
-    def _read(self, prompt: Features) -> None:
+    def _read(self, prompt: PromptFeatures) -> None:
         """Run the head over the prompt, whose last slot is followed by the root."""
         runner, head = self.runner, self.runner.head
         roots = torch.tensor([text[-1] for text in self.context.tokens], device=runner.device).repeat(self.views)
@@ -208,6 +210,7 @@ class _HeadSession(Session):
 
     def observe(self, verified: Verified) -> None:
         self.count(verified)
+        assert verified.features is not None
         fresh = verified.features.rows(self.views * self.samples)
         hidden = self.runner.head.lift(fresh.hidden, fresh.layers)
         if self.samples == 1:
@@ -241,10 +244,10 @@ class _HeadSession(Session):
         if seen is None:
             cos, sin = self._turn_next(0, t)
             mask = None if t == 1 and self.seen is None else self.runner.causal(start, stop)
-            if self.seen is not None:
+            if self.seen is not None and mask is not None:
                 self.seen = F.pad(self.seen, (0, t), value=True)
                 mask = self.seen[:, None, None] & mask
-            moved = t
+            moved: Tensor | int = t
         else:
             count = seen.sum(1)
             offset = (torch.arange(t, device=seen.device) - (t - count)[:, None]).clamp(min=0)
@@ -303,14 +306,15 @@ class _HeadSession(Session):
     def _chain(self, roots: Tensor, depth: int) -> Tree:
         runner, guess, tokens = self.runner, self.guess, [roots]
         self._reserve(depth)
-        cumulative = 0.0
+        cumulative: Tensor | None = None
         for level in range(depth):
             scores, coupled = (x[:, -1] for x in self._scores(guess, level))
             chosen = coupled.argmax(-1, keepdim=True)
             token = runner.token_ids(chosen)
             tokens.append(token)
             if self._log_stop is not None:
-                cumulative = cumulative + F.log_softmax(scores, -1).gather(-1, chosen)
+                own = F.log_softmax(scores, -1).gather(-1, chosen)
+                cumulative = own if cumulative is None else cumulative + own
                 # `not any(>=)` rather than `all(<)`: it is also true for NaN, where processors leave no token.
                 if not bool((cumulative >= self._log_stop).any()):
                     # This token is drafted already and costs one row; what would follow it is not drafted.
@@ -334,7 +338,8 @@ class _HeadSession(Session):
         scores, coupled = (x[:, -1] for x in self._scores(self.guess, 0))
         values, chosen = F.log_softmax(coupled, -1).topk(k, -1)  # (B, k)
         # Log-probabilities of the frontier's paths, before the noise; only the confidence stop reads them.
-        sure = None if self._log_stop is None else F.log_softmax(scores, -1).gather(-1, chosen)
+        stop = self._log_stop
+        sure = None if stop is None else F.log_softmax(scores, -1).gather(-1, chosen)
         tokens = runner.token_ids(chosen)
         pool_tokens, pool_values = [tokens], [values]
         pool_parents = [torch.full_like(tokens, -1)]
@@ -344,7 +349,7 @@ class _HeadSession(Session):
         seen = torch.eye(k, dtype=torch.bool, device=tokens.device).expand(samples, k, k)
         size = k
         for level in range(depth - 1):
-            if sure is not None and not bool((sure[:, 0] >= self._log_stop).any()):
+            if sure is not None and stop is not None and not bool((sure[:, 0] >= stop).any()):
                 break
             z = runner.inputs(tokens.repeat(self.views, 1), guess, self.constant)
             cos, sin = self._turn((self.next + level)[:, None].expand(-1, k), self.furthest + level + 1)

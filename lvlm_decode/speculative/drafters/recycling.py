@@ -53,7 +53,7 @@ class Recycling(Drafter):
             # It outlives the call: made inside inference mode, no later call outside could write to it.
             with torch.inference_mode(False):
                 self.adjacency = torch.full((size, self.width), PAD, dtype=torch.long, device=context.device)
-        return _RecyclingSession(self, context)
+        return _RecyclingSession(self, context, self.adjacency)
 
     def fork(self) -> Drafter:
         return copy.deepcopy(self)
@@ -65,8 +65,10 @@ class Recycling(Drafter):
 class _RecyclingSession(Session):
     drafter: Recycling
 
-    def __init__(self, drafter: Recycling, context: Context):
+    def __init__(self, drafter: Recycling, context: Context, adjacency: Tensor):
         super().__init__(drafter, context)
+        #: The drafter's own table, into which this session writes.
+        self.adjacency = adjacency
         lasts = [text[-2] if len(text) > 1 else PAD for text in context.tokens]
         self._update(lasts, context.scores)
 
@@ -84,7 +86,7 @@ class _RecyclingSession(Session):
                 filled[row] = found[shape.parents[row]][:, ranks[row]]
             if shape.children[row]:
                 token = filled[row]
-                found[row] = drafter.adjacency[token.clamp(min=0)].masked_fill((token < 0)[:, None], PAD)
+                found[row] = self.adjacency[token.clamp(min=0)].masked_fill((token < 0)[:, None], PAD)
         return Tree(torch.stack(filled, 1), (shape,)).pruned()
 
     def observe(self, verified: Verified) -> None:
@@ -108,4 +110,4 @@ class _RecyclingSession(Session):
         values, best = scores.topk(self.drafter.width, dim=-1)
         # What the plausibility mask removed is no candidate.
         best = best.masked_fill(values < -BELOW / 2, PAD)
-        self.drafter.adjacency[torch.tensor(tokens, device=best.device)] = best
+        self.adjacency[torch.tensor(tokens, device=best.device)] = best

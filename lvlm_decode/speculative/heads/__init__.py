@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from ...errors import InputError
 from .module import CONFIG, KINDS, DraftHead, HeadConfig, Slots, fingerprint
@@ -13,7 +12,7 @@ from .published import from_state_dict, load
 __all__ = ["KINDS", "DraftHead", "HeadConfig", "Slots", "fingerprint", "from_state_dict", "load", "shipped"]
 
 
-def shipped(model: nn.Module, kind: str) -> Path:
+def shipped(model: Any, kind: str) -> Path:
     """The folder of the head of ``kind`` that ships for ``model``, told by its language head.
 
     Raises:

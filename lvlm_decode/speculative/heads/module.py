@@ -138,14 +138,15 @@ class HeadConfig:
             InputError: a field that is missing, unknown or of another type, or a size no head has.
         """
         try:
-            values = dict(checked(_shape(), read_json(path), str(path)))
-            config = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            values: dict[str, Any] = dict(checked(_shape(), read_json(path), str(path)))
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            config = cls(**values)
         except (EvalError, ParameterError) as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         return config
 
     @classmethod
-    def for_target(cls, module: nn.Module, kind: str, **overrides: Any) -> HeadConfig:
+    def for_target(cls, module: Any, kind: str, **overrides: Any) -> HeadConfig:
         """The head of ``kind`` for the language model of ``module``: one layer of its own sizes.
 
         Raises:
@@ -186,16 +187,17 @@ def default_states(layers: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _shape() -> type:
+def _shape() -> type[Closed]:
     """`HeadConfig` as a file holds it: the same fields and types, sizes above 0 and no larger than any model's."""
     from pydantic import Field, create_model
 
     hints = get_type_hints(HeadConfig)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(HeadConfig):
-        kind = hints[field.name]
-        limits = {int: {"ge": 1, "lt": 2**24}, float: {"gt": 0, "allow_inf_nan": False}}.get(kind, {})
-        default = ... if field.default is dataclasses.MISSING else field.default
+        kind: Any = hints[field.name]
+        sizes: dict[Any, dict[str, Any]] = {int: {"ge": 1, "lt": 2**24}, float: {"gt": 0, "allow_inf_nan": False}}
+        limits = sizes.get(kind, {})
+        default: Any = ... if field.default is dataclasses.MISSING else field.default
         if kind == tuple[int, ...]:
             # JSON has no tuples.
             kind, default = list[Annotated[int, Field(ge=1, lt=2**24)]], list(default)
@@ -290,6 +292,9 @@ class DraftHead(nn.Module):
         width = config.hidden_size
         self.fc = nn.Linear((len(config.states) or 2) * width, width, bias=config.bias)
         self.layers = nn.ModuleList([_Layer(config)])
+        self.inverse_frequencies: Tensor
+        self.axis: Tensor
+        self.trim: Tensor | None
         if config.states:
             self.norm = nn.RMSNorm(width, eps=config.rms_eps)
             self.lm_head = nn.Linear(width, config.vocab_size if trim is None else len(trim), bias=False)
@@ -310,7 +315,9 @@ class DraftHead(nn.Module):
 
     @property
     def layer(self) -> _Layer:
-        return self.layers[0]
+        (layer,) = self.layers
+        assert isinstance(layer, _Layer)
+        return layer
 
     def restrict(self, trim: Tensor) -> None:
         """Let it draft the tokens ``trim`` (N',) alone."""
@@ -358,7 +365,7 @@ class DraftHead(nn.Module):
             index = (spans.starts[:, None] + inside).clamp(max=embeds.shape[1] - 1)
             adapted = self.imadpt(embeds[spans.rows[:, None], index], exists)
         if config.use_global:
-            if adapted is None:
+            if adapted is None or spans is None:
                 g = torch.zeros_like(features)
             else:
                 passed = spans.passed(image)
@@ -371,7 +378,7 @@ class DraftHead(nn.Module):
             z = torch.where(image[..., None], embeds, z)
         elif config.image in ("compress", "drop"):
             seen = mask & ~image
-        if config.image == "compress" and adapted is not None:
+        if config.image == "compress" and adapted is not None and spans is not None:
             places = spans.starts + spans.lengths - (config.queries - 1)
             places = places[:, None] + torch.arange(config.queries - 1, device=places.device)
             rows = spans.rows[:, None].expand_as(places)

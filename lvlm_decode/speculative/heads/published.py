@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.hf.decoder import layer_count
 from ...errors import InputError, UnsupportedError
@@ -43,7 +43,7 @@ _UNKNOWN_FLAGS = {
 }
 
 
-def load(place: str | Path, target: nn.Module, kind: str, **overrides: Any) -> DraftHead:
+def load(place: str | Path, target: Any, kind: str, **overrides: Any) -> DraftHead:
     """The head in a folder or a repository of the hub, this project's own or a published one.
 
     Args:
@@ -174,7 +174,7 @@ def kind_of(state: Mapping[str, Tensor]) -> str:
 
 def from_state_dict(
     state: Mapping[str, Tensor],
-    target: nn.Module,
+    target: Any,
     kind: str | None = None,
     config: Mapping[str, Any] | None = None,
     **overrides: Any,
@@ -229,7 +229,7 @@ def from_state_dict(
     return head.eval()
 
 
-def _sizes(own: Mapping[str, Tensor], target: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(own: Mapping[str, Tensor], target: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """The sizes of the head's layer, from its config and its shapes."""
     text = target.config.get_text_config(decoder=True)
     width, vocabulary = text.hidden_size, target.get_output_embeddings().weight.shape[0]
@@ -267,7 +267,7 @@ def _sizes(own: Mapping[str, Tensor], target: nn.Module, config: Mapping[str, An
     return values
 
 
-def _flags(own: Mapping[str, Tensor], target: nn.Module, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _flags(own: Mapping[str, Tensor], target: Any, config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """What the head computes, from its config."""
     if "speculators_model_type" in config:
         raise UnsupportedError("this is a head in speculators' format, which is not read; give it in its authors' own.")
@@ -307,7 +307,7 @@ def _flags(own: Mapping[str, Tensor], target: nn.Module, config: Mapping[str, An
     return values
 
 
-def checked_states(states: tuple[int, ...], target: nn.Module) -> tuple[int, ...]:
+def checked_states(states: tuple[int, ...], target: Any) -> tuple[int, ...]:
     """Three decoder layers of ``target``, 1 for the first.
 
     Raises:
@@ -319,7 +319,7 @@ def checked_states(states: tuple[int, ...], target: nn.Module) -> tuple[int, ...
     return states
 
 
-def _vocabulary(own: dict[str, Tensor], target: nn.Module) -> Tensor | None:
+def _vocabulary(own: dict[str, Tensor], target: Any) -> Tensor | None:
     """(N',) the tokens an EAGLE-3 head drafts, ``None`` for all; its tables are taken out of ``own``."""
     offsets, chosen = own.pop("d2t", None), own.pop("t2d", None)
     vocabulary = target.get_output_embeddings().weight.shape[0]
@@ -342,7 +342,7 @@ def _vocabulary(own: dict[str, Tensor], target: nn.Module) -> Tensor | None:
     return ids
 
 
-def _compare(embedding: Tensor, target: nn.Module) -> None:
+def _compare(embedding: Tensor, target: Any) -> None:
     """Warn of a head that came with the embedding of another model than ``target``."""
     mine = target.get_input_embeddings().weight.detach()
     if embedding.shape[1:] != mine.shape[1:]:

@@ -10,11 +10,13 @@ Letters as in ``module``; ``S`` slots in the cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ..drafters.base import Features
+from ..drafters.base import PromptFeatures
 from .module import DraftHead, Slots
 
 #: Bytes up to which the table of token inputs is kept; beyond, its rows are worked out as they are needed.
@@ -29,13 +31,13 @@ class HeadRunner:
         target: the module that decodes.
     """
 
-    def __init__(self, head: DraftHead, target: nn.Module):
+    def __init__(self, head: DraftHead, target: Any):
         config = head.config
         out = target.get_output_embeddings()
         self.target_weight = out.weight
         self.head = head.to(out.weight.device, out.weight.dtype).eval()
         self.config, self.embed = config, target.get_input_embeddings()
-        self.trim = head.trim
+        self.trim: Tensor | None = head.trim
         if config.states:
             self.out_weight, self.out_bias = self.head.lm_head.weight, None
         else:
@@ -65,7 +67,7 @@ class HeadRunner:
         from_embed, from_feature = head.fc.weight[:, :width], head.fc.weight[:, width:]
         if config.use_global:
             self.w_global = from_feature @ head.img_fc.weight[:, width:]
-            shift = from_feature @ head.img_fc.bias if head.img_fc.bias is not None else 0.0
+            shift: Tensor | float = from_feature @ head.img_fc.bias if head.img_fc.bias is not None else 0.0
             from_feature = from_feature @ head.img_fc.weight[:, :width]
         else:
             shift = 0.0
@@ -76,7 +78,7 @@ class HeadRunner:
         if rows * width * self.dtype.itemsize <= TABLE_BYTES:
             self.table = F.linear(self.embed(torch.arange(rows, device=self.device)), self.w_embed, self.b_slot)
 
-    def following(self, prompt: Features, roots: Tensor) -> Tensor:
+    def following(self, prompt: PromptFeatures, roots: Tensor) -> Tensor:
         """(R, T, D) what stands for the token after each position of a prompt, ``roots`` (R,) after its last one."""
         if self.config.image == "token":
             return self.embed(torch.cat([prompt.ids[:, 1:], roots[:, None]], 1)).to(self.dtype)
@@ -98,7 +100,7 @@ class HeadRunner:
 
     def constant(self, slots: Slots) -> Tensor | None:
         """(R, 1, D) what the global vector of each row adds to every slot; ``None`` without one."""
-        return None if self.w_global is None else (slots.g @ self.w_global.t())[:, None]
+        return None if self.w_global is None or slots.g is None else (slots.g @ self.w_global.t())[:, None]
 
     def inputs(self, tokens: Tensor, features: Tensor, constant: Tensor | None) -> Tensor:
         """Inputs of text slots: ``tokens`` (R, t) that follow ``features`` (R, t, D)."""
