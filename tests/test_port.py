@@ -87,6 +87,7 @@ IMPORTS = {
     "TopKLogitsWarper",
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
+    "load_image",
 }
 
 
