@@ -440,6 +440,20 @@ def stress(bench: Bench) -> list[dict[str, Any]]:
         max_num_batched_tokens=80,
         enable_chunked_prefill=True,
     )
+    using(
+        "whole prompts",
+        [
+            {
+                "label": "chunked prompts switched off, random arrival, 10 ordinary requests",
+                "methods": ("vcd", "vcd+icd+ritual", "m3id"),
+                "groups": 30,
+                "ordinary": 10,
+                "order": "random",
+            }
+        ],
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=512,
+    )
     tight = {"block_size": 32, "num_gpu_blocks_override": 26}
     using(
         "25 blocks",

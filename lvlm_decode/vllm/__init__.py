@@ -24,6 +24,9 @@ client goes, ``await engine.abort(group.ids)``. Requests that do not share a gro
 vLLM serves them. What cannot be served raises :class:`~lvlm_decode.errors.UnsupportedError` with one sentence before a request
 is made: :func:`check_served` for a method, :meth:`Views.group` for a sample and its sampling parameters.
 
+Served are methods whose views are prompts and pictures, on LLaVA, Qwen2-VL, Qwen2.5-VL and Qwen3-VL; on LLaVA also those of image
+features, with ``engine_args(features=True)``. CODE lets the model write first: ``Views(path, ask=...)`` asks the engine.
+
 In float32 the tokens are those of ``model.generate()`` with the same method, also when they are drawn with a seed. In bfloat16
 and float16 the last bits of logits depend on which requests share a step, in vLLM as in any engine, so answers may differ
 between runs there.
