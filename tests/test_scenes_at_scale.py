@@ -35,7 +35,7 @@ def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
     # The second seed was not asked, so what is recorded is the first.
     call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
     found = json.loads((tmp_path / "tiny-llava.json").read_text())
-    assert found["seeds"] == [0] and found["images"] == 16
+    assert found["seeds"] == {"naturalbench": [0]} and found["images"] == 16
     assert (
         found["cost"]["answers"] == sum(cell["summary"]["n"] for cell in found["cells"]) > 0 < found["cost"]["seconds"]
     )

@@ -4,7 +4,7 @@
 
 Made to run in the background: every batch is on disk before the next is asked, the same command goes on where it was
 stopped, and seed after seed is finished on all benchmarks, so that what is there is always whole. ``--record`` asks nothing
-and writes the tables of the seeds that are finished everywhere. Scenes beyond those that ship are rendered from their seeds.
+and writes the tables of the seeds that each benchmark has whole. Scenes beyond those that ship are rendered from their seeds.
 """
 
 from __future__ import annotations
@@ -70,26 +70,22 @@ def runs(given: argparse.Namespace, loaded, seeds: Sequence[int], stop) -> list[
     return made
 
 
-def finished(given: argparse.Namespace, loaded) -> tuple[list[int], list[Result]]:
-    """The seeds that all cells of all benchmarks have whole, and their results."""
+def finished(given: argparse.Namespace, loaded) -> dict[str, tuple[list[int], list[Result]]]:
+    """Benchmark -> the seeds that all its cells have whole, and their results; benchmarks without one are left out."""
+    found = {}
     for number in range(len(given.seed), 0, -1):
-        seeds = given.seed[:number]
-        results = []
-        for run in runs(given, loaded, seeds, None):
-            for cell in run.cells():
-                folder = cell.folder(run.out, run.evaluator.name)
-                if not (folder / "settings.json").exists():
-                    break
-                result = read_cell(folder)
-                if len(result.rows) < len(run.source.splits[cell.split]):
-                    break
-                results.append(result)
-            else:
+        for run in runs(given, loaded, given.seed[:number], None):
+            if run.evaluator.name in found:
                 continue
-            break
-        else:
-            return seeds, results
-    raise SystemExit("no seed is finished on all benchmarks yet; run without --record to go on")
+            folders = [(cell, cell.folder(run.out, run.evaluator.name)) for cell in run.cells()]
+            if not all((folder / "settings.json").exists() for _, folder in folders):
+                continue
+            results = [read_cell(folder) for _, folder in folders]
+            if all(len(r.rows) >= len(run.source.splits[cell.split]) for r, (cell, _) in zip(results, folders)):
+                found[run.evaluator.name] = given.seed[:number], results
+    if not found:
+        raise SystemExit("no seed of a benchmark is finished yet; run without --record to go on")
+    return found
 
 
 def cost(results: Sequence[Result]) -> dict:
@@ -104,7 +100,9 @@ def cost(results: Sequence[Result]) -> dict:
 
 def record(given: argparse.Namespace, loaded) -> None:
     """Tables, rates and raw answers of the seeds that are finished."""
-    seeds, results = finished(given, loaded)
+    found = finished(given, loaded)
+    seeds = {name: found[name][0] for name in given.benchmarks if name in found}
+    results = [result for name in seeds for result in found[name][1]]
     cells = [
         {
             "benchmark": r.evaluator.name,
@@ -116,7 +114,7 @@ def record(given: argparse.Namespace, loaded) -> None:
         | {"summary": r.evaluator.summary(r.rows)}
         for r in results
     ]
-    head = {"model": dict(loaded.settings), "images": given.images, "seeds": list(seeds), "cost": cost(results)}
+    head = {"model": dict(loaded.settings), "images": given.images, "seeds": seeds, "cost": cost(results)}
     head |= circumstances(loaded.model)
     stem = given.record / given.model
     stem.with_suffix(".json").write_text(json.dumps({**head, "cells": cells}, indent=1) + "\n")
@@ -130,7 +128,7 @@ def record(given: argparse.Namespace, loaded) -> None:
         for c, r in zip(cells, results)
     )
     stem.with_suffix(".answers.jsonl.gz").write_bytes(gzip.compress(answers.encode(), 9, mtime=0))
-    print(f"recorded {len(cells)} cells, seeds {list(seeds)}, {head['cost']}")
+    print(f"recorded {len(cells)} cells, seeds {seeds}, {head['cost']}")
 
 
 def main() -> None:
