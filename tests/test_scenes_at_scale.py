@@ -28,7 +28,7 @@ def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
     common = ("--images", 16, "--methods", "vcd", "--benchmarks", "naturalbench", "--out", tmp_path / "out", "--seed")
     call(script, monkeypatch, *common, 0, 1, "--hours", 0)
     assert "the time is spent; the same command goes on" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no seed is finished"):
+    with pytest.raises(SystemExit, match="no seed of a benchmark is finished"):
         call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
     call(script, monkeypatch, *common, 0)
     assert "naturalbench: seeds [0] are there" in capsys.readouterr().out
