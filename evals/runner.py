@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,10 +115,11 @@ def load(
         # Otherwise transformers tries again for minutes before it says so.
         safely["local_files_only"] = True
     try:
-        processor = AutoProcessor.from_pretrained(path, **safely)
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=chosen, device_map=device_map, use_safetensors=True, **safely
-        )
+        with _bars_on_terminals():
+            processor = AutoProcessor.from_pretrained(path, **safely)
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=chosen, device_map=device_map, use_safetensors=True, **safely
+            )
     except OSError as error:
         alone = "it is no folder and was not downloaded before, and the hub cannot be reached"
         why = alone if safely.get("local_files_only") else _first_line(error)
@@ -132,6 +134,21 @@ def load(
             "other or this version of transformers."
         ) from error
     return loaded_of(model.eval() if device_map else model.eval().to(device), processor, path)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """transformers draws its progress bars only where somebody can see them move."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def hub_answers() -> bool:
@@ -497,7 +514,8 @@ class EvaluationRun:
         bar = tqdm(
             total=sum(len(asked.splits[cell.split]) for cell in plan) // self.share.count,
             unit="answer",
-            disable=self.quiet or not self.main or not plan,
+            # None: drawn on a terminal only; in a file every step would leave characters behind.
+            disable=True if self.quiet or not self.main or not plan else None,
             smoothing=0.05,
             mininterval=1.0,
         )

@@ -577,3 +577,26 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
     assert runner.hub_answers() and len(tried) == 1
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not runner.hub_answers()
+
+
+def test_nothing_that_moves_is_written_into_a_file(tmp_path):
+    """Progress bars, transformers' own included, are for terminals."""
+    import subprocess
+    import sys
+
+    command = [
+        sys.executable,
+        "-m",
+        "lvlm_decode",
+        "eval",
+        "pope",
+        "--limit",
+        "2",
+        "--split",
+        "random",
+        "--without",
+        "mask",
+    ]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "answers in" in done.stderr, done.stderr
+    assert "\r" not in done.stderr and "it/s" not in done.stderr
