@@ -314,14 +314,16 @@ def test_what_contradicts_itself_ends_alone_and_raises_nothing(engine):
     short = group_of("vcd", [[2, 3], [6]], weights=(-1.0,))
     wide = group_of("vcd", [[2] * 60, [3] * 20], weights=(-1.0,), max_tokens=30)
     long = group_of("vcd", [[2] * 64, [3] * 20], weights=(-1.0,))
+    session = pair()
+    session[1].resumable = True
     huge = group_of("vcd+icd+ritual", [[2] * 60] * 4, weights=(-1.0, -1.0, 1.0), counts=(1, 1, 1), max_tokens=4)
-    world.add(*lone, twice[0], again, *limits, *seeds, *many, *short, *wide, *long, *huge, *good, twice[1])
+    world.add(*lone, twice[0], again, *limits, *seeds, *many, *short, *wide, *long, *huge, *session, *good, twice[1])
     for _ in range(40):
         world.step()
     answer = expected("vcd", [[2, 3, 4, 5], [6, 7, 8]], weights=(-1.0,))
     for own in (good, twice):
         assert [world.answers[r.request_id] for r in own] == [answer, answer]
-    for own in ([again], limits, seeds, many, short, long, huge):
+    for own in ([again], limits, seeds, many, short, long, huge, session):
         assert [world.ended.get(r.request_id) for r in own] == [["abort"]] * len(own)
     # All views end where the longest has no room left.
     assert len({tuple(world.answers[r.request_id]) for r in wide}) == 1 and len(world.answers[wide[0].request_id]) <= 4
@@ -475,6 +477,11 @@ def tiny_draws():
                 "temperature": -1,
             }
         ),
+        json.dumps({"group": "g", "view": 0, "views": 1, "method": '[{"name": 5, "parameters": {}}]', "weights": []}),
+        json.dumps(
+            {"group": "g", "view": 0, "views": 1, "method": '[{"name": "plain", "parameters": 5}]', "weights": []}
+        ),
+        json.dumps({"group": "g", "view": 0, "views": 1, "method": "[" * 9000, "weights": []}),
         5,
     ],
 )
@@ -486,6 +493,19 @@ def test_texts_that_describe_no_view_are_refused_by_the_frontend_and_harmless_in
     world.scheduler.add_request(fake.Request("bad", [2, 3, 4], params))
     world.run()
     assert len(world.answers["bad"]) > 0
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [{"temperature": 2}, {"temperature": 1e-300}, {"temperature": 1, "top_k": 10**9}, {"temperature": 5, "min_p": 1}],
+)
+def test_settings_at_the_edge_end_no_engine(engine, draw):
+    """Another client may write whole numbers, or very small ones, where this one writes numbers with a point."""
+    requests = group_of("vcd", [[2, 3, 4], [5, 6, 7]], weights=(-1,), **draw)
+    world = World(engine)
+    world.add(*requests)
+    world.run()
+    assert len({tuple(world.answers[r.request_id]) for r in requests}) == 1
 
 
 def test_a_views_own_sampling_settings_are_refused(engine):

@@ -103,11 +103,11 @@ def warpers(temperature: float, top_k: int, top_p: float, min_p: float) -> Logit
     """The warpers of ``generate()`` with these settings, in its order."""
     found: list[LogitsProcessor] = []
     if temperature != 1:
-        found.append(TemperatureLogitsWarper(temperature))
+        found.append(TemperatureLogitsWarper(float(temperature)))
     if top_k:
         found.append(TopKLogitsWarper(top_k))
     if top_p < 1:
-        found.append(TopPLogitsWarper(top_p))
+        found.append(TopPLogitsWarper(float(top_p)))
     if min_p:
-        found.append(MinPLogitsWarper(min_p))
+        found.append(MinPLogitsWarper(float(min_p)))
     return LogitsProcessorList(found)

@@ -117,6 +117,8 @@ class Gangs:
             return "its views differ in more than their prompts"
         if gang.views > self.rows:
             return f"it has {gang.views} views, and max_num_seqs is {self.rows}"
+        if any(getattr(request, "resumable", False) for request in members):
+            return "a view of it is a session that takes further input"
         prompts = [request.num_prompt_tokens for request in members]
         if min(prompts) < 2:
             return "the prompt of a view has a single token"

@@ -183,7 +183,10 @@ def made(settings: str, weights: tuple[float, ...], counts: tuple[int, ...]) -> 
         parsed = json.loads(settings)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{KEY}: the method cannot be read as JSON.") from error
-    method = of_settings(parsed, KEY)
+    try:
+        method = of_settings(parsed, KEY)
+    except (AttributeError, RecursionError) as error:
+        raise InputError(f"{KEY}: these settings are those of no method: {settings[:100]}") from error
     check_served(method)
     if isinstance(method, Sum):
         method = method.with_counts(counts)
