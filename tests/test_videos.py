@@ -132,7 +132,7 @@ def test_every_method_of_the_contract_meets_videos_or_says_what_it_lacks():
     assert {name for name, _ in VIDEO_CELLS} == set(NAMES) - {"causalmm", "damro"}
 
 
-@pairs(VIDEO_CELLS, everywhere=("vcd",))
+@pairs(VIDEO_CELLS, everywhere=("vcd", "avisc"))
 def test_stacked_equals_sequential(name, family):
     contract.stacked_equals_sequential(case(name, family + WITH_VIDEO))
 

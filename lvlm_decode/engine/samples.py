@@ -271,7 +271,8 @@ class Sample:
                 pieces[key].append(value[:, start : start + 1].expand(-1, want))
             at = stop
         text = {key: torch.cat([*pieces[key], value[:, at:]], 1) for key, value in self.text.items()}
-        if all(stop - start == len(image.features) for (start, stop), image in zip(spans, images)):
+        # What stands between the placeholders of a video, the times of its frames, stays with them.
+        if all(len(own.features) == len(image.features) for own, image in zip(self.images, images)):
             text = self.text
         assert len(spans) == len(images), (len(spans), len(images), ids.shape)
         return dataclasses.replace(self, text=text, own_images=images)
