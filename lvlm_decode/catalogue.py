@@ -26,6 +26,7 @@ KINDS = {
 COSTS = {
     "image": "a vision pass and a row in every forward",
     "text": "a row in every forward",
+    "beginning": "the first tokens of a plain answer, written and read again before decoding",
     "prompt": "a forward of the prompt as the view sees it, before decoding",
     "prompts": "a forward of the prompt with the image and without, before decoding",
     "feature": "a row in every forward",

@@ -43,6 +43,7 @@ SMALL = {name: parameters for name, parameters in OF_EACH_KIND.values() if param
     "vti": dict(text=4.0),
     "revis": dict(threshold=-0.05, layer=1),
     "memvr": dict(ratio=0.5, threshold=0.6),
+    "ilvad": dict(tokens=3, tau=1.1, alpha=3.0),
     "cai": dict(threshold=1.5, first_layer=1, gamma=1.5),
 }
 #: Methods whose own rules mask tokens even where they are switched off.

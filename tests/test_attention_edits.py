@@ -1,4 +1,4 @@
-"""SPIN, VAF, HGAI and CAI against the same model under plain eager attention, one unpadded row at a time."""
+"""SPIN, VAF, HGAI, CAI and ILVAD against the same model under plain eager attention, one unpadded row at a time."""
 
 import copy
 import math
@@ -15,6 +15,7 @@ from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.method import Step
 from lvlm_decode.methods.cai import CAI
 from lvlm_decode.methods.hgai import HGAI
+from lvlm_decode.methods.ilvad import ILVAD, log_factors
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
@@ -186,6 +187,72 @@ def test_cai_guides_as_pai_does():
     torch.testing.assert_close(told[0], plain, atol=2e-5, rtol=1e-4)
     with pytest.raises(UnsupportedError, match="first_layer = 3 leaves no later layer"):
         traced(CAI(first_layer=3), TEXTS[0])
+
+
+def literal_factors(attention: Tensor, alpha: float, tau: float) -> Tensor:
+    """(n,) ILVAD's map, token by token and layer by layer."""
+    layers, n = attention.shape
+    comes, overall = torch.zeros(n), attention.mean(0)
+    for j in range(n):
+        before = None
+        for layer in range(layers):
+            high = bool(attention[layer, j] > tau * attention[layer].mean())
+            comes[j] += before is False and high
+            before = high
+        comes[j] *= bool(overall[j] > overall.mean())
+    comes = comes.clamp(comes.mean() - 3 * comes.std(), comes.mean() + 3 * comes.std())
+    return (alpha * (comes - comes.min()) / (comes.max() - comes.min())).exp()
+
+
+def test_ilvad_counts_how_often_attention_comes_back():
+    attention = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) ** 3
+    for tau in (1.2, 2.0):
+        want = literal_factors(attention, 5.0, tau)
+        torch.testing.assert_close(log_factors(attention, 5.0, tau).exp(), want)
+        assert want.min() == 1 and want.max() == pytest.approx(math.exp(5.0), rel=1e-4)
+    assert torch.equal(log_factors(attention, 5.0, 1e6), torch.zeros(40)), "where nothing stands out nothing is edited"
+
+
+@padded
+def test_ilvad_raises_what_the_first_words_looked_at(texts):
+    """Both passes with all scores spelled out: what a plain answer looks at, and the edited rows of the answer."""
+    alpha, tau, count = 3.0, 1.1, 4
+    logits, tokens = traced(ILVAD(alpha=alpha, tau=tau, tokens=count, layers=(1, 2)), texts)
+    model, inputs = copy.deepcopy(tiny("llava").model), tiny("llava").inputs(texts[:1])
+    prompt = inputs["input_ids"][0] == IMAGE
+    state = {"factors": None, "seen": [[] for _ in range(4)]}
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = query @ key.transpose(2, 3) * scaling
+        q, slots = scores.shape[2:]
+        causal = torch.ones(q, slots, dtype=torch.bool).tril(slots - q)
+        weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+        own = weights[0, :, -1, : len(prompt)][:, prompt]
+        if state["factors"] is None and q == 1:
+            state["seen"][module.layer_idx].append(own[own.sum(-1).topk(2).indices].mean(0))
+        elif state["factors"] is not None and module.layer_idx in LAYERS:
+            grounded = (own * state["factors"].log()).sum(-1) / (own.sum(-1) + 1e-8)
+            for head in grounded.topk(2).indices.tolist():
+                row = weights[0, head, -1].clone()
+                row[: len(prompt)][prompt] *= state["factors"]
+                weights[0, head, -1] = row / row.sum()
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("lvlm_decode_test_ilvad", attend)
+    AttentionMaskInterface.register("lvlm_decode_test_ilvad", AttentionMaskInterface()["sdpa"])
+    model.model.language_model.config._attn_implementation = "lvlm_decode_test_ilvad"
+    with torch.no_grad():
+        model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=count)
+        looked = torch.stack([torch.stack(rows).mean(0) for rows in state["seen"]])
+        state["factors"] = literal_factors(looked, alpha, tau)
+        cache, want = DynamicCache(config=model.config.get_text_config()), []
+        for given in [inputs, *({"input_ids": token.view(1, 1)} for token in tokens[:-1])]:
+            want.append(model(**given, **hf.with_cache(cache)).logits[0, -1])
+    assert len(state["seen"][0]) == count - 1 and state["factors"].max() > 2
+    torch.testing.assert_close(logits, torch.stack(want), atol=2e-5, rtol=1e-4)
+    assert (logits - spelled(inputs, tokens[:-1])).abs().amax(-1).min() > 1e-3
 
 
 def test_spin_ranks_by_scores_what_the_abstract_ranks_by_attention():

@@ -101,10 +101,10 @@ def test_one_vision_pass_whatever_the_views(name, monkeypatch):
 def test_one_forward_per_token(name, monkeypatch):
     count = costs(name, monkeypatch, family_for(name))
     # One prefill that is looked at, and one of the view; a description of three tokens; a prefill with and without the image.
-    extra = dict(avisc=1, mod=2, code=3, vista=1)
+    extra = dict(ilvad=3 + 2, avisc=1, mod=2, code=3, vista=1)
     assert count.forwards == NEW + extra.get(name, 0)
     rows = count.views * B
-    own = {"avisc": {B}, "mod": {B}, "code": {B}, "vista": {2 * B}}.get(name, set())
+    own = {"avisc": {B}, "ilvad": {B}, "mod": {B}, "code": {B}, "vista": {2 * B}}.get(name, set())
     assert count.rows == {rows} | own
 
 
@@ -122,6 +122,8 @@ def test_attention_is_computed_for_single_rows_alone(name, monkeypatch):
         "crops": [(B, 1)] * 2 * NEW,
         # One layer, the row of every token, the prompt's too.
         "hgai": [(B, 1)] * NEW,
+        # What two tokens of an answer look at; then every layer, the row of every token.
+        "ilvad": [(B, 2)] * LAYERS + [(B, 1)] * LAYERS * NEW,
         # The two layers after the first one that may be unsure.
         "cai": [(B, 1)] * 2 * NEW,
         # Every layer's last row, once.
@@ -145,7 +147,7 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     # a branch, which has no row.
     rows = count.views * B
     early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2, "only": [B]}.get(name, [])
-    if name not in ("avisc", "mod", "code", "vista"):
+    if name not in ("avisc", "mod", "code", "vista", "ilvad"):
         # Layers are asked on the way, so their projections come before.
         asked = {"memvr": [B], "cai": [B] * 2}.get(name, [])
         assert count.projected == [*asked, rows, *early] * NEW

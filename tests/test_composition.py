@@ -12,7 +12,7 @@ from lvlm_decode.methods import METHODS, load, parse
 from lvlm_decode.testing.models import tiny
 
 #: Methods that change view 0 itself, and methods that see it beside others or read its layers.
-CHANGES = ["pai", "spin", "vaf", "hgai", "cai", "vista", "vti", "nullu", "revis", "memvr"]
+CHANGES = ["pai", "spin", "vaf", "hgai", "cai", "ilvad", "vista", "vti", "nullu", "revis", "memvr"]
 SEES = ["vcd", "m3id", "mod", "crops", "sid", "layercd", "only", "dola", "uscd"]
 #: What the default run takes; the rest under --full.
 OFTEN = {("vista", "vcd"), ("vaf", "m3id"), ("cai", "only"), ("memvr", "mod"), ("revis", "crops"), ("pai", "dola")}

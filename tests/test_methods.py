@@ -336,6 +336,7 @@ BAD = {
     "memvr": dict(ratio=1.5),
     "cai": dict(gamma=0.5),
     "causalmm": dict(form="mirror"),
+    "ilvad": dict(tokens=1),
     "dcd": dict(),
     "dola": dict(layers="middle"),
     "deco": dict(top_p=0.0),
@@ -877,6 +878,7 @@ DEFAULTS = {
     "memvr": dict(ratio=0.12, threshold=0.75, layers=None),
     "cai": dict(threshold=0.15, first_layer=None, gamma=None, beta=0.1),
     "causalmm": dict(alpha=1.0, beta=0.1),
+    "ilvad": dict(alpha=5.0, tau=5.0, tokens=10, layers=None),
     "scmoe": dict(alpha=0.5, beta=0.1, rank=2, strong_temperature=1.0, weak_temperature=1.0),
 }
 

@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "vaf": ".vaf:VAF",
     "hgai": ".hgai:HGAI",
     "cai": ".cai:CAI",
+    "ilvad": ".ilvad:ILVAD",
     "sid": ".sid:SID",
     "crops": ".crops:CRoPS",
     "avisc": ".avisc:AvisC",
