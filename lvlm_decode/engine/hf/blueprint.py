@@ -72,4 +72,6 @@ def _apart(model: nn.Module) -> dict[str, str]:
 
 def is_blueprint(model: Any) -> bool:
     """Whether no weight of ``model`` is there, nor where to fetch it from."""
-    return not hasattr(model, "hf_device_map") and all(parameter.is_meta for parameter in model.parameters())
+    return not hasattr(model, "hf_device_map") and all(
+        parameter.device.type == "meta" for parameter in model.parameters()
+    )
