@@ -590,7 +590,23 @@ def test_without_vllm_the_sentence_says_what_to_install(monkeypatch):
 
 # --- what is served -------------------------------------------------------------------------------------------------------
 
-SERVED = {"plain", "mask", "vcd", "ritual", "icd", "m3id", "lqcd", "cad", "vdd", "code", "damro", "dcd", "uscd"}
+SERVED = {
+    "plain",
+    "mask",
+    "vcd",
+    "ritual",
+    "icd",
+    "m3id",
+    "lqcd",
+    "cad",
+    "vdd",
+    "code",
+    "damro",
+    "dcd",
+    "uscd",
+    "layercd",
+    "causalmm",
+}
 
 
 def test_methods_that_combine_whole_views_are_served_and_the_others_say_why():
@@ -654,6 +670,8 @@ def test_views_are_made_of_configuration_and_processor_alone(views):
         "uscd",
         "vcd+icd+ritual",
         "damro",
+        "layercd",
+        "causalmm",
         "dcd",
     ],
 )

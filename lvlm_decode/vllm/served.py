@@ -13,7 +13,7 @@ from ..method import Method
 from ..methods import METHODS, load
 
 _ELSEWHERE = "use lvlm_decode.attach on the model in transformers"
-#: Methods that need parameters without which they cannot be made; they are judged by their class.
+#: Test of a class -> why its methods cannot be served. Of a class, because some cannot be made without parameters.
 _REASONS = (
     (
         lambda cls: callable(getattr(cls, "decode", None)),
@@ -62,11 +62,6 @@ def served_methods() -> dict[str, str | None]:
 def reads_encoder(method: Method) -> bool:
     """Whether a view is made of image features, for which the vision tower's weights are needed."""
     return any(type(part).observe is not Method.observe or "feature" in part.costs for part in method.parts())
-
-
-def writes(method: Method) -> bool:
-    """Whether the model writes something before a view can be made."""
-    return any("captions" in part.costs for part in method.parts())
 
 
 def refused_setting(params: Any) -> str | None:
