@@ -141,7 +141,7 @@ def test_every_mode_gives_the_tokens_of_the_cpu(name, mode):
     same("llava", name, **MODES[mode])
 
 
-@pytest.mark.parametrize("drafter", often(["lookup", "copyspec", "recycling", "automaton"]))
+@pytest.mark.parametrize("drafter", often(["lookup", "copyspec", "recycling", "automaton", "auto"]))
 @pytest.mark.parametrize(
     "mode", [None, pytest.param("sampled", marks=pytest.mark.full), pytest.param("static", marks=pytest.mark.full)]
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import re
 from typing import Any
 
 from ...errors import ParameterError, UnknownNameError, suggestion
@@ -25,6 +24,7 @@ DRAFTERS: dict[str, str] = {
     "msd": ".head:MsdDrafter",
     "vispec": ".head:ViSpecDrafter",
     "eagle3": ".head:Eagle3Drafter",
+    "auto": ".auto:Auto",
 }
 
 __all__ = ["DRAFTERS", "Context", "Drafter", "Features", "Session", "Verified", "get", "parse"]
@@ -56,6 +56,18 @@ def names() -> list[str]:
     return [*DRAFTERS, *foreign()]
 
 
+def _parts(text: str) -> list[str]:
+    """``text`` cut at its commas, those inside of brackets left out."""
+    parts, open_ = [""], 0
+    for letter in text:
+        open_ += (letter in "([") - (letter in ")]")
+        if letter == "," and open_ == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def parse(text: str | Drafter | None, model: Any | None = None) -> Drafter | None:
     """The drafter that ``text`` names: ``"recycling"``, ``"recycling(rows=8,depth=4)"``, ``"vispec(path=FOLDER)"``.
 
@@ -77,8 +89,7 @@ def parse(text: str | Drafter | None, model: Any | None = None) -> Drafter | Non
             f"drafter {text!r}: the bracket is not closed; write name(parameter=value,parameter=value)."
         )
     parameters: dict[str, Any] = {}
-    # Commas inside a tuple of numbers do not separate parameters.
-    for part in filter(None, re.split(r",(?![^(\[]*[)\]])", rest[:-1])):
+    for part in filter(None, _parts(rest[:-1])):
         key, equals, value = part.partition("=")
         if not equals:
             raise ParameterError(
