@@ -8,7 +8,8 @@ import torch
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.errors import ParameterError
 from lvlm_decode.speculative import drafters
-from lvlm_decode.speculative.drafters.auto import FREE, Auto
+from lvlm_decode.speculative.drafters import auto
+from lvlm_decode.speculative.drafters.auto import FREE
 from lvlm_decode.speculative.ledger import DEEPEST, FIRST, SHARE, Entry, Ledger
 from lvlm_decode.testing.models import tiny
 
@@ -132,7 +133,7 @@ class Ticks:
 @pytest.mark.parametrize("texts", [["is it"], ["is it", "what color"]], ids=["one", "batch"])
 @pytest.mark.parametrize("method", ["plain", "vcd"])
 def test_answers_are_those_without_a_draft(method, texts, options, monkeypatch):
-    monkeypatch.setattr(Auto, "clock", staticmethod(Ticks()))
+    monkeypatch.setattr(auto, "clock", Ticks())
     built = tiny("llava")
     drafter = drafters.parse("auto", model=built.model)
     used = set()

@@ -26,7 +26,7 @@ import lvlm_decode
 import lvlm_decode_data
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.bench import CAPTION, circumstances
-from lvlm_decode.speculative.drafters.auto import Auto
+from lvlm_decode.speculative.drafters import auto as choosing
 from lvlm_decode_evals.runner import load
 
 #: name -> prompt, batches of each size, arguments of ``generate()``.
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     if options.processor_seconds:
         global clock
-        clock = Auto.clock = process_time
+        clock = choosing.clock = process_time
         options.threads = 1
     torch.set_num_threads(options.threads)
     free = "auto(drafters=('automaton(shortest=1)','recycling(rows=12,depth=5)'))"

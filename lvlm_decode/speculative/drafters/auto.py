@@ -17,6 +17,9 @@ from ..ledger import Ledger
 from ..tree import Tree
 from .base import Context, Drafter, Session, Verified
 
+#: Seconds; another clock in tests, and where a benchmark counts what the processor computed.
+clock: Callable[[], float] = perf_counter
+
 #: Drafters that need no training, which every model has.
 FREE = ("automaton(shortest=1)", "recycling(rows=12,depth=5)")
 #: Kinds of heads, the one that is taken first where several ship for a model.
@@ -41,8 +44,6 @@ class Auto(Drafter):
     drafters: tuple[str, ...] | None = None
     candidates: dict[str, Drafter] = field(default_factory=dict, init=False, repr=False, compare=False)
     ledgers: dict[tuple[int, int], Ledger] = field(default_factory=dict, init=False, repr=False, compare=False)
-    #: Seconds; another one in tests.
-    clock: ClassVar[Callable[[], float]] = staticmethod(perf_counter)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,10 +70,13 @@ class Auto(Drafter):
     def _take(self, names: tuple[str, ...], model: nn.Module | None) -> None:
         from . import parse
 
-        found = {name: parse(name, model=model) for name in names}
-        wrong = [name for name, drafter in found.items() if drafter is None or isinstance(drafter, Auto)]
-        if wrong:
-            self.check(False, "drafters", f"names of drafters other than auto and none, not {wrong[0]!r}")
+        found: dict[str, Drafter] = {}
+        for name in names:
+            drafter = parse(name, model=model)
+            usable = drafter is not None and not isinstance(drafter, Auto)
+            self.check(usable, "drafters", f"names of drafters other than auto and none, not {name!r}")
+            if drafter is not None:
+                found[name] = drafter
         self.candidates = found
 
     @property
@@ -108,14 +112,14 @@ class _AutoSession(Session):
         self.chosen = self.ledger.plan(list(drafter.candidates))
         self.inner: Session | None = None
         self.depth = 0
-        before = drafter.clock()
+        before = clock()
         if self.chosen is not None:
             self.inner = drafter.candidates[self.chosen].begin(context)
-            self.ledger.started(self.chosen, drafter.clock() - before)
-        self.since = drafter.clock()
+            self.ledger.started(self.chosen, clock() - before)
+        self.since = clock()
 
     def propose(self, room: int) -> Tree:
-        self.since = self.drafter.clock()
+        self.since = clock()
         self.depth = 0 if self.chosen is None else self.ledger.depth(self.chosen, room)
         if self.inner is not None and self.depth:
             return self.inner.propose(self.depth)
@@ -126,7 +130,7 @@ class _AutoSession(Session):
         if self.inner is not None:
             self.inner.observe(verified)
         accepted = [len(path) - 1 for path in verified.paths if path]
-        self.ledger.cycle(self.chosen, self.depth, accepted, self.drafter.clock() - self.since)
+        self.ledger.cycle(self.chosen, self.depth, accepted, clock() - self.since)
 
     def finish(self) -> None:
         if self.inner is not None:
