@@ -201,10 +201,12 @@ class Prepared:
     without: tuple[str, ...]
 
     def run(self, loaded: Any, out: Path, **how: Any) -> Any:
-        """The `runner.EvaluationRun` of it; `how` as its other fields."""
-        from .runner import EvaluationRun
+        """The `runner.EvaluationRun` of it; `how` as its other fields. loaded: a model, or an engine of `engines`."""
+        from .engines import EngineRun
+        from .runner import EvaluationRun, Loaded
 
-        return EvaluationRun(
+        kind = EvaluationRun if isinstance(loaded, Loaded) else EngineRun
+        return kind(
             self.evaluator, self.source, loaded, Path(out), self.methods, limit=self.limit, without=self.without, **how
         )
 

@@ -91,6 +91,13 @@ def eval_command(
     method: Annotated[
         list[str] | None, typer.Option(help="Method, for example vcd, 'vcd(alpha=0.5)' or vcd+ritual; may repeat.")
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What answers: transformers, vllm, or the address of a server that speaks OpenAI's chat API; --model is then "
+            "the name it serves."
+        ),
+    ] = "transformers",
     out: Annotated[Path, typer.Option(help="Folder of the answers; the same folder continues a run.")] = Path("runs"),
     seed: Annotated[list[int] | None, typer.Option(help="Seed of views and sampling; may repeat. Default: 0.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Only these splits; may repeat.")] = None,
@@ -99,7 +106,7 @@ def eval_command(
         str | None, typer.Option(help="Answer only share i of n, written i/n; the last share to finish merges all.")
     ] = None,
     batch_size: Annotated[
-        str, typer.Option(help="Number of questions per batch; auto takes as many as fit in memory.")
+        str, typer.Option(help="Number of questions per batch, or in flight; auto takes as many as fit in memory.")
     ] = "16",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     device_map: Annotated[
@@ -222,8 +229,18 @@ def eval_command(
         limit=limit,
         out=out,
     )
-    device = None if state is None else state.device
-    loaded = load(model, dtype=dtype, device=device, device_map=device_map)
+    loaded: Any
+    if engine == "transformers":
+        device = None if state is None else state.device
+        loaded = load(model, dtype=dtype, device=device, device_map=device_map)
+    else:
+        from .engines import engine_of
+
+        if state is not None or device_map is not None:
+            raise SettingsError(
+                f"accelerate and --device-map spread models of transformers; leave them out with {engine}."
+            )
+        loaded = engine_of(engine, model, dtype)
     run = prepared.run(
         loaded,
         out,

@@ -38,6 +38,7 @@ from lvlm_decode.errors import (
     OutputError,
     ParameterError,
     SettingsError,
+    UnreachableError,
     UnsupportedError,
 )
 from lvlm_decode.reading import read_json
@@ -175,10 +176,14 @@ def loaded_of(model: Any, processor: Any, name: str | None = None) -> Loaded:
     tokenizer = getattr(processor, "tokenizer", processor)
     tokenizer.padding_side = "left"
     name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+    commit = getattr(model.config, "_commit_hash", None)
+    return Loaded(model, processor, identity_of(name, str(model.dtype).removeprefix("torch."), commit))
+
+
+def identity_of(name: str, dtype: str, commit: str | None) -> dict[str, Any]:
+    """What the settings of a run say about a model: its name, its dtype, and what tells two versions of it apart."""
     place = Path(name)
-    identity = place.name if place.is_dir() else name
-    settings = {"name": identity, "dtype": str(model.dtype).removeprefix("torch."), "weights": _weights(place, model)}
-    return Loaded(model, processor, settings)
+    return {"name": place.name if place.is_dir() else name, "dtype": dtype, "weights": _weights(place, commit)}
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -212,10 +217,10 @@ def check_checkpoint(folder: Path) -> None:
             raise FileFormatError(f"{path} is no readable safetensors file ({_first_line(error)}).") from error
 
 
-def _weights(place: Path, model: Any) -> str | None:
+def _weights(place: Path, commit: str | None) -> str | None:
     """What tells two versions of a model apart: a hash of local weights, else the hub's commit."""
     if not place.is_dir():
-        return getattr(model.config, "_commit_hash", None)
+        return commit
     files = sorted(place.glob("*.safetensors"))
     if not files:
         return None
@@ -428,7 +433,10 @@ class EvaluationRun:
         # Only where there is one, so that runs made before there were protocols can be continued.
         decides |= {"protocol": self.protocol} if self.protocol else {}
         scoring = {name: value for name, value in self.evaluator.options().items() if value is not None}
-        return Settings(decides, environment(self.loaded.model, self.options), scoring)
+        return Settings(decides, self._environment(), scoring)
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.loaded.model, self.options)
 
     def execute(self) -> list[Result]:
         """Ask what is not answered yet, merge, score. Returns the scored cells; empty in other than the main process,
@@ -643,6 +651,8 @@ class EvaluationRun:
         except torch.OutOfMemoryError:
             if self.options.batch_size == "auto" and len(questions) > 1:
                 raise
+        except UnreachableError:
+            raise
         except Exception as error:
             self._lost = error if _device_lost(error) else None
         else:
@@ -654,6 +664,8 @@ class EvaluationRun:
                 if self._lost is not None:
                     raise self._lost
                 answers += self._generate(cell, [question], images[i : i + 1])
+            except UnreachableError:
+                raise
             except Exception as error:
                 errors.append(error)
                 self._lost = error if _device_lost(error) else None

@@ -84,6 +84,10 @@ class LockedError(EvalError):
     """A folder that another run is writing into; the message says which process, on which machine, since when."""
 
 
+class UnreachableError(EvalError):
+    """A server that does not answer; what was answered before is kept."""
+
+
 class OutputError(EvalError):
     """A file or folder that cannot be written: read-only, on a full disk, or in the way."""
 

@@ -82,7 +82,7 @@ class Body(BaseModel):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    sample_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    sample_id: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     user: str | None = None
