@@ -30,7 +30,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import lvlm_decode
@@ -39,7 +38,7 @@ from lvlm_decode.errors import InputError, SettingsError, UnreachableError
 from .base import Answer, Question
 from .loaders import Source
 from .plan import Cell, Settings
-from .runner import TINY, EvaluationRun, Options, _own, check_checkpoint, identity_of, prompt_of
+from .runner import TINY, EvaluationRun, Options, _own, checkpoint, identity_of, prompt_of
 
 KEY = "LVLM_DECODE_API_KEY"
 #: Seconds: of one request; in which a busy server is asked again; between two tries.
@@ -314,14 +313,7 @@ class Vllm:
         args = engine_args()
         import vllm
 
-        place = Path(model)
-        if model in TINY:
-            import lvlm_decode_data
-
-            place = lvlm_decode_data.tiny_path(TINY[model])
-        if place.is_dir():
-            check_checkpoint(place)
-        path = str(place) if place.is_dir() else model
+        path = checkpoint(model)
         self._llm = vllm.LLM(path, dtype=dtype or "auto", **args)
         config = self._llm.llm_engine.vllm_config.model_config
         self._params = vllm.SamplingParams

@@ -95,12 +95,7 @@ def load(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    place = Path(name)
-    if name in TINY:
-        import lvlm_decode_data
-
-        place = lvlm_decode_data.tiny_path(TINY[name])
-    path = str(place) if place.is_dir() else name
+    path = checkpoint(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
         chosen: Any = torch.float32 if device.type == "cpu" and device_map is None else "auto"
@@ -108,11 +103,9 @@ def load(
         chosen = getattr(torch, dtype, None)
         if not isinstance(chosen, torch.dtype):
             raise SettingsError(f"dtype {dtype!r} is not a torch type; use float32, bfloat16 or float16.")
-    if place.is_dir():
-        check_checkpoint(place)
     # Nobody's code is run and nothing is unpickled, whatever a checkpoint asks for.
     safely = {"trust_remote_code": False}
-    if not place.is_dir() and not hub_answers():
+    if not Path(path).is_dir() and not hub_answers():
         # Otherwise transformers tries again for minutes before it says so.
         safely["local_files_only"] = True
     try:
@@ -166,6 +159,19 @@ def hub_answers() -> bool:
     except OSError:
         return False
     return True
+
+
+def checkpoint(name: str) -> str:
+    """The folder or hub id of a model's name, `tiny` among them; a folder is checked as `check_checkpoint` does."""
+    place = Path(name)
+    if name in TINY:
+        import lvlm_decode_data
+
+        place = lvlm_decode_data.tiny_path(TINY[name])
+    if not place.is_dir():
+        return name
+    check_checkpoint(place)
+    return str(place)
 
 
 def loaded_of(model: Any, processor: Any, name: str | None = None) -> Loaded:

@@ -47,6 +47,8 @@ ARMS = (
     ("vcd+ritual", {"temperature": 0.7, "top_p": 0.9, "seed": 7}),
     ("opera", {"temperature": 0}),
 )
+#: Methods that vLLM cannot serve.
+NOT_IN_VLLM = ("pai", "opera")
 LENGTH = 48
 _NO_PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 #: Broken requests: what is changed, the status, and the field that the answer names.
@@ -106,12 +108,13 @@ class Counts:
     tokens: int = 0
 
 
-def cases(scenes: int) -> list[Case]:
+def cases(scenes: int, served_by_vllm: bool = False) -> list[Case]:
     return [
         Case(scene, prompt, method, tuple(decoding.items()))
         for scene in range(scenes)
         for prompt in PROMPTS
         for method, decoding in ARMS
+        if not (served_by_vllm and method in NOT_IN_VLLM)
     ]
 
 
@@ -301,6 +304,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=8)
     parser.add_argument("--queue", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--url", help="a server that runs already, in place of one of this script")
+    parser.add_argument("--vllm", action="store_true", help="that server runs vLLM: ask for what it can serve")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     import torch
@@ -308,8 +313,9 @@ def main() -> None:
     from lvlm_decode_evals.runner import load as load_model
 
     torch.set_num_threads(1)
-    expected = references(load_model("tiny"), cases(options.scenes))
-    with served("--model", "tiny", "--queue", str(options.queue), "--batch-size", str(options.batch_size)) as url:
+    expected = references(load_model("tiny"), cases(options.scenes, options.vllm))
+    own = served("--model", "tiny", "--queue", str(options.queue), "--batch-size", str(options.batch_size))
+    with own if options.url is None else contextlib.nullcontext(options.url) as url:
         start = time.perf_counter()
         counts = asyncio.run(load(url, expected, options.clients, options.requests))
         seconds = time.perf_counter() - start
@@ -323,6 +329,7 @@ def main() -> None:
     record = {
         "clients": options.clients,
         "requests": options.requests,
+        "engine": "vllm" if options.vllm else "transformers",
         "queue": options.queue,
         "batch_size": options.batch_size,
         "references": len(expected),
@@ -335,7 +342,8 @@ def main() -> None:
         "told_to_come_again": counts.again,
         "by_method": dict(counts.by_method.most_common()),
         "batches": batches["count"],
-        "mean_batch": round(batches["sum"] / batches["count"], 2),
+        # vLLM makes batches of its own, of which the front knows nothing.
+        "mean_batch": round(batches["sum"] / batches["count"], 2) if batches["count"] else None,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(counts.tokens / seconds, 1),
         "median_seconds": round(statistics.median(counts.seconds), 2),

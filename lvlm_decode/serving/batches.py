@@ -22,6 +22,7 @@ from ..engine.modes import check_modes, check_needs
 from ..errors import LvlmDecodeError
 from ..families import family_of
 from ..method import Method
+from .conversations import prompt_of
 from .engines import Job, Part
 from .refusals import Refused
 
@@ -212,26 +213,15 @@ class Batches:
             nested = [list(place.job.pictures) for place in batch]
             given["images"] = nested if any(len(own) > 1 for own in nested) else [own[0] for own in nested]
         try:
-            prompts = [self._prompt(place.job) for place in batch]
+            prompts = [prompt_of(self._processor, place.job) for place in batch]
             return self._processor(text=prompts, padding=True, return_tensors="pt", **given)
         except Refused:
             raise
         except Exception as error:
-            # Templates and processors raise whatever they like about a conversation they do not take.
+            # Processors raise whatever they like about a conversation they do not take.
             raise Refused(
                 400, f"the model's processor does not take this conversation ({_first_line(error)})."
             ) from error
-
-    def _prompt(self, job: Job) -> str:
-        token = getattr(self._processor, "image_token", None)
-        texts = [part["text"] for turn in job.turns for part in turn["content"] if part["type"] == "text"]
-        if token and any(token in text for text in texts):
-            raise Refused(400, f"a text holds {token}, which stands for pictures; write it another way.", "messages")
-        if getattr(self._processor, "chat_template", None):
-            return self._processor.apply_chat_template(list(job.turns), add_generation_prompt=True)
-        if len(job.turns) != 1 or job.turns[0]["role"] != "user":
-            raise Refused(400, "the model has no chat template; send one message, of the user.", "messages")
-        return "\n".join(texts)
 
     def _fits(self, place: _Place, length: int) -> bool:
         """Whether prompt and answer fit in the model's context; the client is told where they do not."""

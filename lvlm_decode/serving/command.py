@@ -32,6 +32,7 @@ def serve(
             "name. Default: plain."
         ),
     ] = None,
+    engine: Annotated[str, typer.Option(help="What runs the model: transformers or vllm.")] = "transformers",
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than this machine's own need a key.")
     ] = "127.0.0.1",
@@ -69,6 +70,10 @@ def serve(
         raise InputError(
             f"--host {host} lets other machines in, and without a key everybody; set {_KEY}, or leave out --host."
         )
+    if engine not in ("transformers", "vllm"):
+        raise InputError(f"--engine is {engine!r}; it is transformers or vllm.")
+    if engine == "vllm" and device_map is not None:
+        raise InputError("--device-map spreads models of transformers; leave it out with --engine vllm.")
     if private_addresses and not fetch_images:
         raise InputError("--private-addresses is about pictures that are fetched; add --fetch-images.")
     if image_folder is not None and not image_folder.is_dir():
@@ -88,15 +93,22 @@ def serve(
 
     rules = Rules(api_key, _LOOPBACK.get(host), pictures, max_tokens, timeout)
     listening = _listen(host, port)
-    from lvlm_decode_evals.runner import load
+    from lvlm_decode_evals.runner import checkpoint, load
 
     from .batches import Batches
+    from .engines import Engine
+    from .groups import started
     from .menu import Menu
 
-    loaded = load(model, dtype=dtype, device_map=device_map)
-    engine = Batches(loaded.model, loaded.processor, loaded.settings, batch_size, queue)
-    front = Front(engine, Menu(name or str(loaded.settings["name"]), method or (), engine.check), rules)
-    engine.noted = front.metrics.batch.observe
+    running: Engine
+    if engine == "vllm":
+        running = started(checkpoint(model), queue, dtype)
+    else:
+        loaded = load(model, dtype=dtype, device_map=device_map)
+        running = Batches(loaded.model, loaded.processor, loaded.settings, batch_size, queue)
+    front = Front(running, Menu(name or str(running.settings["name"]), method or (), running.check), rules)
+    if isinstance(running, Batches):
+        running.noted = front.metrics.batch.observe
     place = f"[{host}]" if ":" in host else host
     typer.echo(
         f"{front.menu.served} is served at http://{place}:{listening.getsockname()[1]}/v1; requests that name no method get "

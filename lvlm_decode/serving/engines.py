@@ -76,8 +76,10 @@ class Engine(Protocol):
     tokenizer: Any
     #: The model as the settings of an evaluation describe it.
     settings: Mapping[str, Any]
-    #: What ended it, in one sentence; ``None`` while it works.
-    broken: str | None
+
+    @property
+    def broken(self) -> str | None:
+        """What ended it, in one sentence; ``None`` while it works."""
 
     def check(self, method: Method) -> None:
         """Raise a :class:`~lvlm_decode.errors.LvlmDecodeError` for a method that this engine or its model cannot run."""
