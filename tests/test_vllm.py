@@ -25,7 +25,7 @@ from lvlm_decode.engine import sampling
 from lvlm_decode.errors import DependencyError, InputError, UnsupportedError
 from lvlm_decode.method import Step
 from lvlm_decode.methods import METHODS
-from lvlm_decode.vllm import combine, served, wire
+from lvlm_decode.vllm import combine, gangs, served, wire
 
 N, EOS = 24, 1
 PACKAGE = ROOT / "lvlm_decode" / "vllm"
@@ -330,6 +330,35 @@ def test_what_contradicts_itself_ends_alone_and_raises_nothing(engine):
     assert list(world.scheduler.requests) == [lone[0].request_id]
     world.scheduler.finish_requests(lone[0].request_id, fake.RequestStatus.FINISHED_ABORTED)
     assert not world.scheduler.gangs
+
+
+def test_views_whose_partners_do_not_come_are_ended_and_the_clients_told(engine):
+    world = World(engine)
+    now = [0.0]
+    world.scheduler.clock = lambda: now[0]
+    lone, other = group_of("vcd", [[2, 3, 4, 5], [6, 7, 8]], weights=(-1.0,)), mixed(6, groups=3)[0]
+    world.add(lone[0])
+    for _ in range(3):
+        world.step()
+    now[0] = gangs.PATIENCE - 1
+    world.step()
+    assert lone[0].request_id not in world.ended
+    world.add(*(r for own, _ in other for r in own))
+    now[0] = gangs.PATIENCE + 1
+    world.step()
+    assert world.ended[lone[0].request_id] == ["abort"]
+    # A view that comes after its group broke up has nobody to wait for.
+    world.add(lone[1])
+    gone = group_of("vcd", [[2, 3, 4, 5], [6, 7, 8]], weights=(-1.0,))
+    world.add(gone[1])
+    world.scheduler.finish_requests(gone[1].request_id, fake.RequestStatus.FINISHED_ABORTED)
+    world.add(gone[0])
+    # Groups that were complete are waited for as long as it takes.
+    now[0] = 10 * gangs.PATIENCE
+    world.run()
+    assert world.ended[lone[1].request_id] == world.ended[gone[0].request_id] == ["abort"]
+    for own, answer in other:
+        assert [world.answers[r.request_id] for r in own] == [answer] * len(own)
 
 
 def test_a_group_that_vllm_parts_ends_as_an_error_and_the_others_go_on(engine):

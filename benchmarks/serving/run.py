@@ -576,10 +576,12 @@ def asynchronous(bench: Bench) -> list[dict[str, Any]]:
             )
         )
 
-        async def one(prompt: Any, params: Any, name: str) -> list[int]:
+        async def one(prompt: Any, params: Any, name: str, begun: asyncio.Event | None = None) -> list[int]:
             last = None
             async for output in engine.generate(prompt, params, name):
                 last = output
+                if begun is not None:
+                    begun.set()
             assert last is not None
             return list(last.outputs[0].token_ids)
 
@@ -605,9 +607,11 @@ def asynchronous(bench: Bench) -> list[dict[str, Any]]:
         right = sum(said[n] == want[n] for n in range(len(tasks)) if n not in hung_up)
         # One member's client goes away alone: the others must not wait for it for ever.
         group = bench.group("vcd", 0, GREEDY)
-        streams = [asyncio.ensure_future(one(*own)) for own in zip(group.prompts, group.params, group.ids)]
-        await asyncio.sleep(0.15)
-        alone = not any(stream.done() for stream in streams)
+        begun = asyncio.Event()
+        requests = list(zip(group.prompts, group.params, group.ids))
+        streams = [asyncio.ensure_future(one(*requests[0], begun)), asyncio.ensure_future(one(*requests[1]))]
+        await asyncio.wait_for(begun.wait(), 120)
+        alone = not streams[1].done()
         streams[1].cancel()
         partner = (await asyncio.wait_for(asyncio.gather(*streams, return_exceptions=True), 60))[0]
         again = bench.group("vcd", 1, GREEDY)

@@ -16,6 +16,8 @@ This file knows no engine. ``port.py`` says what vLLM calls what is used here.
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +25,8 @@ from ..errors import LvlmDecodeError
 from .wire import Member, of_params
 
 log = logging.getLogger(__name__)
+#: How long, in seconds, the first views of a group wait for the others. Clients send them together.
+PATIENCE = 60.0
 
 
 def member_of(params: Any) -> Member | None:
@@ -35,13 +39,19 @@ def member_of(params: Any) -> Member | None:
 
 
 class Gang:
-    """The members of one group that are here, by number of their view."""
+    """The members of one group that are here, by number of their view.
 
-    def __init__(self, member: Member):
-        self.name, self.views = member.group, member.views
+    Args:
+        since: when the first of them came.
+    """
+
+    def __init__(self, member: Member, since: float):
+        self.name, self.views, self.since = member.group, member.views, since
         self.members: dict[int, Any] = {}
         #: One of its members is gone, so the others have nothing left to do.
         self.broken = False
+        #: All members have been here.
+        self.whole = False
 
     @property
     def complete(self) -> bool:
@@ -74,6 +84,9 @@ class Gangs:
         self.gangs: dict[str, Gang] = {}
         #: Id of a request -> its group; asked several times a step for every request.
         self._gang_of: dict[str, Gang] = {}
+        #: Names of groups that broke before they were complete; their late members end at once. The oldest are forgotten.
+        self._broken: deque[str] = deque(maxlen=4096)
+        self.clock: Callable[[], float] = time.monotonic
         #: Groups of which every member may compute its last token in this step.
         self.may_sample: set[str] = set()
         #: How often whole groups were preempted, and how many groups were ended because vLLM parted them.
@@ -95,7 +108,11 @@ class Gangs:
         member = self.member(request)
         if member is None:
             return
-        gang = self.gangs.setdefault(member.group, Gang(member))
+        if member.group in self._broken:
+            log.warning("group %s ended before its view %d came, which is ended too", member.group, member.view)
+            self.end([request], False)
+            return
+        gang = self.gangs.setdefault(member.group, Gang(member, self.clock()))
         if member.view in gang.members or gang.broken:
             log.warning("group %s has a view %d already; the second one is ended", member.group, member.view)
             self.end([request], False)
@@ -103,6 +120,7 @@ class Gangs:
         gang.members[member.view] = request
         self._gang_of[request.request_id] = gang
         if gang.complete:
+            gang.whole = True
             why = self.impossible(gang)
             if why:
                 log.warning("group %s cannot run and is ended: %s", gang.name, why)
@@ -158,6 +176,8 @@ class Gangs:
         gang.broken = True
         if not gang.members:
             del self.gangs[gang.name]
+            if not gang.whole:
+                self._broken.append(gang.name)
 
     def leftovers(self) -> list[Any]:
         """Members whose companions ended without them."""
@@ -170,6 +190,10 @@ class Gangs:
         if not self.gangs:
             self.may_sample = set()
             return
+        now = self.clock()
+        for gang in [gang for gang in self.gangs.values() if not gang.whole and now - gang.since > PATIENCE]:
+            log.warning("group %s is ended: %d of its %d views came", gang.name, len(gang.members), gang.views)
+            self.end(gang.in_order(), False)
         self.may_sample = {
             gang.name
             for gang in self.gangs.values()
