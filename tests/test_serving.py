@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -26,12 +27,13 @@ from servers import Fake, Letters, address_of, asking, fake_front, front_of, run
 
 import lvlm_decode
 import lvlm_decode_data
-from lvlm_decode.errors import InputError
+from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.methods import parse
 from lvlm_decode.serving import batches
 from lvlm_decode.serving.batches import Batches
 from lvlm_decode.serving.body import NEUTRAL, Body, read_body
 from lvlm_decode.serving.engines import Job
+from lvlm_decode.serving.groups import Groups
 from lvlm_decode.serving.menu import Choice, Menu
 from lvlm_decode.serving.pictures import Pictures
 from lvlm_decode.serving.refusals import Refused
@@ -733,3 +735,82 @@ def test_the_command_serves_and_ends():
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     assert load.MODEL == "tiny-llava"
+
+
+# --- vLLM's asynchronous engine, made up
+
+
+class Lockstep:
+    """As vLLM's asynchronous engine under the scheduler of groups: no request goes on before its whole group is there."""
+
+    errored = False
+
+    def __init__(self, length):
+        self.length, self.there, self.aborted, self.fails = length, set(), [], False
+
+    async def generate(self, prompt, params, request_id):
+        name = request_id.rpartition("-")[0]
+        self.there.add(request_id)
+        while sum(one.startswith(name) for one in self.there) < prompt["of"]:
+            await asyncio.sleep(0.005)
+        for step in range(1, self.length + 1):
+            await asyncio.sleep(0.005)
+            if request_id in self.aborted:
+                return
+            if self.fails:
+                raise RuntimeError("boom")
+            ended = "stop" if step == self.length else None
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=list(range(97, 97 + step)), finish_reason=ended)])
+
+    async def abort(self, ids):
+        self.aborted += ids
+        self.there -= set(ids)
+
+    def shutdown(self):
+        pass
+
+
+class TwoViews:
+    """Makes groups of two requests."""
+
+    def __init__(self):
+        self.processor, self.made = Letters(), 0
+
+    def group(self, method, sample, params, max_model_len):
+        if "long" in sample["prompt"]:
+            raise InputError("the longest view does not fit.")
+        self.made += 1
+        name = f"g{self.made}"
+        prompts = [{"of": 2}] * 2
+        return SimpleNamespace(prompts=prompts, params=[params] * 2, ids=[f"{name}-0", f"{name}-1"], lengths=[5, 9])
+
+
+def test_groups_are_sent_and_aborted_whole():
+    async def run():
+        engine = Lockstep(6)
+        groups = Groups(engine, TwoViews(), dict, {}, 8, 256, queue=2)
+        assert await said(groups, job("vcd")) == [97, 98, 99, 100, 101, 102]
+        # Who hangs up in the middle takes all views along.
+        parts = groups.answer(job("vcd"))
+        assert (await anext(parts)).prompt_tokens == 5
+        await parts.aclose()
+        assert {"g2-0", "g2-1"} <= set(engine.aborted) and not engine.there and groups.load() == (0, 0)
+        with pytest.raises(Refused) as long:
+            await said(groups, job("vcd", text="long"))
+        assert long.value.status == 400 and not engine.there
+        held = [groups.answer(job("vcd")) for _ in range(2)]
+        for one in held:
+            await anext(one)
+        with pytest.raises(Refused) as full:
+            await said(groups, job("vcd"))
+        assert full.value.status == 429
+        engine.fails = True
+        with pytest.raises(Refused) as failed:
+            await anext(held[0])
+        assert failed.value.status == 503 and "boom" not in failed.value.message
+        await held[1].aclose()
+        assert not engine.there and groups.load() == (0, 0)
+        with pytest.raises(UnsupportedError, match="cannot be served"):
+            groups.check(parse("opera"))
+
+    asyncio.run(run())
