@@ -490,3 +490,16 @@ def test_features_of_a_batch_are_those_of_each_sample_alone(family, tmp_path, mo
     head = DraftHead(HeadConfig.for_target(tiny.model, "vispec", rows=4, depth=2, top_k=1))
     assert Objective(head, tiny.model.get_output_embeddings(), settings)(both, True)["loss"].isfinite()
     assert acceptance(target, head, items, settings).cycles > 0
+
+
+@pytest.mark.full
+def test_everything_that_waits_for_a_gpu_runs_at_small_shapes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    report = script("gpu/run").main(["--tiny", "--output", str(tmp_path / "out.json")])
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    parts = report["parts"]
+    assert list(parts) == ["device", "shapes", "generate", "profile"]
+    assert not [part["error"] for part in parts.values() if "error" in part]
+    assert all(parts["device"]["same_tokens"].values()) and set(KINDS) <= set(parts["device"]["same_tokens"])
+    assert all(row["token_s"][0] > 0 for row in parts["generate"]["arms"].values())
+    assert parts["profile"]["microseconds"]

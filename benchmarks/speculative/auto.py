@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
@@ -93,11 +94,19 @@ def workload(loaded: Any, method: str, drafting: str, name: str, size: int, shar
     }
 
 
-def run(which: str, methods: list[str], drafting: dict[str, str], share: float) -> dict[str, Any]:
+def run(
+    which: str, methods: list[str], drafting: dict[str, str], share: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The report, which ``keep`` is given after each workload: a run that is cut off leaves what it has measured."""
     loaded = load(which)
     if getattr(loaded.processor, "tokenizer", None) is not None:
         loaded.processor.tokenizer.padding_side = "left"
-    rows = {}
+    rows: dict[str, Any] = {}
+    report = {
+        "what": f"drafter auto against no drafter, {which}, greedy, from nothing measured",
+        "seconds": "of the processor, one thread" if clock is process_time else "as they passed",
+        "rows": rows,
+    }
     for name, (_, counts, _) in WORKLOADS.items():
         for size in counts:
             for method in methods:
@@ -107,11 +116,9 @@ def run(which: str, methods: list[str], drafting: dict[str, str], share: float) 
                     print(
                         name, size, method, label, found["time_of_none"], found["time_of_none_second_half"], flush=True
                     )
-    return {
-        "what": f"drafter auto against no drafter, {which}, greedy, from nothing measured",
-        "rows": rows,
-        "circumstances": circumstances(loaded.model),
-    }
+                    report["circumstances"] = circumstances(loaded.model)
+                    keep(report)
+    return report
 
 
 def table(report: dict[str, Any]) -> str:
@@ -147,11 +154,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     free = "auto(drafters=('automaton(shortest=1)','recycling(rows=12,depth=5)'))"
     drafting = {"with a head": "auto", "no training": free}
-    report = run(options.model, options.methods, drafting, options.share)
-    report["seconds"] = "of the processor, one thread" if options.processor_seconds else "as they passed"
-    options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
-    return report
+
+    def keep(report: dict[str, Any]) -> None:
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
+
+    return run(options.model, options.methods, drafting, options.share, keep)
 
 
 if __name__ == "__main__":
