@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError
 
-from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .choices import (
     TASKS,
     field,
@@ -96,16 +96,19 @@ class MMStar(Evaluator):
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """Answers as JSON lines, or the authors' sheet: `answer` is the gold letter, `prediction` what was said."""
+        """Answers as JSON lines, or the authors' sheet: `answer` is the gold letter, `prediction` what was said.
+
+        Raises FileFormatError where only some records have a `prediction`: in the others the gold letter would be scored.
+        """
         sheet = read_sheet(path)
-        if not all("prediction" in record and "answer" in record for _, record in sheet):
+        if not any("prediction" in record for _, record in sheet):
             return super().read_answers(path)
         return [
             Answer(
                 question_id=whole_number(field(record, where, "index", "question_id"), where, "index"),
-                answer=str(record["prediction"] or ""),
+                answer=str(need(record, "prediction", where) or ""),
                 text=str(record.get("question") or ""),
-                label=letter(record["answer"], where, LETTERS),
+                label=letter(need(record, "answer", where), where, LETTERS),
                 meta={name: str(record[name]) for name in ("category", "l2_category") if record.get(name)},
             )
             for where, record in sheet

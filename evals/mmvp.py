@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from lvlm_decode.errors import FileFormatError, UnknownNameError
 from lvlm_decode.reading import read_records
 
-from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, text_field, whole_number
 
 # Index (from 1) -> the authors' label; the corrected one is the other letter.
@@ -100,16 +100,19 @@ class MMVP(Evaluator):
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
-        """JSON lines of answers. In the authors' form `answer` is the gold letter and `response` what the model said."""
+        """JSON lines of answers. In the authors' form `answer` is the gold letter and `response` what the model said.
+
+        Raises FileFormatError where only some lines have a `response`: in the others the gold letter would be scored.
+        """
         records = read_records(path)
-        if not all({"response", "answer"} <= set(record) for _, record in records):
+        if not any("response" in record for _, record in records):
             return super().read_answers(path)
         return [
             Answer(
                 question_id=field(record, where, "question_id"),
-                answer=str(record["response"]),
+                answer=str(need(record, "response", where) or ""),
                 text=str(record.get("prompt", "")),
-                label=letter(record["answer"], where, "AB"),
+                label=letter(need(record, "answer", where), where, "AB"),
             )
             for where, record in records
         ]
@@ -120,7 +123,9 @@ class MMVP(Evaluator):
         if answer.label is None:
             raise FileFormatError(f"{where} has no label; put `label` into the answers, or give --questions FILE.")
         given = letter(answer.label, where, "AB")
-        disputed = None if "pair" in answer.meta else OFFICIAL.get(int(answer.question_id))
+        disputed = (
+            None if "pair" in answer.meta else OFFICIAL.get(whole_number(answer.question_id, where, "question_id"))
+        )
         if disputed is None:
             return given
         return disputed if self.labels == "official" else "AB"[disputed == "A"]

@@ -29,11 +29,14 @@ _FEWEST_BATCHES = 2
 
 @dataclass(frozen=True)
 class Figure:
-    """A rate of one benchmark and split. kind: "hallucination", "ability" or "caption" (recall, length)."""
+    """A rate of one benchmark and split. kind: "hallucination", "ability", "caption" (recall, length) or "equal" (at equal
+    length). of: the benchmark and split it is of, as titles name them.
+    """
 
     kind: str
     title: str
     column: Column
+    of: str
 
 
 @dataclass
@@ -57,14 +60,24 @@ class Line:
 def figures(evaluator: Evaluator, split: str) -> list[Figure]:
     """What a benchmark contributes: its ability figures, or its first compared one and a caption's recall and length."""
     columns = {column.key: column for column in evaluator.columns}
-    name = evaluator.name if split in ("all", "captions") else f"{evaluator.name} {split}"
-    found = [Figure("ability", f"{name}: {columns[key].title}", columns[key]) for key in evaluator.ability]
+    name = _name(evaluator, split)
+    found = [Figure("ability", f"{name}: {columns[key].title}", columns[key], name) for key in evaluator.ability]
     if evaluator.hallucination:
         found += [
-            Figure("hallucination", f"{name}: {columns[key].title}", columns[key]) for key in evaluator.hallucination
+            Figure("hallucination", f"{name}: {columns[key].title}", columns[key], name)
+            for key in evaluator.hallucination
         ]
     captions = ("recall", "length") if evaluator.equal_columns else ()
-    return found + [Figure("caption", columns[key].title, columns[key]) for key in captions if key in columns]
+    return found + [_of_captions("caption", columns[key], evaluator, name) for key in captions if key in columns]
+
+
+def _name(evaluator: Evaluator, split: str) -> str:
+    return evaluator.name if split in ("all", "captions") else f"{evaluator.name} {split}"
+
+
+def _of_captions(kind: str, column: Column, evaluator: Evaluator, name: str) -> Figure:
+    """A figure of captions. Where they were made in several ways (two protocols, say) its title says in which."""
+    return Figure(kind, column.title if name == evaluator.name else f"{name}: {column.title}", column, name)
 
 
 class _Batch(Record):
@@ -123,15 +136,16 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
                 equal = equal_length_values(evaluator, method, control, replicates)
                 column = evaluator.equal_columns[0]
                 if isinstance(equal[0], Value):
-                    line.differences[Figure("equal", column.title, column)] = equal[0]
+                    line.differences[_of_captions("equal", column, evaluator, _name(evaluator, split))] = equal[0]
             line.time(method, control)
     return list(found.values())
 
 
 def trade(line: Line) -> str | None:
     """One sentence where a method is better in one figure and worse in another, both beyond their intervals."""
-    better, worse = [], []
-    shorter = ""
+    better, worse, shorter = [], [], []
+    gains_chair = {figure.of for figure, value in line.differences.items() if figure.column.key == "chair_s"
+                   and figure.kind == "hallucination" and value.starred and value.value < 0}  # fmt: skip
     for figure, value in line.differences.items():
         if not value.starred:
             continue
@@ -140,14 +154,13 @@ def trade(line: Line) -> str | None:
             better += [said] if figure.kind != "equal" else []
         elif figure.column.better:
             worse += [said] if figure.kind != "equal" else []
-        elif figure.column.key == "length" and value.value < 0:
-            shorter = f"captions are {-value.value:.1f} tokens shorter"
-    gains_chair = any(figure.column.key == "chair_s" and figure.kind == "hallucination" and value.starred
-                      and value.value < 0 for figure, value in line.differences.items())  # fmt: skip
-    if shorter and gains_chair:
-        equal = next(value for figure, value in line.differences.items() if figure.kind == "equal")
-        shorter = f"{shorter}, and at equal length CHAIRs is {equal.text()}"
-    costs = [*([f"worse in {', '.join(worse)}"] if worse else []), *([shorter] if shorter and gains_chair else [])]
+        elif figure.column.key == "length" and value.value < 0 and figure.of in gains_chair:
+            equal = next(v for f, v in line.differences.items() if (f.kind, f.of) == ("equal", figure.of))
+            which = figure.title.removesuffix(figure.column.title)
+            shorter.append(
+                f"{which}captions are {-value.value:.1f} tokens shorter, and at equal length CHAIRs is {equal.text()}"
+            )
+    costs = [*([f"worse in {', '.join(worse)}"] if worse else []), *shorter]
     if not (better and costs):
         return None
     return f"{line.label} against {line.control}: better in {', '.join(better)}; {'; '.join(costs)}."
@@ -178,7 +191,10 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     kinds = {figure.kind for figure in shown}
     if "ability" not in kinds:
         said.append("No benchmark of ability was run with these methods: lvlm-decode eval naturalbench, same --out.")
-    said += [] if timed else ["No times are recorded: lvlm-decode eval --times."]
+    if not timed and any((Path(result.folder) / TIMES).is_file() for result in results):
+        said.append("Too few batches are timed, the first not counted: ask more questions, or fewer at once.")
+    elif not timed:
+        said.append("No times are recorded: lvlm-decode eval --times.")
     return [Block("What it costs: method minus the plain model", tuple(titles), tuple(made), tuple(said))]
 
 

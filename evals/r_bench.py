@@ -129,6 +129,16 @@ class RBench(Evaluator):
             raise FileFormatError(f"{path}: none of its ids is in the lists of ids beside it; they belong together.")
         return splits
 
+    def read_answers(self, path: Path) -> list[Answer]:
+        """JSON lines of answers, or the authors' lines of `question_id` and `text`, which is the answer (give --questions
+        FILE).
+        """
+        records = read_records(path)
+        if not all("text" in record and not record.keys() & {"answer", "prompt", "output"} for _, record in records):
+            return super().read_answers(path)
+        said = [checked(_Said, record, where) for where, record in records]
+        return [Answer(answer.question_id, answer.text or "") for answer in said]
+
     def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
         """The authors' answer files repeat instance-level questions without what names the boxes."""
         marked = {str(q.id): q for q in questions if "boxes" in q.meta}
@@ -204,6 +214,13 @@ class _Asked(Record):
     text: str
     label: str
     type: str = "all"
+
+
+class _Said(Record):
+    """An answer as the authors' files have it."""
+
+    question_id: Identity
+    text: str | None
 
 
 # Left, top, right, bottom as shares of the image's sides.

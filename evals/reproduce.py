@@ -15,7 +15,7 @@ from __future__ import annotations
 import html
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,16 +81,21 @@ class Verdict:
         return word + (f": {self.why}" if self.why else "")
 
 
-def half_unit(value: float) -> float:
-    """Half of the last digit that a value was printed with, in its own unit."""
-    digits = len(repr(float(value)).partition(".")[2].rstrip("0"))
+def half_unit(values: Iterable[float]) -> float:
+    """Half of the last digit that a metric was printed with in a table, in its own unit.
+
+    By the value with the most digits: papers print all with as many, but 45.00 is read from a file as 45.0.
+    """
+    digits = max(len(repr(float(value)).partition(".")[2].rstrip("0")) for value in values)
     return 0.5 * 10.0**-digits
 
 
-def judge_value(published: float, ours: Interval, column: Column) -> tuple[str, str]:
-    """(verdict, reason) of a printed value against our interval; the value in the unit that the paper prints."""
+def judge_value(published: float, ours: Interval, column: Column, half: float) -> tuple[str, str]:
+    """(verdict, reason) of a printed value against our interval. published, half: the value and what rounding may have
+    taken from it (`half_unit`), in the unit that the paper prints.
+    """
     unit = 100 if column.kind == "percent" else 1
-    low, high = (published - half_unit(published)) / unit, (published + half_unit(published)) / unit
+    low, high = (published - half) / unit, (published + half) / unit
     if high < ours.low or low > ours.high:
         return NOT_REPRODUCED, ""
     wide = max(ours.high - ours.value, ours.value - ours.low)
@@ -186,7 +191,15 @@ def _word(
         return NOT_RUN, "no gain over the baseline is printed"
     if ours is None:
         return NOT_RUN, "not asked yet"
-    return judge_gain(gain or 0.0, ours) if gains else judge_value(printed, ours, column)
+    if gains:
+        return judge_gain(gain or 0.0, ours)
+    column_of = [
+        values[column.key]
+        for other in config.rows
+        for values in other.published.values.values()
+        if column.key in values
+    ]
+    return judge_value(printed, ours, column, half_unit(column_of))
 
 
 # --- running

@@ -62,6 +62,11 @@ def test_sheets_of_questions_and_of_answers(tmp_path):
     (answer,) = BENCH.read_answers(tmp_path / "a.csv")
     assert (answer.question_id, answer.answer, answer.label) == (7, "B, y", "B")
     assert BENCH.summary(BENCH.rows([answer]))["math"] == 1
+    # A record without a prediction is no answer: its gold letter must not be scored as one.
+    record = {"question_id": 7, "answer": "B"}
+    (tmp_path / "a.json").write_text(json.dumps([{**record, "prediction": "A"}, {**record, "question_id": 8}]))
+    with pytest.raises(FileFormatError, match="entry 2: field 'prediction' is missing"):
+        BENCH.read_answers(tmp_path / "a.json")
 
 
 def test_scene_words_are_read_and_several_words_are_no_answer():

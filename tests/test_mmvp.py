@@ -73,6 +73,16 @@ def test_in_the_authors_file_answer_is_the_gold_letter(tmp_path):
     assert [answer.answer for answer in answers] == ["(b)", "(b)"]
     result = OFFICIAL.summary(OFFICIAL.rows(answers))
     assert (result["accuracy"], result["pair_accuracy"], result["pairs"]) == (0.5, 0, 1)
+    # A line without what the model said is no answer, and its gold letter is none either.
+    path.write_text(
+        json.dumps(lines[0]) + "\n" + json.dumps({**lines[1], "question_id": "2.0", "response": None}) + "\n"
+    )
+    (_, silent) = OFFICIAL.rows(OFFICIAL.read_answers(path))
+    assert not silent.clear and silent.evidence["pair"] == "1"
+    del lines[1]["response"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(FileFormatError, match="line 2: field 'response' is missing"):
+        OFFICIAL.read_answers(path)
     # Answers without a label take the question file's, and keep their pair.
     (questions,) = OFFICIAL.file_questions(sheet(tmp_path)).values()
     plain = join([Answer(1, "A"), Answer(2, "B")], questions, "answers")[0]

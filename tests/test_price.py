@@ -43,6 +43,22 @@ def test_shorter_captions_are_named_with_the_gain_at_equal_length():
     assert "lvlm-decode eval naturalbench" in render(price_blocks(results, 200))
 
 
+def test_captions_of_two_protocols_share_no_figure():
+    long = "A dog and a cat in a room with many small things on the floor beside a car."
+
+    def runs(short, **options):
+        return [captions("plain", long, **options), captions("pai", short, **options)]
+
+    results = [*runs("A dog and a cat."), *runs("A dog, a car.", data={"questions": "of the other"})]
+    (line,) = lines(results, 200)
+    for kind, key in (("hallucination", "chair_s"), ("equal", "chair_s"), ("caption", "recall"), ("caption", "length")):
+        assert len({f.title for f in line.differences if (f.kind, f.column.key) == (kind, key)}) == 2, (kind, key)
+    recall = {figure.of: value.value for figure, value in line.differences.items() if figure.column.key == "recall"}
+    assert sorted(recall.values()) == [-0.5, 0]
+    # Only where captions hallucinate less is it said that they are shorter.
+    assert trade(line).count("tokens shorter") == 1
+
+
 def test_a_method_is_compared_with_the_plain_model_under_its_own_decoding():
     results = [pope("plain", 10), pope("plain", 30, decoding=SAMPLE), pope("vcd", 20, decoding=SAMPLE)]
     (line,) = lines(results, 200)
@@ -92,6 +108,10 @@ def test_time_is_that_of_the_longest_answers_without_warming_up(tmp_path):
     assert [value.value for value in block.lines[0][-3:]] == pytest.approx([6, 4, 1.5])
     (block,) = price_blocks([pope("plain", 10), pope("vcd", 30)], 200)
     assert "Ratio" not in block.columns and "lvlm-decode eval --times" in block.notes[-1]
+    # One batch that was timed is not enough, and that is another sentence.
+    (tmp_path / "a" / TIMES).write_text('{"answers": 2, "tokens": 2, "seconds": 1.0}\n')
+    (block,) = price_blocks([pope("plain", 10, folder=tmp_path / "a"), pope("vcd", 30)], 200)
+    assert "Ratio" not in block.columns and block.notes[-1].startswith("Too few batches are timed")
 
 
 def test_eval_records_times_only_when_told_to(tmp_path):

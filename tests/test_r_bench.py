@@ -46,6 +46,18 @@ def restated(questions, said, ids):
     return [sum(p == g for p, g in pairs) / len(pairs), precision, recall, f1, sum(p for p, _ in pairs) / len(pairs)]
 
 
+def test_the_authors_answer_file_has_the_answer_as_text(tmp_path):
+    records, _ = files(tmp_path)
+    (questions,) = BENCH.file_questions(tmp_path).values()
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"question_id": r["question_id"], "text": "No."}) + "\n" for r in records))
+    answers, _ = joins.join(BENCH.matched(BENCH.read_answers(path), questions, str(path)), questions, str(path))
+    assert {row.parsed for row in BENCH.rows(answers)} == {"no"}
+    # With a prompt beside it (LLaVA's form) nothing changes.
+    path.write_text(json.dumps({"question_id": 0, "prompt": records[0]["text"], "text": "Yes."}) + "\n")
+    assert [(a.answer, a.text) for a in BENCH.read_answers(path)] == [("Yes.", records[0]["text"])]
+
+
 def test_mean_of_five_subsets(tmp_path):
     records, ids = files(tmp_path)
     rng = random.Random(2)

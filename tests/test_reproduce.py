@@ -52,8 +52,9 @@ def command():
     [
         (87.7, (0.86, 0.85, 0.88), REPRODUCED),
         (88.04, (0.86, 0.85, 0.88), NOT_REPRODUCED),
-        # 88.0 may have been 87.96 before it was rounded.
+        # 88.0 may have been 87.96 before it was rounded, and not 87.6: zeros at the end are digits too.
         (88.0, (0.86, 0.85, 0.8796), REPRODUCED),
+        (88.0, (0.86, 0.85, 0.876), NOT_REPRODUCED),
         (80.0, (0.86, 0.85, 0.88), NOT_REPRODUCED),
         (87.7, (0.86, 0.80, 0.92), NOT_RUN),
         # A wide interval can still exclude a value.
@@ -61,7 +62,7 @@ def command():
     ],
 )
 def test_a_value_is_judged_by_our_interval(published, interval, word):
-    assert judge_value(published, Interval(*interval), ACCURACY)[0] == word
+    assert judge_value(published, Interval(*interval), ACCURACY, half_unit([published, 87.7]))[0] == word
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_a_gain_is_judged_by_its_sign(gain, interval, word):
 
 
 def test_half_units_rounds_and_durations():
-    assert [half_unit(value) for value in (87.73, 45.0, 46.4, 620)] == pytest.approx([0.005, 0.5, 0.05, 0.5])
+    printed = ([87.73], [45.0, 46.4], [46.4], [620, 565])
+    assert [half_unit(values) for values in printed] == pytest.approx([0.005, 0.05, 0.05, 0.5])
     assert rounds(20) == [20] and rounds(32) == [32] and rounds(600) == [32, 128, 512, 600]
     assert [spoken(s) for s in (40, 600, 7200)] == ["40 seconds", "10 minutes", "2.0 hours"]
 
