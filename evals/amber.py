@@ -350,7 +350,7 @@ class Amber(Evaluator):
 
     def _annotations(self) -> Mapping[str, Mapping[str, Any]]:
         if self.data is None:
-            raise EvalError("AMBER's answers need its annotations; give --data FOLDER (lvlm-decode data get amber).")
+            raise EvalError("AMBER's answers need its annotations; give -o data=FOLDER (lvlm-decode data get amber).")
         return self.tables().annotations
 
     def _annotation(self, identity: Any, where: str) -> tuple[Any, dict[str, Any]]:

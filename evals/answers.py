@@ -143,6 +143,7 @@ KINDS = {
     "contradicted": "answers that carry another label than their question (scored by the question's)",
     "edited": "answers that are not as the run wrote them (scored as they stand; eval asks them again)",
     "unsealed": "answers without a checksum, so that nobody can tell whether they were changed",
+    "unasked": "answers without the run's questions.jsonl, so that nobody can tell which are missing",
 }
 
 
@@ -159,6 +160,7 @@ class Audit:
     contradicted: tuple[str, ...] = ()
     edited: tuple[str, ...] = ()
     unsealed: tuple[str, ...] = ()
+    unasked: tuple[str, ...] = ()
     # Why the first few of the failed ones could not be asked.
     reasons: tuple[str, ...] = ()
 
@@ -168,7 +170,7 @@ class Audit:
     @property
     def incomplete(self) -> bool:
         """Whether the score is not that of all questions as they were answered; commands then exit with 3."""
-        return bool(self.missing or self.contradicted or self.edited)
+        return bool(self.missing or self.contradicted or self.edited or self.unasked)
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out."""

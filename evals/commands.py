@@ -282,6 +282,9 @@ def score_command(
     shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
     if rows is not None:
         check_file(rows)
+        for read in (*target[1:], questions, objects, vocabulary):
+            if read is not None and rows.exists() and Path(read).exists() and rows.samefile(read):
+                raise SettingsError(f"--rows {rows} would overwrite a file that is read; give another name.")
     if len(target) == 1:
         if rows is not None or questions is not None:
             raise SettingsError("--rows and --questions are for a file of answers; a run's folder has both in it.")

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, OutsideError
-from lvlm_decode.reading import read_bytes, read_records, repeated
+from lvlm_decode.reading import read_bytes, read_records, repeated, shown
 
 from .base import Evaluator, Question
 from .pictures import open_picture, rgb
@@ -132,7 +132,11 @@ def folder_images(folder: Path, allow_outside: bool = False, turn: bool = False)
 
     def find(name: str) -> Path:
         path = folder / name
-        if not allow_outside and not path.resolve().is_relative_to(inside):
+        try:
+            leads_out = not path.resolve().is_relative_to(inside)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise MissingFileError(f"image {shown(name)} is no name of a file ({error})") from error
+        if not allow_outside and leads_out:
             raise OutsideError(
                 f"image {name!r} leads out of {folder}; if you trust the questions, --allow-outside lets it be read."
             )

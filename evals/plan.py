@@ -375,6 +375,7 @@ def read_cell(folder: Path, **options: Any) -> Result:
     if questions is not None:
         answers, contradicted = join(answers, questions, str(folder))
     usable, trouble = audit(answers, questions)
+    unasked = tuple(str(answer.question_id) for answer in usable) if questions is None else ()
     return Result(
         scorer,
         shape.split,
@@ -382,7 +383,7 @@ def read_cell(folder: Path, **options: Any) -> Result:
         shape.decoding.to_decoding(str(folder / "settings.json")),
         shape.seed,
         scorer.rows(usable),
-        replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed),
+        replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed, unasked=unasked),
         settings,
         folder,
         None if questions is None else len(questions),

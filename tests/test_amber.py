@@ -156,7 +156,7 @@ def test_missing_files_and_names_are_named(tmp_path):
         Amber(data=str(tmp_path)).tables()
     responses = tmp_path / "responses.json"
     responses.write_text('[{"id": 1, "response": "A dog."}]')
-    with pytest.raises(EvalError, match="--data"):
+    with pytest.raises(EvalError, match="-o data=FOLDER"):
         Amber().read_answers(responses)
     for options in ({"parser": "x"}, {"similarity": "x"}, {"rule": "x"}):
         with pytest.raises(UnknownNameError, match="'x' is unknown"):

@@ -155,6 +155,27 @@ def test_answers_in_a_folder_of_other_questions_are_refused(tmp_path):
         read_cell(folder)
 
 
+def test_a_run_without_its_questions_says_that_answers_may_be_missing(tmp_path):
+    folder = one_cell(tmp_path)
+    (folder.parents[2] / "questions.jsonl").unlink()
+    found = read_cell(folder).audit
+    assert len(found.unasked) == 120 and found.incomplete
+    result = cli("score", tmp_path)
+    assert result.exit_code == 3 and "questions.jsonl" in result.stderr
+
+
+@pytest.mark.parametrize("read", ["a.jsonl", "q.jsonl"])
+def test_rows_never_overwrite_what_is_read(tmp_path, read):
+    asked = write(tmp_path / "q.jsonl", [{"question_id": 1, "image": "a", "text": "Is it?", "label": "no"}])
+    said = write(tmp_path / "a.jsonl", [{"question_id": 1, "answer": "No"}])
+    (tmp_path / "link").symlink_to(tmp_path / read)
+    before = (tmp_path / read).read_bytes()
+    for rows in (tmp_path / read, tmp_path / "link"):
+        result = cli("score", "pope", said, "--questions", asked, "--rows", rows)
+        assert result.exit_code == 1 and "would overwrite" in result.stderr
+    assert (tmp_path / read).read_bytes() == before
+
+
 # --- tables never merge what is unlike
 
 

@@ -138,3 +138,11 @@ def test_recorded_pictures():
     assert open_picture(shared_path("cases/images/ok.png")).mode == "RGB"
     with pytest.raises(FileFormatError, match=r"bad\.avif cannot be read"):
         open_picture(shared_path("cases/images/bad.avif"))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800.png", "loop"])
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for allowed in (False, True):
+        with pytest.raises(LvlmDecodeError, match=r"^image "):
+            folder_images(tmp_path, allow_outside=allowed).open(name)
