@@ -1,10 +1,13 @@
 """The structure that design and reviews ask for: imports point down, none hides in a function, one room per thing."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from lvlm_decode.methods import METHODS, load
 
 PACKAGES = {"lvlm_decode": ROOT / "lvlm_decode", "lvlm_decode_evals": ROOT / "evals"}
 #: Rooms from the ground up; a file imports from its own room and from those before it.
@@ -132,6 +135,15 @@ def test_what_decodes_imports_no_evaluation_outside_its_commands(room):
         if (others := {o for o in imports(module) | imports(module, True) if o.startswith("lvlm_decode_evals")})
     }
     assert found == {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_views_have_one_signature(name):
+    """Whoever reads one method knows the types of all: what is given is a sample and its generator."""
+    views = inspect.signature(load(name).views)
+    given = {parameter.name: parameter.annotation for parameter in views.parameters.values()}
+    assert given == {"self": inspect.Parameter.empty, "sample": "Sample", "rng": "torch.Generator"}
+    assert views.return_annotation == "list[View]"
 
 
 def test_one_name_has_one_meaning():

@@ -13,7 +13,7 @@ after ``max_segment`` tokens at the latest.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -159,7 +159,7 @@ class Writer:
         do_sample: bool,
         seed: int,
         row_id: Hashable,
-        ends: Any,
+        ends: Callable[[int], bool],
     ):
         self.method, self.limits, self.prompt, self.process = method, limits, prompt, process
         self.do_sample, self.seed, self.row_id, self.ends = do_sample, seed, row_id, ends

@@ -5,10 +5,13 @@ A context variable, so that calls in other threads and calls nested in this one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .attention import Edit
 
 
 class Runner(Protocol):
@@ -17,8 +20,10 @@ class Runner(Protocol):
     @property
     def owner(self) -> object: ...
 
-    #: What is done to the decoder's attention in its forwards.
-    edits: Any
+    @property
+    def edits(self) -> Sequence[Edit]:
+        """What is done to the decoder's attention in its forwards."""
+        ...
 
 
 _running: ContextVar[Runner | None] = ContextVar("lvlm_decode_running", default=None)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from ...errors import InputError, UnsupportedError
 from . import kwargs as names
@@ -74,10 +75,10 @@ class Call:
     input_ids: Tensor
     cache: Any
     processors: LogitsProcessorList
-    criteria: Any
+    criteria: StoppingCriteriaList
     config: GenerationConfig
     inputs: dict[str, Any] = field(default_factory=dict)
-    streamer: Any = None
+    streamer: BaseStreamer | None = None
     assistant: Mapping[str, Any] = field(default_factory=dict)
     synced: bool = False
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ...parameters import Checked
 from ..tree import Tree
+
+if TYPE_CHECKING:
+    from ...engine.stack import Lanes
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Context:
     """
 
     module: Any
-    lanes: Any
+    lanes: Lanes
     tokens: list[list[int]]
     prompt_lengths: list[int]
     scores: Tensor
