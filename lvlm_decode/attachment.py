@@ -6,9 +6,9 @@ so calls nest and run side by side, and an attached model can be copied, pickled
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,7 +17,7 @@ from .engine import conversation, hf
 from .engine.modes import check_modes, check_needs
 from .engine.recorder import Recorder
 from .engine.run import Run, Summary
-from .engine.strategy import Call, Strategy, decode
+from .engine.strategy import Strategy, decode
 from .errors import InputError, UnsupportedError
 from .families import family_of
 from .families.base import Family
@@ -142,16 +142,10 @@ class Attached:
         # The run alone holds it: it lets go of it as soon as it can.
         del kept
         strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
-
-        def loop(call: Call) -> Any:
-            more = dataclasses.replace(call, streamer=streamer, assistant=assistant, synced=bool(synced_gpus))
-            return decode(run, more, strategy)
-
+        beside: dict[str, Any] = {"streamer": streamer, "assistant": assistant, "synced": bool(synced_gpus)}
         try:
             with conversation.going_on(run, cache):
-                return hf.generate(
-                    run.module, loop, **text, streamer=streamer, assistant_model=assistant_model, **kwargs
-                )
+                return hf.generate(run.module, partial(decode, run, strategy=strategy), **beside, **text, **kwargs)
         finally:
             self.last_run = run.summary()
 

@@ -2,12 +2,15 @@
 
 import ast
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from lvlm_decode import attached
 from lvlm_decode.methods import METHODS, load
+from lvlm_decode.testing.models import tiny
 
 PACKAGES = {"lvlm_decode": ROOT / "lvlm_decode", "lvlm_decode_evals": ROOT / "evals"}
 #: Rooms from the ground up; a file imports from its own room and from those before it.
@@ -144,6 +147,42 @@ def test_views_have_one_signature(name):
     given = {parameter.name: parameter.annotation for parameter in views.parameters.values()}
     assert given == {"self": inspect.Parameter.empty, "sample": "Sample", "rng": "torch.Generator"}
     assert views.return_annotation == "list[View]"
+
+
+#: The main way of ``input_ids``, from the caller's ``generate()`` to the model's forward. Hugging Face's ``generate()`` lies
+#: before the strategy and its loop before the mitigated forward; the port is where they are entered and left.
+STACKED = ["attachment", "engine.strategy", "engine.mitigated", "engine.stack"]
+DRAFTED = ["attachment", "engine.strategy", "speculative.generate", "engine.stack"]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "settings", "way"),
+    [(None, {}, STACKED), (None, {"num_beams": 2}, STACKED), ("lookup", {}, DRAFTED)],
+    ids=["greedy", "beams", "drafts"],
+)
+def test_the_main_way_enters_each_file_once(drafter, settings, way):
+    zoo = tiny("llava")
+    taken: list[list[str]] = []
+    names = {str(path): module.removeprefix("lvlm_decode.") for module, path in MODULES.items()}
+
+    def note(module, args):
+        """The files on the stack, outermost first; calls within one file count once."""
+        files, frame = [], sys._getframe()
+        while frame is not None:
+            name = names.get(str(Path(frame.f_code.co_filename).resolve()), "")
+            if name and not name.startswith("engine.hf") and files[-1:] != [name]:
+                files.append(name)
+            frame = frame.f_back
+        taken.append(files[::-1])
+
+    hook = zoo.model.get_decoder().layers[0].register_forward_pre_hook(note)
+    try:
+        with attached(zoo.model, "vcd", processor=zoo.processor, drafter=drafter):
+            zoo.model.generate(**zoo.inputs(["is it", "ab"]), max_new_tokens=3, do_sample=False, **settings)
+    finally:
+        hook.remove()
+    assert len(taken) > 1
+    assert all(files == way for files in taken), taken
 
 
 def test_one_name_has_one_meaning():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -12,9 +11,9 @@ from ..errors import UnsupportedError
 from ..method import Method
 from . import conversation, hf, sampling
 from .hf import Call
+from .mitigated import mitigated
 from .modes import check_modes
 from .run import Run
-from .stack import Lanes
 
 
 class Strategy(Protocol):
@@ -134,51 +133,4 @@ class Stacked:
         return out
 
 
-def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Any:
-    """The forward that a loop of Hugging Face calls instead of the module's own.
-
-    Args:
-        prompt_length: tokens beyond it in the first call are a draft.
-    """
-    started = False
-    lead = lanes.lead
-
-    def own(states: Any, name: str, first: bool) -> Any:
-        """Of one layer's hidden states or attentions: the caller's rows, queries and slots."""
-        if not isinstance(states, Tensor):
-            return states
-        states = states[: lanes.main.rows]
-        if name == "hidden_states":
-            return states[:, lead:] if first else states
-        # A fixed cache is attended to in its whole size, other states in their length, or that of a sliding window.
-        have, capacity = states.shape[-1], lanes.main.kv.capacity
-        slots = (have if have == capacity else lanes.main.length) - lead
-        return states[:, :, lead if first else 0 :, max(0, have - slots) :]
-
-    @functools.wraps(run.module.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal started
-        tokens = args[0] if args else kwargs["input_ids"]
-        keep = hf.kept_of(kwargs)
-        wanted = ("hidden_states", "output_hidden_states"), ("attentions", "output_attentions")
-        call = {option: kwargs[option] for _, option in wanted if kwargs.get(option) is not None}
-        first = not started
-        if started:
-            scores, out = lanes.extend(tokens, keep, **call)
-        else:
-            started = True
-            tail = tokens[:, prompt_length:] if tokens is not None else None
-            scores, out = lanes.prefill(tail, keep or 1, **call)
-        out.logits = scores
-        for name, option in wanted:
-            states = getattr(out, name, None)
-            if not kwargs.get(option):
-                setattr(out, name, None)
-            elif states is not None:
-                setattr(out, name, tuple(own(layer, name, first) for layer in states))
-        return out
-
-    return forward
-
-
-__all__ = ["Call", "Stacked", "Strategy", "checked", "decode", "mitigated"]
+__all__ = ["Call", "Stacked", "Strategy", "checked", "decode"]

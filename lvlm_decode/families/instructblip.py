@@ -78,7 +78,7 @@ class InstructBlip(Family):
         **kwargs: Any,
     ) -> Any:
         rows = len(text["input_ids"])
-        inputs = dict(text, pixel_values=torch.empty(rows, 0, device=text["input_ids"].device))
+        inputs: dict[str, Any] = dict(text, pixel_values=torch.empty(rows, 0, device=text["input_ids"].device))
 
         def given(*args: Any, **ignored: Any) -> Any:
             if images:

@@ -159,7 +159,14 @@ def given(
 
 
 def generate(
-    module: Any, loop: Callable[[Call], Any] | None, *, own: dict[str, Any] | None = None, **kwargs: Any
+    module: Any,
+    loop: Callable[[Call], Any] | None,
+    *,
+    own: dict[str, Any] | None = None,
+    streamer: BaseStreamer | None = None,
+    assistant: Mapping[str, Any] | None = None,
+    synced: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """``generate()`` of the module's own class, which calls ``loop`` where it would have started a loop of its own.
 
@@ -167,9 +174,11 @@ def generate(
         module: the model; nothing is put on it.
         loop: gets what ``generate()`` prepared; ``None`` runs transformers' own loop.
         own: attributes that ``generate()`` finds in place of the module's.
+        streamer, assistant, synced: see :class:`Call`; beside custom_generate, transformers would not pass them on.
         kwargs: of ``generate()``.
     """
-    own = dict(own or {})
+    own, assistant = dict(own or {}), dict(assistant or {})
+    kwargs |= {"streamer": streamer, "assistant_model": assistant.get("assistant_model")}
     tokenizer = kwargs.get("tokenizer")
     if loop is not None and tokenizer is not None:
         # Beside custom_generate, transformers drops the tokenizer that stop strings need.
@@ -185,7 +194,8 @@ def generate(
         **model_kwargs: Any,
     ) -> Any:
         assert loop is not None
-        return loop(given(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs))
+        beside = {"streamer": streamer, "assistant": assistant, "synced": synced}
+        return loop(given(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, **beside))
 
     if loop is not None:
         kwargs["custom_generate"] = called
