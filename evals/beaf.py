@@ -18,7 +18,7 @@ import functools
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -118,17 +118,7 @@ class BEAF(Evaluator):
                 f"{where}: the gold answer must be yes or no, found {answer.label!r}; give --questions FILE."
             )
         original, removed = (bool(need(answer.meta, name, where)) for name in ("orig_img", "removed_q"))
-        said, clear = parsers.rule(self.rule)(answer.answer, label)
-        return Row.of(
-            replace(answer, label=label),
-            parsed=said,
-            correct=said == label,
-            rule=self.rule,
-            clear=clear,
-            original=original,
-            removed=removed,
-            text=answer.text,
-        )
+        return parsers.row_of(answer, label, self.rule, original=original, removed=removed)
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         before = {row.evidence["text"]: row for row in rows if row.evidence["original"]}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,17 +123,8 @@ class DashB(Evaluator):
                 f"question {answer.question_id}: the gold answer must be yes or no, found {answer.label!r}; give "
                 "--questions FILE."
             )
-        said, clear = parsers.rule(self.rule)(answer.answer, label)
         name = answer.meta.get("object") or _object_in(answer.text)
-        return Row.of(
-            replace(answer, label=label),
-            parsed=said,
-            correct=said == label,
-            rule=self.rule,
-            clear=clear,
-            object=name,
-            text=answer.text,
-        )
+        return parsers.row_of(answer, label, self.rule, object=name)
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         return {

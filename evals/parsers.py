@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 from lvlm_decode.errors import UnknownNameError
+
+from .base import Answer, Row
 
 Verdict = tuple[str, bool]
 _WORD = re.compile(r"[a-z]+")
@@ -136,3 +140,17 @@ def rule(name: str) -> Callable[[str, str], Verdict]:
     if name not in RULES:
         raise UnknownNameError.of("parsing rule", name, RULES)
     return RULES[name]
+
+
+def row_of(answer: Answer, label: str, reader: str, **evidence: Any) -> Row:
+    """The row of a question whose gold answer is `label`, yes or no. reader: the name of a rule. evidence: besides the text."""
+    said, clear = rule(reader)(answer.answer, label)
+    return Row.of(
+        replace(answer, label=label),
+        parsed=said,
+        correct=said == label,
+        rule=reader,
+        clear=clear,
+        **evidence,
+        text=answer.text,
+    )

@@ -154,16 +154,7 @@ class RBench(Evaluator):
         if answer.label is None:
             raise EvalError(f"question {answer.question_id} has no label; give --questions FILE.")
         label = "no" if "no" in str(answer.label).lower() else "yes"
-        said, clear = parsers.rule(self.rule)(answer.answer, label)
-        return Row.of(
-            replace(answer, label=label),
-            parsed=said,
-            correct=said == label,
-            rule=self.rule,
-            clear=clear,
-            subsets=list(answer.meta.get("subsets") or ()),
-            text=answer.text,
-        )
+        return parsers.row_of(answer, label, self.rule, subsets=list(answer.meta.get("subsets") or ()))
 
     def rows(self, answers: Any) -> list[Row]:
         """With lists of ids, answers that are in none of them are left out, as by the authors."""
