@@ -129,7 +129,7 @@ class Server:
             raise SettingsError(f"--engine {url!r} is no address; give transformers, vllm, or http://HOST:PORT.")
         self.url = url.rstrip("/").removesuffix("/v1")
         # What stands between this machine and others is no way to the machine itself.
-        proxies = {} if parts.hostname in ("127.0.0.1", "localhost", "::1") else None
+        proxies: dict[str, str] | None = {} if parts.hostname in ("127.0.0.1", "localhost", "::1") else None
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
         listed = self._listed()
         self.name = TINY.get(model, model)
