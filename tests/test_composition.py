@@ -15,7 +15,7 @@ from lvlm_decode.testing.models import tiny
 CHANGES = ["pai", "spin", "vaf", "hgai", "cai", "ilvad", "vista", "vti", "nullu", "revis", "memvr"]
 SEES = ["vcd", "m3id", "mod", "crops", "sid", "layercd", "only", "dola", "uscd"]
 #: What the default run takes; the rest under --full.
-OFTEN = {("vista", "vcd"), ("vaf", "m3id"), ("cai", "only"), ("memvr", "mod"), ("revis", "crops"), ("pai", "dola")}
+OFTEN = [("vista", "vcd"), ("vaf", "m3id"), ("cai", "only"), ("memvr", "mod"), ("revis", "crops"), ("pai", "dola")]
 
 
 def run_of(method) -> Run:
