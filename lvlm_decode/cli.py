@@ -85,7 +85,7 @@ def methods(
             typer.echo(f"{kind}: {KINDS[kind]}" if kind in KINDS else kind)
             for method in group:
                 package = f" (from package {method['package']})" if method["package"] else ""
-                typer.echo(wrapped(f"{method['name']:<8} {method['summary']}{package}", 9))
+                typer.echo(wrapped(f"{method['name']:<9} {method['summary']}{package}", 10))
             typer.echo()
         typer.echo("lvlm-decode methods NAME shows the parameters, cost and limits of one.")
     for why in broken().values():

@@ -88,6 +88,7 @@ IMPORTS = {
     "TopPLogitsWarper",
     "TypicalLogitsWarper",
     "load_image",
+    "logging",
 }
 
 
