@@ -36,7 +36,9 @@ def live() -> int:
     for thing in gc.get_objects():
         if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            # What torch.compile traced with, in another test, has no memory.
+            with contextlib.suppress(RuntimeError):
+                found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 
 

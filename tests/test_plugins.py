@@ -55,7 +55,8 @@ def test_drafters_families_and_evaluators_too(site):
     assert drafters.parse("toy-drafter(stop=0.5)").stop == 0.5
     assert evaluator_class("toy-pope").name == "toy-pope"
     config = type("Config", (), {"model_type": "toy_lvlm"})
-    model = type("Model", (), {"config": config, "get_image_features": lambda self, pixel_values: None})()
+    parts = {"config": config, "get_image_features": lambda self, pixel_values: None, "forward": lambda self: None}
+    model = type("Model", (), parts)()
     assert type(family_of(model)).__name__ == "ToyFamily"
 
 

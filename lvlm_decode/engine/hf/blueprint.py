@@ -72,6 +72,8 @@ def _apart(model: nn.Module) -> dict[str, str]:
 
 def is_blueprint(model: Any) -> bool:
     """Whether no weight of ``model`` is there, nor where to fetch it from."""
-    return not hasattr(model, "hf_device_map") and all(
-        parameter.device.type == "meta" for parameter in model.parameters()
-    )
+    if not all(parameter.device.type == "meta" for parameter in model.parameters()):
+        return False
+    # A model that accelerate has offloaded whole looks the same; its hooks fetch the weights.
+    fetched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not fetched and not hasattr(model, "hf_device_map")
