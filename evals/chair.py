@@ -249,9 +249,17 @@ def vocabulary_file(path: Path) -> Vocabulary:
         lines = [line.split(", ") for line in text.split("\n") if line.strip()]
         if not lines or max(map(len, lines)) == 1:
             raise FileFormatError(f"{path}: expected JSON with 'synonyms', or lines of words separated by a comma.")
-        return Vocabulary.of({words[0]: words for words in lines})
-    table = checked(_Synonyms, parse_json(text, str(path)), str(path))
-    return Vocabulary.of(table.synonyms, table.double_words)
+        synonyms, pairs = {words[0]: words for words in lines}, None
+    else:
+        table = checked(_Synonyms, parse_json(text, str(path)), str(path))
+        synonyms, pairs = table.synonyms, table.double_words
+    for name, words in synonyms.items():
+        if words and all(word != word.lower() for word in words):
+            raise FileFormatError(
+                f"{path}: object {name!r} has no word in lower case, and captions are read in lower case; write "
+                f"{words[0].lower()!r}."
+            )
+    return Vocabulary.of(synonyms, pairs)
 
 
 class _Synonyms(Record):

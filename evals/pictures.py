@@ -42,7 +42,16 @@ def open_picture(path: Path, turn: bool = False) -> Any:
                     f"image {path} has {width} x {height} = {width * height} pixels, and at most {MOST_PIXELS} are read; make "
                     "it smaller"
                 )
-            return rgb(ImageOps.exif_transpose(image) if turn else image, f"image {path}")
+            # Pillow keeps the upper half of 16-bit colours; what the file holds is known before it is loaded only.
+            deep = any(";16" in str(tile[3]) for tile in image.tile)
+            picture = rgb(ImageOps.exif_transpose(image) if turn else image, f"image {path}")
+            highest = max(high for _, high in picture.getextrema())
+            if deep and 0 < highest < _DARK_16 // 256:
+                raise FileFormatError(
+                    f"image {path} has 16 bits a colour and dark values only, so it would turn black; save it with 8 bits a "
+                    "channel"
+                )
+            return picture
     except (FileFormatError, MissingFileError):
         raise
     except Image.DecompressionBombError as error:

@@ -195,6 +195,9 @@ def test_synonym_files_in_both_forms(tmp_path):
     packed = tmp_path / "table.json.gz"
     packed.write_bytes(gzip.compress(json.dumps({"synonyms": {"dog": ["dog"]}, "double_words": {"a b": "c"}}).encode()))
     assert vocabulary_file(packed).pairs == {"a b": "c"}
+    text.write_text('{"synonyms": {"Dog": ["Dog"], "cat": ["cat"]}}')
+    with pytest.raises(FileFormatError, match=r"object 'Dog' has no word in lower case.* write 'dog'"):
+        vocabulary_file(text)
     for content, message in (
         ("{}", "'synonyms' is missing"),
         ('{"synonyms": {"dog": "dog"}}', "'dog'"),

@@ -1,5 +1,8 @@
 """Pictures of every depth become RGB rightly or are refused in one sentence; never white or black in silence."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from conftest import shared_path
@@ -19,6 +22,29 @@ def levels(image) -> np.ndarray:
     array = np.asarray(image)
     assert (array == array[..., :1]).all()
     return array[..., 0]
+
+
+def deep_png(value: int, kind: int) -> bytes:
+    """A 4 x 4 PNG of one 16-bit value in every colour; kind: 2 RGB, 4 grey with alpha, 6 RGBA."""
+    colours, alpha = {2: (3, 0), 4: (1, 1), 6: (3, 1)}[kind]
+    pixel = struct.pack(">H", value) * colours + struct.pack(">H", 65535) * alpha
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress((b"\0" + pixel * 4) * 4)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", [2, 4, 6])
+def test_deep_colours_are_scaled_or_refused_where_they_would_turn_black(tmp_path, kind):
+    (tmp_path / "a.png").write_bytes(deep_png(0x8000, kind))
+    assert (levels(open_picture(tmp_path / "a.png")) == 0x80).all()
+    (tmp_path / "a.png").write_bytes(deep_png(900, kind))
+    with pytest.raises(
+        FileFormatError, match=r"a\.png has 16 bits a colour and dark values only.* save it with 8 bits"
+    ):
+        open_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tiff"])
