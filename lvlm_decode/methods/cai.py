@@ -98,17 +98,29 @@ class CAI(Contrast):
             yield
 
 
+class _Here:
+    """What a layer is told: (B, q) bool, rows that are unsure, and (B, q, S) how much image tokens are like the newest words."""
+
+    unsure: Tensor
+    like: Tensor
+
+    def raised(self, scores: Tensor, images: Tensor) -> Tensor:
+        change = self.like[:, None] * scores.abs()
+        return torch.where(images & self.unsure[:, None, :, None], scores + change, scores)
+
+
 class _Tilt(Rescored):
     """Raises the scores of image tokens by how much they are like the newest word, in rows that the layer before left unsure."""
 
     def __init__(self, run: Run, layers: range, threshold: float):
-        super().__init__(run, layers, self._raised)
+        # Apart from this object, which would otherwise hold itself.
+        self._here = _Here()
+        super().__init__(run, layers, self._here.raised)
         self.threshold = threshold
         #: (B, T, D) unit embeddings of the prompt, and (B, q, T) the likeness of image tokens to the newest words.
         self.prompt = self.likeness = torch.empty(0)
         #: Layer -> (B, q) bool, rows that the layer before left unsure.
         self.flags: dict[int, Tensor] = {}
-        self._here: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def read(self, module: Any, args: Any, kwargs: Any) -> None:
         """Take the embeddings that the first layer is given."""
@@ -143,12 +155,9 @@ class _Tilt(Rescored):
         if lane.rows_of(0) is None or layer not in self.layers:
             return out
         whole = pad(self.likeness.to(key.device), (0, lane.length - self.likeness.shape[-1]))
-        self._here = self.flags[layer].to(key.device), to_layer(whole, lane, key.shape[2])
+        self._here.unsure = self.flags[layer].to(key.device)
+        self._here.like = to_layer(whole, lane, key.shape[2])
         return super().output(layer, query, key, value, mask, scaling, out)
-
-    def _raised(self, scores: Tensor, images: Tensor) -> Tensor:
-        unsure, like = self._here
-        return torch.where(images & unsure[:, None, :, None], scores + like[:, None] * scores.abs(), scores)
 
 
 def likeness(prompt: Tensor, words: Tensor, images: Tensor) -> Tensor:

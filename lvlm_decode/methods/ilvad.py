@@ -121,6 +121,8 @@ def looked_at(batch: Batch, count: int) -> tuple[Tensor, Tensor]:
         images = image_slots(lane, batch.family)
         edits.append(recorder)
         lane.extend(tokens, 1)
+        # The lane and what it records into would otherwise hold each other.
+        edits.clear()
     layers = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])
     told = there.to(layers)[..., None]
     return (layers * told).sum(2) / told.sum(1).clamp(min=1), images
