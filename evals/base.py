@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -186,7 +187,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Evaluator:
+class Evaluator(ABC):
     """Base of all evaluators. Subclasses are frozen dataclasses; see the module's docstring for a whole one."""
 
     name: ClassVar[str]
@@ -249,21 +250,21 @@ class Evaluator:
         """Raise EvalError where answers to these questions could not be scored, before a model is asked anything."""
         self.rows(Answer.to(question, "Yes.") for question in questions)
 
+    @abstractmethod
     def row(self, answer: Answer) -> Row:
         """Score one answer; pure."""
-        raise NotImplementedError
 
     def rows(self, answers: Iterable[Answer]) -> list[Row]:
         """Score all answers that are answers; those with `error` are left to `answers.audit`."""
         return [self.row(answer) for answer in answers if answer.error is None]
 
+    @abstractmethod
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         """Counts over the rows of one cluster. Same keys for every cluster; added over clusters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         """Rates from added tallies; values are integers or numpy arrays (one entry per bootstrap replicate)."""
-        raise NotImplementedError
 
     def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Counts and rates over all rows: flat, JSON-able; what tables read."""
@@ -277,7 +278,7 @@ class Evaluator:
 
     def equal_length(self, runs: Sequence[Sequence[Row]]) -> list[list[Row]]:
         """The rows of several runs, those of one question cut to the same length; only with `equal_columns`."""
-        raise NotImplementedError
+        raise EvalError(f"{self.name} compares nothing at equal length.")
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
         """Sentences that belong below a table of these rows, besides what every table says."""

@@ -7,6 +7,7 @@ record must fit that form. What fits none is refused with the accepted forms and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,8 @@ _ALIASES = {"answer": ("prediction",), "text": ("question", "query"), "image": (
 BY_PLACE = "by_place"
 
 
-class Form(Record):
-    """One form: a subclass declares the fields of a line and makes the answer of it. by: who writes it."""
-
-    by: ClassVar[str]
-    example: ClassVar[str]
+class Line(Record):
+    """A line of a file whose forms are told apart by the fields that must be there."""
 
     @classmethod
     def fits(cls, record: dict[str, Any]) -> bool:
@@ -48,13 +46,20 @@ class Form(Record):
         """How many fields are required."""
         return len(cls.lacking({}))
 
-    def to_answer(self, number: int) -> Answer:
-        """The answer. number: of the record in its file, from 1."""
-        raise NotImplementedError
-
     def other(self, *names: str) -> dict[str, Any]:
         """The fields that nobody declared, without some."""
         return {name: value for name, value in (self.model_extra or {}).items() if name not in names}
+
+
+class Form(Line, ABC):
+    """One form of an answer: a subclass declares the fields of a line and makes the answer of it. by: who writes it."""
+
+    by: ClassVar[str]
+    example: ClassVar[str]
+
+    @abstractmethod
+    def to_answer(self, number: int) -> Answer:
+        """The answer. number: of the record in its file, from 1."""
 
 
 class Own(Form):

@@ -22,7 +22,7 @@ from lvlm_decode.reading import Identity, checked, read_records, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .forms import ANSWER_FORMS, Form, read_forms
+from .forms import ANSWER_FORMS, Form, Line, read_forms
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}
@@ -154,7 +154,7 @@ def _question(keys: Sequence[str], text: str, image: str | None, label: str | No
     return Question("/".join(keys[:5]), text, image, label, cluster="/".join(keys[:3]), meta=meta)
 
 
-class _Placed(Form):
+class _Placed(Line):
     """Where a question stands in the benchmark."""
 
     category: str
@@ -184,7 +184,7 @@ class _Asked(_Placed):
         return _question(self.keys, self.question, self.picture, _GOLD[str(self.gt_answer)])
 
 
-class _Predicted(_Placed):
+class _Predicted(_Placed, Form):
     """A record of HallusionBench_result.json."""
 
     by = "HallusionBench"

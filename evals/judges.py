@@ -18,6 +18,7 @@ import re
 import time
 import urllib.error
 import urllib.request
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from lvlm_decode.reading import Identity, Record, checked, read_bytes, read_reco
 
 from .answers import line_of, write_whole
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .forms import ANSWER_FORMS, Form, Own, read_forms
+from .forms import ANSWER_FORMS, Form, Line, Own, read_forms
 
 RETRIES = 3
 # Where the key of an endpoint is looked for; it is sent to the endpoint and nowhere else.
@@ -234,9 +235,9 @@ class Judged(Evaluator):
     replies: str | None = None
     template: str | None = None
 
+    @abstractmethod
     def prompt(self, answer: Answer) -> Prompt:
         """What the judge is asked about an answer."""
-        raise NotImplementedError
 
     def ready(self, questions: Sequence[Question]) -> None:
         """Judged answers need nothing but a prompt for the judge; the judge comes when there are answers."""
@@ -382,7 +383,7 @@ class MMHal(Judged):
         return {"score": score, "hallucination": ratio(totals.get("hallucinated", 0), totals["n"]), **means}
 
 
-class _MMHalLine(Form):
+class _MMHalLine(Line):
     """A question of MMHal's response file; its type goes by place (eight in turn) where the file does not say."""
 
     question: str
@@ -403,7 +404,7 @@ class _MMHalLine(Form):
         return Question(number, self.question, name, self.gt_answer, meta=meta)
 
 
-class _MMHalAnswer(_MMHalLine):
+class _MMHalAnswer(_MMHalLine, Form):
     """The same with the answer filled in."""
 
     by = "MMHal-Bench"
@@ -488,7 +489,7 @@ class VaLLu(Judged):
         return {aspect: ratio(totals[f"{aspect}.sum"], totals["rated"]) for aspect in ASPECTS}
 
 
-class _VaLLuLine(Form):
+class _VaLLuLine(Line):
     """A question."""
 
     question_id: Identity
@@ -499,7 +500,7 @@ class _VaLLuLine(Form):
         return Question(self.question_id, self.prompt.replace("<image>", "").strip(), str(self.image))
 
 
-class _VaLLuAnswer(_VaLLuLine):
+class _VaLLuAnswer(_VaLLuLine, Form):
     """The same with the answer."""
 
     by = "VDGD"

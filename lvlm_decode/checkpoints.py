@@ -22,7 +22,5 @@ CHECKPOINTS: dict[str, tuple[str, ...]] = {
 
 
 def markdown() -> str:
-    """The table of model families in the README."""
-    lines = ["| `model_type` | for example |", "|---|---|"]
-    lines += [f"| `{kind}` | `{ids[0]}` |" for kind, ids in CHECKPOINTS.items()]
-    return "\n".join(lines)
+    """The list of model families in the README: one checkpoint of each."""
+    return "\n".join(f"`{ids[0]}`," for ids in CHECKPOINTS.values()).removesuffix(",") + "."

@@ -1,5 +1,9 @@
 """What several test files share beside what ``lvlm_decode.testing`` has."""
 
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+
+from lvlm_decode.engine import hf
 from lvlm_decode.engine.recorder import Recorder
 
 #: Letters of the tiny tokenizers that end a trial of CNTP, frequent enough for short answers.
@@ -22,3 +26,23 @@ class Kept(Recorder):
 
     def began(self, run):
         self.run = run
+
+
+def spelled_logits(model, name, attend, inputs, tokens):
+    """(steps, N) logits of one row of a LLaVA that is fed ``tokens`` under an attention function of the test's own.
+
+    Args:
+        model: its attention is changed for good; give a copy.
+        name: of the attention function, another one for every test file.
+        attend: as transformers calls an attention function.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    model.model.language_model.config._attn_implementation = name
+    cache = DynamicCache(config=model.config.get_text_config())
+    out = []
+    with torch.no_grad():
+        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
+        for token in tokens:
+            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
+    return torch.stack(out)

@@ -24,6 +24,7 @@ from conftest import ROOT
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from lvlm_decode.families import FAMILIES
 from lvlm_decode.testing.models import react
 
 WIDTH, HEADS = 64, 4
@@ -512,24 +513,7 @@ def paligemma() -> Real:
     )
 
 
-BUILDERS: dict[str, Callable[[], Real]] = {
-    make.__name__: make
-    for make in (
-        llava,
-        llava_next,
-        llava_onevision,
-        instructblip,
-        qwen2_vl,
-        qwen2_5_vl,
-        qwen3_vl,
-        qwen3_vl_moe,
-        smolvlm,
-        idefics3,
-        internvl,
-        gemma3,
-        paligemma,
-    )
-}
+BUILDERS: dict[str, Callable[[], Real]] = {name: globals()[name] for name in FAMILIES}
 
 
 @functools.cache

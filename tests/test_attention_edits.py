@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import spelled_logits
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -52,16 +53,7 @@ def spelled(inputs, tokens: Tensor, edit=None, after=None, model=None) -> Tensor
             out[0, -1] *= after(scores[0, :, -1], weights[0, :, -1], images)[:, None]
         return out, None
 
-    AttentionInterface.register("lvlm_decode_test_spelled", attend)
-    AttentionMaskInterface.register("lvlm_decode_test_spelled", AttentionMaskInterface()["sdpa"])
-    model.model.language_model.config._attn_implementation = "lvlm_decode_test_spelled"
-    cache = DynamicCache(config=model.config.get_text_config())
-    out = []
-    with torch.no_grad():
-        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
-        for token in tokens:
-            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
-    return torch.stack(out)
+    return spelled_logits(model, "lvlm_decode_test_spelled", attend, inputs, tokens)
 
 
 def traced(method, texts, tokens: int = 5, model=None):

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import needs_adapters
-from helpers import Kept
+from helpers import Kept, spelled_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lvlm_decode import attach, detach
 from lvlm_decode.attachment import last_run
-from lvlm_decode.engine import hf
 from lvlm_decode.engine.batch import Batch
 from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, ParameterError, UnknownNameError, UnsupportedError
@@ -572,16 +571,7 @@ def literal_logits(inputs, tokens: Tensor, **settings) -> Tensor:
     eager = Eager(inputs["input_ids"][0] == IMAGE)
     for name, value in settings.items():
         setattr(eager, name, value)
-    AttentionInterface.register("lvlm_decode_test_eager", eager)
-    AttentionMaskInterface.register("lvlm_decode_test_eager", AttentionMaskInterface()["sdpa"])
-    model.model.language_model.config._attn_implementation = "lvlm_decode_test_eager"
-    cache = DynamicCache(config=model.config.get_text_config())
-    out = []
-    with torch.no_grad():
-        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
-        for token in tokens:
-            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
-    return torch.stack(out)
+    return spelled_logits(model, "lvlm_decode_test_eager", eager, inputs, tokens)
 
 
 def traced(method, texts=("is it a dog?", "ab"), tokens: int = 5):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import spelled_logits
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -238,16 +239,7 @@ def spelled(inputs, tokens: Tensor, rank_layer: int, keep) -> Tensor:
             left["slots"] = keep(weights[0, :, -1].mean(0), images, slots - len(prompt) + 1)
         return (weights @ value).transpose(1, 2), None
 
-    AttentionInterface.register("lvlm_decode_test_thinned", attend)
-    AttentionMaskInterface.register("lvlm_decode_test_thinned", AttentionMaskInterface()["sdpa"])
-    model.model.language_model.config._attn_implementation = "lvlm_decode_test_thinned"
-    cache = DynamicCache(config=model.config.get_text_config())
-    out = []
-    with torch.no_grad():
-        out.append(model(**inputs, **hf.with_cache(cache)).logits[0, -1])
-        for token in tokens:
-            out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
-    return torch.stack(out)
+    return spelled_logits(model, "lvlm_decode_test_thinned", attend, inputs, tokens)
 
 
 def traced(method, texts, tokens: int = 5):

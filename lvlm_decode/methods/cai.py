@@ -35,7 +35,7 @@ from ..method import Contrast, View
 
 @dataclass(frozen=True)
 class CAI(Contrast):
-    """Raises the attention to image tokens that are like the newest word, in late layers that are unsure of the next one.
+    """Raises the attention to image tokens that are like the newest word, in late layers that are unsure.
 
     Args:
         threshold: Entropy in units of ln 10 above which the next layer is edited, at least 0; ``None`` edits none.

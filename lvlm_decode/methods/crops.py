@@ -35,7 +35,7 @@ TEXT, IMAGE = "crops-text", "crops-image"
 
 @dataclass(frozen=True)
 class CRoPS(Method):
-    """Subtracts a branch without the image and key words, and one that sees the least attended image tokens alone.
+    """Subtracts a branch without image and key words, and one with the least attended image tokens alone.
 
     Args:
         decay: How fast the branch without the image gains weight per token, at least 0.

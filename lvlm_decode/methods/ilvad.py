@@ -34,7 +34,7 @@ from ..method import Method
 
 @dataclass(frozen=True)
 class ILVAD(Method):
-    """Raises the attention to image tokens that early words of a plain answer came back to from layer to layer.
+    """Raises the attention to image tokens that early words of a plain answer came back to.
 
     Args:
         alpha: Logarithm of the largest factor on attention, at least 0.

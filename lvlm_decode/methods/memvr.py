@@ -37,7 +37,7 @@ CANDIDATES = 10
 
 @dataclass(frozen=True)
 class MemVR(Method):
-    """Shows the image features again to the MLP of the first middle layer that is unsure of the next token.
+    """Shows the image features again to the MLP of the first middle layer that is unsure.
 
     Args:
         ratio: Share of the image features in what the MLP puts out, from 0 to 1.

@@ -28,7 +28,7 @@ from ..method import Contrast, Places, Step, View
 
 @dataclass(frozen=True)
 class MoD(Contrast):
-    """Adds a branch that sees the most attended image tokens alone where it agrees with the model, and subtracts it elsewhere.
+    """Adds a branch that sees only the most attended image tokens where the two agree, else subtracts it.
 
     Args:
         positive: Weight of the branch where it agrees, at least 0.

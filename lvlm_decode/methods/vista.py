@@ -28,7 +28,7 @@ from ..method import Method, Probes, Step
 
 @dataclass(frozen=True)
 class VISTA(Method):
-    """Steers every layer towards what the image changed in the prompt, and mixes late layers' predictions in.
+    """Steers every layer towards what the image changed, and mixes late layers' predictions in.
 
     Args:
         strength: How far outputs turn towards the vector, at least 0; the authors' 0.17 is for captions, they use 0.01

@@ -26,10 +26,10 @@ def page(title: str, body: str, data: Any = None, styles: tuple[str, ...] = (), 
         body: HTML.
         data: JSON values, which scripts read from the element ``data``; ``None`` for none.
         styles: names of style sheets beside ``base.css``.
-        scripts: names of scripts, run after the body.
+        scripts: names of scripts, run after the body and ``base.js``, which needs ``data``.
     """
     style = "\n".join(part(name) for name in ("base.css", *styles))
-    script = "\n".join(f"<script>{part(name)}</script>" for name in scripts)
+    script = "\n".join(f"<script>{part(name)}</script>" for name in (("base.js", *scripts) if scripts else ()))
     # A closing tag inside a string would end the element.
     held = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     element = "" if data is None else f'<script type="application/json" id="data">{held}</script>'

@@ -1,13 +1,5 @@
 "use strict";
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const byId = (id) => document.getElementById(id);
-  const make = (tag, text, name) => {
-    const node = document.createElement(tag);
-    if (text !== undefined) node.textContent = text;
-    if (name) node.className = name;
-    return node;
-  };
   const list = byId("list"), space = byId("space");
   const controls = { split: byId("split"), first: byId("first"), second: byId("second"), which: byId("which"), text: byId("text") };
   let split, found = [], selected = -1;

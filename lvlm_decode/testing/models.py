@@ -18,6 +18,8 @@ import transformers as tf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from ..families import FAMILIES
+
 VOCABULARY = 160
 IMAGE, VIDEO, VISION_START, VISION_END = 159, 158, 157, 156
 PAD, BOS, EOS, UNKNOWN = 0, 1, 2, 3
@@ -527,24 +529,7 @@ def paligemma() -> Tiny:
     )
 
 
-BUILDERS: dict[str, Callable[[], Tiny]] = {
-    make.__name__: make
-    for make in (
-        llava,
-        llava_next,
-        llava_onevision,
-        instructblip,
-        qwen2_vl,
-        qwen2_5_vl,
-        qwen3_vl,
-        qwen3_vl_moe,
-        smolvlm,
-        idefics3,
-        internvl,
-        gemma3,
-        paligemma,
-    )
-}
+BUILDERS: dict[str, Callable[[], Tiny]] = {name: globals()[name] for name in FAMILIES}
 
 
 class Filming(Tiny):
