@@ -13,7 +13,7 @@ import lvlm_decode_data
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("scenes_run", ROOT / "benchmarks" / "scenes" / "run.py")
+    spec = importlib.util.spec_from_file_location("methods_run", ROOT / "benchmarks" / "methods" / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -44,7 +44,7 @@ def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
         json.loads(line)
         for line in gzip.decompress((tmp_path / "tiny-llava.answers.jsonl.gz").read_bytes()).splitlines()
     ]
-    assert [len(line[4]) for line in raw] == [cell["summary"]["n"] for cell in found["cells"]]
+    assert [len(line[5]) for line in raw] == [cell["summary"]["n"] for cell in found["cells"]]
     shown = (tmp_path / "tiny-llava.md").read_text()
     assert "What it costs: method minus the plain model" in shown
 

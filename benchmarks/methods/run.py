@@ -1,120 +1,255 @@
-"""POPE on the emoji scenes with every method, beside its matched controls.
+"""Every method of the registry on POPE, CHAIR and NaturalBench over held-out scenes, several seeds, beside the controls.
 
-    lvlm-decode train negatives --model tiny --output negatives-tiny-llava
-    python benchmarks/methods/run.py --model tiny-llava --negatives negatives-tiny-llava --limit 200
+    lvlm-decode train negatives --model tiny-llava --output parts/tiny-llava --steps 100 --batch 12
+    lvlm-decode train vector --kind vti --model tiny-llava --output parts/tiny-llava/vti.safetensors    (nullu, revis)
+    nohup nice python benchmarks/methods/run.py --model tiny-llava --parts parts/tiny-llava --images 142 > run.log &
+    python benchmarks/methods/run.py --model tiny-llava --parts parts/tiny-llava --images 142 --record
 
-Methods run with their defaults, but for what is in ``PARAMETERS``: set because these models have 64 patches instead of
-576, know few phrasings of a request for a description, or need weights (DCD, LOL). Answers are kept in ``--out`` and a
-run continues where it stopped. ``benchmarks/methods/MODEL.json`` gets the circumstances, rates and raw answers,
-``MODEL.md`` the tables.
+Made to run in the background: every batch is on disk before the next is asked, the same command goes on where it was
+stopped, and seed after seed is finished on all benchmarks, so that what is there is always whole; methods with a search of
+their own come last and with the first seed alone. ``--record`` asks nothing and writes the tables of what is whole. Scenes
+beyond those that ship are rendered from their seeds.
+
+Methods run with their defaults, but for what is in ``PARAMETERS``: set because these models know few phrasings of a request
+for a description, or need learned parts. All sample at temperature 1 where they can.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import lvlm_decode_data
 from lvlm_decode.engine.modes import check_needs
-from lvlm_decode.errors import UnsupportedError
+from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse
-from lvlm_decode.methods import load as method_class
+from lvlm_decode.reading import read_records
 from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
-from lvlm_decode_evals.loaders import scene_source
-from lvlm_decode_evals.plan import GREEDY, Decoding, Result, read_json
-from lvlm_decode_evals.runner import EvaluationRun, Options, Share, load
+from lvlm_decode_evals.base import Question
+from lvlm_decode_evals.loaders import Source, scene_source
+from lvlm_decode_evals.plan import TIMES, Result, read_cell
+from lvlm_decode_evals.price import price_blocks
+from lvlm_decode_evals.runner import EvaluationRun, Options, decoding_for, load
 from lvlm_decode_evals.tables import blocks, render
 
 HERE = Path(__file__).resolve().parent
 PARAMETERS = {
     "code": "code(prompt=Please describe this image in detail.,max_description=96)",
-    "dcd": "dcd(negative={negatives}/negative.safetensors,positive={negatives}/positive.safetensors)",
+    "dcd": "dcd(negative={parts}/negative.safetensors,positive={parts}/positive.safetensors)",
     "lol": "lol(adapter=amateur)",
+    "vti": "vti(vectors={parts}/vti.safetensors)",
+    "nullu": "nullu(vectors={parts}/nullu.safetensors)",
+    "revis": "revis(vectors={parts}/revis.safetensors)",
+    "mvp": "mvp(caption_tokens=64)",
 }
-BATCH = 40
-SUMS = ("vcd+ritual", "icd+vdd")
+LEARNED = ("dcd", "lol", "vti", "nullu", "revis")
+SUMS = ("vcd+ritual", "vista+vcd", "vaf+m3id")
+# Controls are added to every run by the runner itself.
+CONTROLS = ("plain", "mask")
+# MVP answers questions that have one of a few words for an answer.
+NOT_ON = {"chair": ("mvp",), "naturalbench": ()}
+BENCHMARKS = ("pope", "chair", "naturalbench")
+BATCH = 50
+TOKENS = {"chair": 96}
+# As the shipped scenes are stored.
+QUALITY = 70
 
 
-def chosen(model, negatives: Path | None) -> list[str]:
+class Stopped(Exception):
+    """The time is spent."""
+
+
+def scenes(number: int, folder: Path) -> list:
+    """The first held-out scenes; those that do not ship are rendered once, into `folder`."""
+    found = lvlm_decode_data.load_scenes("heldout")[:number]
+    for index in range(len(found), number):
+        path = folder / f"{lvlm_decode_data.scene_seed('heldout', index)}.jpg"
+        image, scene, _ = lvlm_decode_data.render(lvlm_decode_data.scene_seed("heldout", index))
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(path, quality=QUALITY, optimize=True)
+        found.append(replace(scene, path=path))
+    return found
+
+
+def searches(method: str) -> bool:
+    """Whether a method, or a part of a sum, has a search of its own."""
+    return any(hasattr(type(part), "decode") for part in parse(method).parts())
+
+
+def chosen(model, parts: Path | None) -> list[str]:
     """The methods that this model can run, in the registry's order, then some sums."""
     family, names = family_of(model), []
     for name in METHODS:
-        if hasattr(method_class(name), "decode") or name in ("plain", "mask", "scmoe"):
+        if name in CONTROLS:
             continue
-        if name == "dcd" and negatives is None:
-            continue
-        # Without an adapter LOL's amateur is the model under an instruction.
-        text = name if name == "lol" and negatives is None else PARAMETERS.get(name, name).format(negatives=negatives)
+        # Without an adapter LOL's amateur is the model under an instruction; others say that they lack their part.
+        there = parts is not None and (name != "lol" or (parts / "amateur").is_dir())
+        text = PARAMETERS.get(name, name) if there or name not in LEARNED else name
         try:
-            check_needs(parse(text), family)
-        except UnsupportedError as error:
+            check_needs(parse(text.format(parts=parts)), family)
+        except (UnsupportedError, ParameterError) as error:
             print(f"left out: {error}")
             continue
-        names.append(text)
+        names.append(text.format(parts=parts))
     return [*names, *SUMS]
 
 
-def record(results: Sequence[Result], settings: dict) -> dict:
-    """Circumstances once, then per cell its rates and what was answered, in the order of the questions."""
-    cells = []
+def per_image(questions: Sequence[Question], number: int | None) -> list[Question]:
+    """The first questions about each image; all of them for None."""
+    groups = itertools.groupby(questions, key=lambda question: question.image)
+    return [question for _, group in groups for question in itertools.islice(group, number)]
+
+
+def asked(given: argparse.Namespace, name: str, drawn: Sequence) -> Source:
+    """What a benchmark asks about the scenes."""
+    source = scene_source(evaluator(name), drawn[: given.captions] if name == "chair" else drawn)
+    if name != "pope":
+        return source
+    kept = {split: per_image(questions, given.questions) for split, questions in source.splits.items()}
+    return replace(source, splits=kept).only(given.splits or list(kept))
+
+
+def runs(given: argparse.Namespace, loaded, stop) -> list[EvaluationRun]:
+    """The runs in the order they are made; each of a benchmark holds what the ones before it asked, or other methods."""
+    drawn = scenes(given.images, given.out / "scenes")
+    names = given.methods or chosen(loaded.model, given.parts)
+    sampled = [name for name in names if not searches(name)]
+    searched = [name for name in names if searches(name)]
+    made = []
+    for methods, seeds in [
+        *((sampled, given.seed[:number]) for number in range(1, len(given.seed) + 1)),
+        (searched, given.seed[:1]),
+    ]:
+        for name in given.benchmarks:
+            pairs = [
+                (method, decoding_for(method, None))
+                for method in methods
+                if method_name(method) not in NOT_ON.get(name, ())
+            ]
+            if pairs:
+                options = Options(max_new_tokens=TOKENS.get(name), batch_size=BATCH, times=True)
+                source, out = asked(given, name, drawn), given.out / given.model
+                made.append(EvaluationRun(evaluator(name), source, loaded, out, pairs, seeds, None, options, stop=stop))
+    return made
+
+
+def method_name(text: str) -> str:
+    return text.partition("(")[0]
+
+
+def whole(run: EvaluationRun) -> list[Result] | None:
+    """The results of a run, if every question of it has an answer."""
+    folders = [(cell, cell.folder(run.out, run.evaluator.name)) for cell in run.cells()]
+    if not all((folder / "settings.json").exists() for _, folder in folders):
+        return None
+    results = [read_cell(folder) for _, folder in folders]
+    return results if all(len(r.rows) >= len(run.source.splits[r.split]) for r in results) else None
+
+
+def finished(given: argparse.Namespace, loaded) -> dict[str, list[Result]]:
+    """Benchmark -> the results of all its runs that are whole; benchmarks without one are left out."""
+    found: dict[str, dict[Path, Result]] = {}
+    for run in runs(given, loaded, None):
+        for result in whole(run) or ():
+            found.setdefault(run.evaluator.name, {})[result.folder] = result
+    if not found:
+        raise SystemExit("no seed of a benchmark is finished yet; run without --record to go on")
+    return {name: list(results.values()) for name, results in found.items()}
+
+
+def cost(results: Sequence[Result]) -> dict:
+    """What the answers cost: seconds in generation and around it, answers and tokens."""
+    total = {"seconds": 0.0, "answers": 0, "tokens": 0}
     for result in results:
-        answers = [json.loads(line)["answer"] for line in (result.folder / "answers.jsonl").open(encoding="utf-8")]
-        cell = {"split": result.split, "method": result.method, "decoding": result.decoding.name, "seed": result.seed}
-        cells.append(cell | {"summary": read_json(result.folder / "summary.json"), "answers": answers})
-    return {**settings, "cells": cells}
+        for _, batch in read_records(result.folder / TIMES):
+            for name in total:
+                total[name] += batch[name]
+    return total | {"hours": round(total["seconds"] / 3600, 3)}
+
+
+def record(given: argparse.Namespace, loaded) -> None:
+    """Tables, rates and raw answers of what is finished."""
+    found = finished(given, loaded)
+    results = [result for name in given.benchmarks for result in found.get(name, ())]
+    # A folder of this machine says nothing to a reader.
+    results = [replace(r, method=r.method.replace(f"{given.parts}/", "")) for r in results]
+    seeds = {name: sorted({result.seed for result in found[name]}) for name in given.benchmarks if name in found}
+    cells = [
+        {
+            "benchmark": r.evaluator.name,
+            "split": r.split,
+            "method": r.method,
+            "decoding": r.decoding.name,
+            "seed": r.seed,
+        }
+        | {"summary": r.evaluator.summary(r.rows)}
+        for r in results
+    ]
+    head = {"model": dict(loaded.settings), "images": given.images, "seeds": seeds, "cost": cost(results)}
+    head |= circumstances(loaded.model)
+    stem = given.record / given.model
+    stem.with_suffix(".json").write_text(json.dumps({**head, "cells": cells}, indent=1) + "\n")
+    priced = results
+    if given.shared:
+        # Of a machine with other work times compare nothing: the table does not find them here.
+        priced = [replace(result, folder=given.record) for result in results]
+    stem.with_suffix(".md").write_text(render([*blocks(results), *price_blocks(priced)]))
+    answers = "".join(
+        json.dumps([c["benchmark"], c["split"], c["method"], c["decoding"], c["seed"], [row.answer for row in r.rows]])
+        + "\n"
+        for c, r in zip(cells, results)
+    )
+    stem.with_suffix(".answers.jsonl.gz").write_bytes(gzip.compress(answers.encode(), 9, mtime=0))
+    print(f"recorded {len(cells)} cells, seeds {seeds}, {head['cost']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--negatives", type=Path, help="folder of lvlm-decode train negatives")
-    parser.add_argument("--split", nargs="+", help="only these splits")
-    parser.add_argument("--limit", type=int, default=200, help="questions of each split")
-    parser.add_argument("--out", type=Path, default=Path("runs"))
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--benchmarks", nargs="+", default=["pope", "chair"], choices=BENCHMARKS, help="only these")
+    parser.add_argument("--splits", nargs="+", help="only these of POPE")
+    parser.add_argument("--images", type=int, default=142, help="the first held-out scenes; 142 hold 100 for POPE")
+    parser.add_argument("--captions", type=int, help="describe only so many of them")
+    parser.add_argument("--questions", type=int, help="only so many of POPE's six questions about an image")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--greedy", action="store_true", help="greedy instead of sampling at temperature 1")
+    parser.add_argument("--parts", type=Path, help="folder of what lvlm-decode train made for this model")
+    parser.add_argument("--hours", type=float, help="stop after so long")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "methods")
     parser.add_argument(
-        "--shard", default="1/1", help="i/n: only this share of the batches; the last one to end records"
+        "--record", type=Path, nargs="?", const=HERE, help="write the tables of what is finished here, ask nothing"
     )
-    arguments = parser.parse_args()
-
-    loaded = load(arguments.model)
-    if arguments.negatives is not None:
-        loaded.model.load_adapter(str(arguments.negatives / "amateur"), adapter_name="amateur")
+    parser.add_argument("--shared", action="store_true", help="the machine had other work: no times in the tables")
+    given = parser.parse_args()
+    loaded = load(given.model)
+    if given.parts is not None and (given.parts / "amateur").is_dir():
+        loaded.model.load_adapter(str(given.parts / "amateur"), adapter_name="amateur")
         # The controls and all other methods are the model without it.
         loaded.model.disable_adapters()
-    decoding = GREEDY if arguments.greedy else Decoding(do_sample=True)
-    names = arguments.methods or chosen(loaded.model, arguments.negatives)
-    pope = evaluator("pope")
-    source = scene_source(pope)
-    source = source.only(arguments.split) if arguments.split else source
-    run = EvaluationRun(
-        pope,
-        source,
-        loaded,
-        arguments.out / arguments.model,
-        [(name, decoding) for name in names],
-        arguments.seed,
-        arguments.limit,
-        Options(batch_size=BATCH),
-        Share.parse(arguments.shard),
-    )
-    results = run.execute()
-    if len(results) < len(run.cells()):
-        print("another share still owes a part")
+    if given.record is not None:
+        record(given, loaded)
         return
-    # A folder of this machine says nothing to a reader.
-    results = [replace(r, method=r.method.replace(str(arguments.negatives), "negatives")) for r in results]
-    settings = {"model": dict(loaded.settings), "limit": arguments.limit, **circumstances(loaded.model)}
-    stem = HERE / f"{arguments.model}-{'greedy' if arguments.greedy else 'sample'}"
-    stem.with_suffix(".json").write_text(json.dumps(record(results, settings), indent=1) + "\n")
-    stem.with_suffix(".md").write_text(render(blocks(results)) + "\n")
-    print(stem.with_suffix(".md").read_text())
+    until = None if given.hours is None else time.monotonic() + 3600 * given.hours
+
+    def stop() -> None:
+        if until is not None and time.monotonic() > until:
+            raise Stopped
+
+    try:
+        for run in runs(given, loaded, stop):
+            run.execute()
+            print(f"{time.strftime('%H:%M:%S')} {run.evaluator.name}: seeds {list(run.seeds)} are there", flush=True)
+    except Stopped:
+        print("the time is spent; the same command goes on", flush=True)
 
 
 if __name__ == "__main__":
