@@ -14,7 +14,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from .engine import conversation, hf
-from .engine.modes import check_modes, check_needs
+from .engine.modes import check_modes, check_needs, rows_per_sample
 from .engine.recorder import Recorder
 from .engine.run import Run, Summary
 from .engine.strategy import Strategy, decode
@@ -158,12 +158,11 @@ class Attached:
 
     def _rows_per_sample(self, family: Family, kwargs: dict[str, Any]) -> int:
         """How many rows of the loop each sample takes."""
-        beams, returns = (
-            int(self._setting(family, kwargs, name) or 1) for name in ("num_beams", "num_return_sequences")
-        )
+        beams, returns = (self._setting(family, kwargs, name) for name in ("num_beams", "num_return_sequences"))
+        rows = rows_per_sample(beams, returns)
         # Here, because transformers would refuse it before the method is asked, and advise beams.
-        check_modes(self.method, ["returns"] if returns > 1 else [])
-        return max(beams, returns)
+        check_modes(self.method, ["returns"] if (returns or 1) > 1 else [])
+        return rows
 
 
 def attach(

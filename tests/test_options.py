@@ -5,13 +5,14 @@ import functools
 import inspect
 import threading
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, GenerationMixin, TextIteratorStreamer
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 import lvlm_decode as ld
-from lvlm_decode.errors import LvlmDecodeError, UnsupportedError
+from lvlm_decode.errors import InputError, LvlmDecodeError, UnsupportedError
 from lvlm_decode.testing.models import EOS, PAD, tiny
 
 HOW = dict(max_new_tokens=5, do_sample=False)
@@ -129,6 +130,37 @@ def test_a_streamer_gets_the_answer_and_its_end(zoo, form, method):
     want = call(zoo, "attach", method=method)
     assert torch.equal(out[0], want)
     assert text == zoo.tokenizer.decode(want[0, zoo.inputs(("is it a dog",), seed=1)["input_ids"].shape[1] :])
+
+
+METHODS = [ld.VCD(), ld.OPERA(num_beams=2, num_attn_candidates=2), ld.CNTP()]
+
+
+@pytest.mark.parametrize("form", ["attach", "custom_generate"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("field", ["num_beams", "num_return_sequences"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_number_of_rows_below_one_is_refused_in_one_sentence(zoo, form, method, field, value):
+    for given in ({field: value}, {"generation_config": GenerationConfig(**HOW, **{field: value})}):
+        out = call(zoo, form, method=method, **given)
+        assert isinstance(out, InputError) and str(out).startswith(f"{field} is {value}; give a whole number"), repr(
+            out
+        )
+
+
+def test_numbers_of_rows_are_whole(zoo):
+    for value in (1.5, "3"):
+        out = call(zoo, "attach", num_beams=value)
+        assert isinstance(out, InputError) and "num_beams" in str(out)
+    assert torch.equal(call(zoo, "attach", num_beams=np.int64(2)), call(zoo, "bare", num_beams=2))
+    with ld.attached(zoo.model, ld.VCD(), drafter="recycling"), pytest.raises(InputError, match="num_beams is 0"):
+        zoo.model.generate(**zoo.inputs(("is it a dog",), seed=1), **HOW, num_beams=0)
+
+
+@pytest.mark.parametrize("form", ["attach", "custom_generate"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+def test_a_mode_without_a_loop_is_refused_by_searches_too(zoo, form, method):
+    out = call(zoo, form, method=method, num_beams=2, num_beam_groups=2, diversity_penalty=0.5)
+    assert isinstance(out, UnsupportedError) and "group_beam_search" in str(out), repr(out)
 
 
 def test_what_a_callable_is_not_given_is_refused(zoo):

@@ -29,7 +29,7 @@ from ..families.base import Family
 from ..method import Method, Step
 from . import conversation, hf, sampling
 from .hf import Call
-from .modes import check_modes
+from .modes import check_modes, rows_per_sample
 from .run import Run
 from .stack import Lane
 from .strategy import decode
@@ -77,7 +77,7 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
         )
     family = family_of(model)
     vision = {name: call.inputs.pop(name, None) for name in signature().parameters if name in call.inputs}
-    expand = max(call.config.num_beams or 1, call.config.num_return_sequences or 1)
+    expand = rows_per_sample(call.config.num_beams, call.config.num_return_sequences)
     rows = slice(None, None, expand)
     inputs: dict[str, Any] = {"input_ids": call.input_ids[rows], **{k: v for k, v in vision.items() if v is not None}}
     mask = call.inputs.get("attention_mask")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedError
+from ..errors import InputError, UnsupportedError
 from ..method import Method
 
 if TYPE_CHECKING:
@@ -60,3 +61,15 @@ def check_modes(method: Method, modes: Sequence[str]) -> None:
         for mode in modes:
             if mode in part.refuses:
                 raise UnsupportedError(f"{part.name} cannot run with {MODES[mode]}: {part.refuses[mode]}")
+
+
+def rows_per_sample(num_beams: Any, num_return_sequences: Any) -> int:
+    """How many rows of a loop each sample takes; ``None`` is what nobody set.
+
+    Raises:
+        InputError: a number that is no whole one, or below 1: transformers divides by it, or takes it for 1.
+    """
+    for name, value in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise InputError(f"{name} is {value!r}; give a whole number that is at least 1, or leave it out.")
+    return max(num_beams or 1, num_return_sequences or 1)

@@ -61,6 +61,7 @@ def checked(run: Run, call: Call, drafter: str | None) -> Call:
     Raises:
         UnsupportedError: see :func:`decode`.
     """
+    hf.check_mode(call)
     config, mode = call.config, call.mode
     beams, assisted = mode.startswith("beam"), mode == "assisted_generation"
     modes = ["beam" if beams else "sample" if config.do_sample else "greedy"]

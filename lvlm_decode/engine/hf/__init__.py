@@ -26,7 +26,7 @@ from .kwargs import (
     with_images,
 )
 from .libraries import require, require_adapters, require_model
-from .loop import Call, Proxy, asked, check_training, compiled, generate, given, named, prepare, run_loop
+from .loop import Call, Proxy, asked, check_mode, check_training, compiled, generate, given, named, prepare, run_loop
 from .places import device_for, unwrapped
 from .vision import Encoded
 
@@ -42,6 +42,7 @@ __all__ = [
     "cache_in",
     "check_empty",
     "check_inputs",
+    "check_mode",
     "check_own",
     "check_plain",
     "check_positions",

@@ -261,6 +261,19 @@ def compiled(module: Any, call: Call) -> Callable[..., Any] | None:
     return module.get_compiled_call(call.config.compile_config)
 
 
+def check_mode(call: Call) -> None:
+    """Raise for a generation mode that no loop of transformers serves on another forward.
+
+    Raises:
+        UnsupportedError: names the mode.
+    """
+    if call.mode not in _LOOPS:
+        raise UnsupportedError(
+            f"generation mode {call.mode!r} has no loop in transformers that can be mitigated; "
+            "use greedy search, sampling, beams or assisted decoding."
+        )
+
+
 def run_loop(module: torch.nn.Module, call: Call, forward: Callable[..., Any] | None = None) -> Any:
     """Run Hugging Face's own decoding loop, as ``generate()`` would.
 
@@ -272,11 +285,7 @@ def run_loop(module: torch.nn.Module, call: Call, forward: Callable[..., Any] | 
     Raises:
         UnsupportedError: a mode that no loop of transformers serves.
     """
-    if call.mode not in _LOOPS:
-        raise UnsupportedError(
-            f"generation mode {call.mode!r} has no loop in transformers that can be mitigated; "
-            "use greedy search, sampling, beams or assisted decoding."
-        )
+    check_mode(call)
     name = _LOOPS[call.mode]
     extra: dict[str, Any] = {}
     if name == "_assisted_decoding":
