@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError
-from lvlm_decode.reading import read_json, read_text
+from lvlm_decode.reading import read_json, read_text, shown
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .choices import TASKS, read_sheet, scene_contrasts, text_field, whole_number, yes_no_questions
@@ -105,8 +105,9 @@ class NaturalBench(Evaluator):
         """JSON lines of answers, or the authors' form: one array of texts in the order of the calls."""
         if read_text(path).lstrip().startswith("["):
             listed = read_json(path)
-            if listed and all(isinstance(entry, str) for entry in listed):
-                return [Answer(question_id=index, answer=text) for index, text in enumerate(listed)]
+            # A list of objects is the other form; it is of that which most of its entries are.
+            if sum(isinstance(entry, str) for entry in listed) > sum(isinstance(entry, dict) for entry in listed):
+                return [Answer(question_id=index, answer=_said(path, index, text)) for index, text in enumerate(listed)]
         return super().read_answers(path)
 
     def row(self, answer: Answer) -> Row:
@@ -173,6 +174,13 @@ def _kind(value: Any, where: str) -> str:
     if value not in _WORDS:
         raise FileFormatError(f"{where}: Question_Type must be {' or '.join(_WORDS)}, found {value!r}.")
     return value
+
+
+def _said(path: Path, index: int, text: Any) -> str:
+    """An entry of the authors' list. Raises FileFormatError naming the entry that is no text."""
+    if not isinstance(text, str):
+        raise FileFormatError(f"{path}, entry {index + 1}: expected the text of an answer, found {shown(text)}.")
+    return text
 
 
 def _file_name(value: Any, default: str) -> str:

@@ -104,6 +104,23 @@ def test_the_authors_plain_list_of_answers(tmp_path):
     assert BENCH.summary(BENCH.rows(answers))["g_acc"] == 1
 
 
+@pytest.mark.parametrize(
+    ("listed", "entry", "found"),
+    [
+        (["Yes", None, "No", "Yes"], 2, "None"),
+        ([None, "Yes", "No"], 1, "None"),
+        (["Yes", "No", {"answer": "No"}], 3, "{'answer': 'No'}"),
+        (["Yes", 3], 2, "3"),
+    ],
+)
+def test_an_entry_of_the_plain_list_that_is_no_text_is_named(tmp_path, listed, entry, found):
+    (tmp_path / "said.json").write_text(json.dumps(listed))
+    with pytest.raises(
+        FileFormatError, match=rf"said\.json, entry {entry}: expected the text of an answer, found {found}\."
+    ):
+        BENCH.read_answers(tmp_path / "said.json")
+
+
 def test_scene_groups_are_true_of_one_image_and_false_of_the_other():
     scenes = {str(scene.image_id): scene for scene in lvlm_decode_data.load_scenes("heldout")}
     (questions,) = BENCH.scene_questions(list(scenes.values())).values()
