@@ -506,6 +506,8 @@ def _gains(
     for row in config.rows:
         if row is base or row.method is None:
             continue
+        own, other = (r.protocol or (config.protocol.name if config.protocol else UNKNOWN) for r in (row, base))
+        mark = "" if own == other else f" (protocol {own} minus {other})"
         for split in config.splits:
             methods = found[split]
             ours, control = methods.get((row.method, row.decoding)), methods.get((base.method, base.decoding))
@@ -519,7 +521,7 @@ def _gains(
                 shown: str | Value = "–"
                 if pair is not None and key in pair.differences:
                     shown = difference_value(pair.differences[key], column, pair.clusters)
-                lines.append((row.name, split, column.title, shown, replace(gain, signed=True)))
+                lines.append((row.name, split, column.title, shown, replace(gain, signed=True, mark=mark)))
     if not lines:
         return []
     titles = ("Row", "Split", "Metric", "Our gain", "Published gain")

@@ -8,6 +8,8 @@ interval is narrow enough to tell, *not reproduced* if it lies outside. Values o
 all those of the small models, which know emoji scenes alone; there it is about the sign of the gain over the table's
 baseline, and the verdict says so. Where nobody knows how a
 value was measured the verdict is *protocol unknown*, and what was not asked, or not often enough, is *not run*.
+
+No time is spent on rows whose verdict no answer can change, and a table that lacks its files costs the others nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ import html
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lvlm_decode.errors import EvalError, SettingsError
+from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError
 from lvlm_decode.reading import read_records
 
 from .answers import write_whole
 from .base import Column
-from .commands import one_sentence
+from .commands import FINISHED_WITH_FAILURES, one_sentence
 from .configs import (
     MEAN,
     TINY_SEEDS,
@@ -50,6 +52,7 @@ from .plan import TIMES, Result, found_cells, is_control, read_cell, slug, spoke
 from .tables import FEW_IMAGES, Block, Value, gather, render
 
 REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN = "reproduced", "not reproduced", "protocol unknown", "not run"
+NOT_ASKED, LACKING = "not asked yet", "what it needs is not here; the sentence below the table says what"
 # An interval wider than this to either side, of the whole scale, decides nothing in a value's favour.
 WIDEST = 0.05
 # Questions of the first round, by which the time of the whole is measured, and how much longer every round is.
@@ -105,9 +108,7 @@ def judge_value(published: float, ours: Interval, column: Column, half: float) -
 
 
 def judge_gain(published: float, ours: Interval) -> tuple[str, str]:
-    """(verdict, reason) of the sign of a printed gain against our interval of the gain."""
-    if abs(published) < 1e-9:
-        return NOT_RUN, "no gain was printed"
+    """(verdict, reason) of the sign of a printed gain, which is not zero, against our interval of the gain."""
     sign = 1 if published > 0 else -1
     if sign * (ours.low if sign > 0 else ours.high) > 0:
         return REPRODUCED, ""
@@ -167,16 +168,26 @@ def _printed_gain(row: PaperRow, base: PaperRow, split: str, key: str) -> float 
     return None if before is None else row.published.values[split][key] - before
 
 
-def _word(
-    config: PaperTable,
-    row: PaperRow,
-    base: PaperRow | None,
-    ours: Interval | None,
-    printed: float,
-    gain: float | None,
-    column: Column,
-    gains: bool,
-) -> tuple[str, str]:
+def deciding(config: PaperTable, model: str) -> tuple[PaperRow, ...]:
+    """The rows to ask: those with a printed value whose verdict answers can change, and the baseline of their gains."""
+    gains = bool(where_of(config, model))
+    base = next((row for row in config.rows if row.name == config.baseline), None)
+
+    def is_open(row: PaperRow) -> bool:
+        return any(
+            _settled(config, row, base, None if base is None else _printed_gain(row, base, split, key), gains) is None
+            for split, values in row.published.values.items()
+            for key in values
+        )
+
+    chosen = [row for row in config.rows if is_open(row)]
+    return tuple(row for row in config.rows if row in chosen or (gains and chosen and row is base))
+
+
+def _settled(
+    config: PaperTable, row: PaperRow, base: PaperRow | None, gain: float | None, gains: bool
+) -> tuple[str, str] | None:
+    """(verdict, reason) of a printed value where no answer can change it."""
     if row.method is None:
         return NOT_RUN, row.why or ""
     if config.protocol is None:
@@ -189,10 +200,30 @@ def _word(
         return NOT_RUN, "the baseline; another model's value cannot be compared"
     if gains and gain is None:
         return NOT_RUN, "no gain over the baseline is printed"
+    if gains and abs(gain or 0.0) < 1e-9:
+        return NOT_RUN, "the printed gain is zero and has no sign"
+    return None
+
+
+def _word(
+    config: PaperTable,
+    row: PaperRow,
+    base: PaperRow | None,
+    ours: Interval | None,
+    printed: float,
+    gain: float | None,
+    column: Column,
+    gains: bool,
+) -> tuple[str, str]:
+    if settled := _settled(config, row, base, gain, gains):
+        return settled
     if ours is None:
-        return NOT_RUN, "not asked yet"
+        return NOT_RUN, NOT_ASKED
     if gains:
-        return judge_gain(gain or 0.0, ours)
+        word, why = judge_gain(gain or 0.0, ours)
+        mixed = config.protocol and base and base.protocol not in (None, config.protocol.name)
+        copied = [f"the printed gain is over a value measured by protocol {base.protocol}"] if mixed and base else []
+        return word, "; ".join([*([why] if why else []), *copied])
     column_of = [
         values[column.key]
         for other in config.rows
@@ -210,8 +241,21 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
+class Table:
+    """One table of the command line. job: what it is run on; None where it is not, and `why` says so in a sentence.
+    lacking: whether that is for want of files, which somebody can mend.
+    """
+
+    config: PaperTable
+    out: Path
+    job: Job | None
+    why: str = ""
+    lacking: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
-    """One table with what it is run on."""
+    """A table with what it is run on."""
 
     config: PaperTable
     source: Source
@@ -272,15 +316,17 @@ def execute(
         if until is not None and time.monotonic() >= until:
             raise OutOfTime
 
+    asked = {job.out: replace(job.config, rows=deciding(job.config, model)) for job in jobs}
+
     def run(job: Job, limit: int | None = None) -> Any:
-        return run_of(job.config, loaded, job.source, job.out, job.seeds, limit, tiny, stop=stop, quiet=quiet)
+        return run_of(asked[job.out], loaded, job.source, job.out, job.seeds, limit, tiny, stop=stop, quiet=quiet)
 
     numbers = rounds(max(job.longest for job in jobs))
     for place, number in enumerate(numbers):
         for job in jobs:
             if place == 0:
                 # The first round tells the time, so the budget does not cut it short.
-                run_of(job.config, loaded, job.source, job.out, job.seeds[:1], min(number, job.longest), tiny,
+                run_of(asked[job.out], loaded, job.source, job.out, job.seeds[:1], min(number, job.longest), tiny,
                        quiet=quiet).execute()  # fmt: skip
             else:
                 run(job, min(number, job.longest)).execute()
@@ -313,15 +359,21 @@ def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], where: s
     return Block(title, titles, tuple(lines), tuple(notes))
 
 
-def notes_of(config: PaperTable, made: Sequence[Verdict], results: Sequence[Result], model: str) -> list[str]:
+def notes_of(table: Table, made: Sequence[Verdict], results: Sequence[Result], model: str) -> list[str]:
     """What a reader must know about the verdicts on one table."""
+    config = table.config
     counted = Counter(verdict.word for verdict in made)
     said = [", ".join(f"{counted[word]} {word}" for word in (REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN)) + "."]
+    if table.why:
+        said.append(f"Not run: {table.why}" if table.lacking else table.why)
     measured = config.protocol
     said.append(f"Protocol: {measured.name if measured else 'unknown'}. {config.paper}. Values: {config.source}")
     answers = [len(result.rows) for result in results if not is_control(result.method)] or [0]
     number = f"{min(answers)}" if len(set(answers)) == 1 else f"{min(answers)} to {max(answers)}"
     said.append(f"Model: {model}; {number} answers a row and split.")
+    if failures := {(result.split, name) for result in results for name in result.audit.failed}:
+        reason = next(reason for result in results for reason in result.audit.reasons)
+        said.append(f"{len(failures)} questions could not be asked and are in no number here; the first, {reason}")
     where = where_of(config, model)
     if where:
         seen = f"{Path(model).name} on emoji scenes" if is_tiny(model) else f"{Path(model).name}, not {config.model}"
@@ -405,7 +457,9 @@ def reproduce_command(
     """Run the rows of papers' tables again, within a budget, and mark every published value: reproduced, not reproduced,
     protocol unknown or not run, with the interval that decides it.
 
-    Stopped at any moment, by --hours or by hand, the same command continues. Writes verdicts.md, .tex, .csv and .html.
+    Stopped at any moment, by --hours or by hand, the same command continues. Writes verdicts.md, .tex, .csv and .html. Rows
+    whose verdict no answer can change are not asked; `lvlm-decode table` runs them all the same. Exit status 3: finished, but
+    a table lacks files or some questions could not be asked; the output says which.
     """
     tables = [read_config(table_path(path)) for path in configs]
     models = {model or str(table.model) for table in tables if model or table.model}
@@ -420,33 +474,77 @@ def reproduce_command(
     if tiny:
         tables = [on_scenes(table) for table in tables]
         samples, seeds = samples or TINY_SAMPLES, seeds or TINY_SEEDS
-    else:
-        tables = [with_truth(table) if table.benchmark == "chair" else table for table in tables]
-    jobs = [
-        Job(table, source_of(table, tiny, images, questions), out / f"{table.path.stem}-{slug(Path(name).name)}",
-            table.seeds[:seeds], samples)
-        for table in tables
-    ]  # fmt: skip
+    planned = [plan(table, name, out, images, questions, seeds, samples) for table in tables]
+    for table in planned:
+        if table.lacking:
+            typer.echo(f"warning: {table.config.title} is not run: {table.why}", err=True)
     until = None if hours is None else time.monotonic() + 3600 * hours
+    jobs = [table.job for table in planned if table.job is not None]
     try:
-        execute(jobs, name, tiny, until, lambda sentence: typer.echo(sentence, err=True))
+        if jobs:
+            execute(jobs, name, tiny, until, lambda sentence: typer.echo(sentence, err=True))
     except OutOfTime:
         typer.echo("The time is spent; the same command goes on from here.", err=True)
-    report(jobs, name, out, replicates)
+    if report(planned, name, out, replicates) or any(table.lacking for table in planned):
+        raise typer.Exit(FINISHED_WITH_FAILURES)
 
 
-def report(jobs: Sequence[Job], model: str, out: Path, replicates: int = REPLICATES) -> None:
-    """Write the verdicts in every format and print them as Markdown."""
+def plan(
+    config: PaperTable,
+    model: str,
+    out: Path,
+    images: Path | None,
+    questions: Path | None,
+    seeds: int | None,
+    samples: int | None,
+) -> Table:
+    """What a table is run on, or why it is not run."""
+    tiny = is_tiny(model)
+    place = out / f"{config.path.stem}-{slug(Path(model).name)}"
+    if not deciding(config, model):
+        return Table(config, place, None, "Not asked: no answer could change these verdicts. lvlm-decode table "
+                     f"{config.path.stem} runs its rows all the same.")  # fmt: skip
+    try:
+        if config.benchmark == "chair" and not tiny:
+            config = with_truth(config)
+        source = source_of(config, tiny, images, questions)
+        config.evaluator.ready([question for asked in source.first(samples).splits.values() for question in asked])
+    except LvlmDecodeError as error:
+        return Table(config, place, None, str(error), lacking=True)
+    return Table(config, place, Job(config, source, place, config.seeds[:seeds], samples))
+
+
+def report(tables: Sequence[Table], model: str, out: Path, replicates: int = REPLICATES) -> bool:
+    """Write the verdicts in every format and print them as Markdown; whether some questions could not be asked."""
     made: list[tuple[Block, list[Verdict]]] = []
-    for job in jobs:
-        results = [read_cell(folder, **job.config.options) for folder in found_cells(job.out)]
-        results = [result for result in results if result.rows and result.evaluator.name == job.config.benchmark]
-        found = verdicts(job.config, results, model, replicates)
-        notes = notes_of(job.config, found, results, model)
-        made.append((block_of(found, job.config.title, notes, where_of(job.config, model)), found))
+    failed = False
+    for table in tables:
+        results = _answered(table)
+        failed = failed or any(result.audit.failed for result in results)
+        found = verdicts(table.config, [result for result in results if result.rows], model, replicates)
+        if table.lacking:
+            found = [replace(verdict, why=LACKING) if verdict.why == NOT_ASKED else verdict for verdict in found]
+        notes = notes_of(table, found, results, model)
+        made.append((block_of(found, table.config.title, notes, where_of(table.config, model)), found))
     blocks = [block for block, _ in made]
+    out.mkdir(parents=True, exist_ok=True)
     for suffix, format in ((".md", "markdown"), (".tex", "latex"), (".csv", "csv")):
         write_whole(out / f"verdicts{suffix}", render(blocks, format).encode())
     write_whole(out / "verdicts.html", page(made).encode())
     typer.echo(render(blocks), nl=False)
     typer.echo(f"wrote {out / 'verdicts'}.md, .tex, .csv and .html", err=True)
+    return failed
+
+
+def _answered(table: Table) -> list[Result]:
+    """The scored answers of a table, those of earlier runs included; none where they change nothing."""
+    if not table.out.is_dir() or not (table.job or table.lacking):
+        return []
+    try:
+        results = [read_cell(folder, **table.config.options) for folder in found_cells(table.out)]
+    except LvlmDecodeError:
+        if table.job is not None:
+            raise
+        # What they are scored with may be what is lacking.
+        return []
+    return [result for result in results if result.evaluator.name == table.config.benchmark]

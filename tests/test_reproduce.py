@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import typer
@@ -14,7 +16,7 @@ from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer, Column
 from lvlm_decode_evals.commands import add_to
-from lvlm_decode_evals.configs import on_scenes, read_config
+from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
 from lvlm_decode_evals.metrics import Interval
 from lvlm_decode_evals.plan import TIMES, Decoding, Result
 from lvlm_decode_evals.reproduce import (
@@ -24,6 +26,7 @@ from lvlm_decode_evals.reproduce import (
     UNKNOWN,
     Job,
     OutOfTime,
+    deciding,
     execute,
     half_unit,
     judge_gain,
@@ -73,7 +76,6 @@ def test_a_value_is_judged_by_our_interval(published, interval, word):
         (4.4, (-0.05, -0.09, -0.01), NOT_REPRODUCED),
         (-4.4, (0.05, 0.01, 0.09), NOT_REPRODUCED),
         (4.4, (0.05, -0.01, 0.09), NOT_RUN),
-        (0.0, (0.05, 0.01, 0.09), NOT_RUN),
         (4.4, (0.0, 0.0, 0.0), NOT_RUN),
     ],
 )
@@ -161,6 +163,25 @@ def test_what_nobody_knows_is_not_judged():
     assert by_row["DoLa + DeCo"][1].startswith("DoLa subtracts") and by_row["DeCo, beam"][1] == "not asked yet"
 
 
+def test_a_gain_over_a_value_of_another_protocol_says_so():
+    config = on_scenes(read_config(ROOT / "configs" / "chair-deco-512-llava-1.5.yaml"))
+    scorer = evaluator("chair")
+
+    def result(row, caption):
+        rows = scorer.rows(Answer(i, caption, image=str(i), label=["dog"]) for i in range(60))
+        settings = {"model": {"name": "tiny"}, "method": {"name": row.method, "parameters": {}}}
+        return Result(scorer, "captions", row.method, row.decoding, 0, rows, Audit(), settings, ROOT / "nowhere")
+
+    rows = {row.name: row for row in config.rows}
+    results = [result(rows["Greedy"], "A dog and a cat."), result(rows["DeCo, greedy"], "A dog.")]
+    decided = next(v for v in verdicts(config, results, "tiny", 400) if v.row.name == "DeCo, greedy")
+    assert (decided.word, decided.why) == (
+        REPRODUCED, "the printed gain is over a value measured by protocol opera-512")  # fmt: skip
+    gains = paper_blocks(config, results, "tiny", 400)[1]
+    shown = {line[0]: line[-1].text() for line in gains.lines if line[2] == "CHAIRs"}
+    assert shown["DeCo, greedy"] == "-7.2 (protocol deco-512 minus opera-512)" and shown["DoLa"] == "+2.8"
+
+
 def small(tmp_path):
     """A table with one method on the small model's one split, cheap to run."""
     raw = yaml.safe_load((ROOT / "configs" / "pope-vcd-llava-1.5.yaml").read_text())
@@ -220,6 +241,88 @@ def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, 
         execute([job], "tiny", True, time.monotonic() - 1, said.append, quiet=True)
     assert len(said) == 1
     assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {8}
+
+
+def test_rows_whose_verdict_no_answer_can_change_are_not_asked():
+    def names(stem, model):
+        config = read_config(ROOT / "configs" / f"{stem}.yaml")
+        return [row.name for row in deciding(on_scenes(config) if model == "tiny" else config, model)]
+
+    assert names("chair-vista-512-llava-1.5", "tiny") == names("mme-vcd-llava-1.5", LLAVA) == []
+    # No value is printed beside "VCD as the released script runs it".
+    assert names("pope-vcd-llava-1.5", "tiny") == names("pope-vcd-llava-1.5", LLAVA) == ["Regular", "VCD"]
+    # Greedy and DoLa were measured by another protocol; gains need the first all the same.
+    deco = ["DeCo, greedy", "DeCo, beam", "DeCo, nucleus"]
+    assert names("chair-deco-512-llava-1.5", LLAVA) == deco
+    assert names("chair-deco-512-llava-1.5", "tiny") == ["Greedy", *deco]
+    config = on_scenes(read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml"))
+    row = replace(config.rows[1], published=config.rows[0].published)
+    config = replace(config, rows=(config.rows[0], row))
+    assert deciding(config, "tiny") == ()
+    assert {v.why for v in verdicts(config, [], "tiny", 400) if v.row is row} == {
+        "the printed gain is zero and has no sign"
+    }
+
+
+def test_tables_of_unknown_protocol_are_marked_and_not_asked(command, tmp_path):
+    # No model of that name is there: none is needed.
+    done = command("reproduce", "chair-vista-512-llava-1.5", "--model", "tiny-nowhere", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert "protocol unknown: its list of images is not known" in done.output
+    page = (tmp_path / "verdicts.html").read_text()
+    for shown in (done.output, page, (tmp_path / "verdicts.tex").read_text()):
+        assert "Not asked: no answer could change these verdicts." in shown
+    assert "lvlm-decode table chair-vista-512-llava-1.5 runs its rows all the same" in page
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A data folder in which POPE is there and CHAIR is not, and the small model under a name of its own."""
+    import lvlm_decode_data
+
+    scenes = lvlm_decode_data.load_scenes("heldout")[:3]
+    data = tmp_path / "data"
+    (data / "coco" / "val2014").mkdir(parents=True)
+    for scene in scenes:
+        shutil.copy(scene.path, data / "coco" / "val2014" / f"{scene.image_id}.png")
+    asked = evaluator("pope").scene_questions(scenes)["adversarial"]
+    (data / "pope").mkdir()
+    lines = [{"question_id": q.id, "image": f"{q.image}.png", "text": q.text, "label": q.label} for q in asked]
+    (data / "pope" / "coco-adversarial.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(data))
+    model = tmp_path / "small-llava"
+    shutil.copytree(lvlm_decode_data.tiny_path("tiny-llava"), model)
+    return data, model
+
+
+def test_a_table_that_lacks_its_files_stops_no_other(command, tmp_path, photographs):
+    data, model = photographs
+    arguments = ("reproduce", "chair-opera-512-llava-1.5", small(tmp_path), "--model", model, "--replicates", 100)
+    done = command(*arguments, "--samples", 4, "--seeds", 1, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    lacking = f"{data / 'chair' / 'synonyms.txt'} is not there; run lvlm-decode data get chair"
+    assert f"warning: OPERA, Table 1: CHAIR at 512 tokens, LLaVA-1.5-7B is not run: {lacking}" in done.stderr
+    for name in ("verdicts.md", "verdicts.html"):
+        shown = (tmp_path / "out" / name).read_text()
+        assert f"Not run: {lacking}" in shown and "not run: what it needs is not here" in shown
+        assert "undecided: the interval does not exclude zero" in shown
+    assert len(answered(tmp_path / "out")) == 4
+    # What is there goes on to be judged when files are lost.
+    shutil.rmtree(data / "coco")
+    done = command(*arguments, "--samples", 4, "--seeds", 1, "--out", tmp_path / "out")
+    assert done.exit_code == 3 and done.stderr.count("is not run: ") == 2
+    assert "undecided: the interval does not exclude zero" in done.output
+
+
+def test_questions_that_could_not_be_asked_are_told(command, tmp_path, photographs):
+    data, model = photographs
+    min((data / "coco" / "val2014").glob("*.png"), key=lambda path: int(path.stem)).unlink()
+    done = command("reproduce", small(tmp_path), "--model", model, "--samples", 7, "--seeds", 1,
+                   "--replicates", 100, "--out", tmp_path / "out")  # fmt: skip
+    assert done.exit_code == 3, done.output
+    assert "6 questions could not be asked and are in no number here; the first, 1: " in done.stdout
+    assert "; 1 answers a row and split." in done.stdout
 
 
 def test_wrong_command_lines(command, tmp_path):
