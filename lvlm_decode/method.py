@@ -182,7 +182,8 @@ class Method(Checked):
     refuses: ClassVar[Mapping[str, str]] = {}
     #: Families it needs something of that they may lack; see ``families``.
     needs: ClassVar[tuple[str, ...]] = ()
-    #: Parameters (of those it has) that switch it off: its scores are then the plain model's. ``None``: it has none.
+    #: Parameters (of those it has) that switch it off: its scores are then the plain model's, under its mask where beta is not
+    #: ``None``, and nothing else of it runs; see :meth:`needed`. ``None``: it has none.
     off: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": None}
     #: Two methods that own the same rule cannot be added up.
     owns: ClassVar[str | None] = None
@@ -258,6 +259,17 @@ class Method(Checked):
         """The methods this one is a sum of; itself if it is not a sum."""
         return (self,)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether its parameters have the values of :attr:`off`, whatever beta is: its strength is 0."""
+        known = {field.name for field in dataclasses.fields(self)} - {"beta"}
+        values = {name: value for name, value in (self.off or {}).items() if name in known}
+        return bool(values) and all(getattr(self, name) == value for name, value in values.items())
+
+    def needed(self) -> Method:
+        """What of this method a call has to run: at strength 0 its mask alone, without views, probes and patches."""
+        return MaskOf(self) if self.is_off else self
+
     def processor(self, model: torch.nn.Module, inputs: Mapping[str, Any], **options: Any) -> Any:
         """The portable form, for ``generate(**inputs, logits_processor=[...])``; made anew for every call.
 
@@ -325,6 +337,34 @@ class Contrast(Method):
             else:
                 out = out + weight * (logits - main if weight < 0 else logits)
         return out
+
+
+@dataclass(frozen=True)
+class MaskOf(Method):
+    """What is left of a method whose strength is 0: view 0's scores under the method's mask.
+
+    Args:
+        method: its mask must be relative to view 0.
+    """
+
+    name: ClassVar[str] = "mask of a method"
+    off: ClassVar[Mapping[str, Any] | None] = None
+
+    method: Method = field(default_factory=Method)
+
+    @property
+    def plausibility_beta(self) -> float | None:
+        return self.method.plausibility_beta
+
+    @property
+    def mask_view(self) -> int | None:
+        return self.method.mask_view
+
+    def kept_tokens(self, step: Step) -> Tensor | None:
+        return self.method.kept_tokens(step)
+
+    def scores(self, step: Step) -> Tensor:
+        return own_scores(step) if self.mask_view is None else super().scores(step)
 
 
 @dataclass(frozen=True)
@@ -440,6 +480,15 @@ class Sum(Method):
 
     def parts(self) -> tuple[Method, ...]:
         return self.methods
+
+    def needed(self) -> Method:
+        return dataclasses.replace(self, methods=tuple(method.needed() for method in self.methods))
+
+
+def own_scores(step: Step) -> Tensor:
+    """(B, T, N) view 0's logits as scores; a token whose logit is NaN is never said."""
+    # One operator, where reckoning with other views takes four.
+    return torch.nan_to_num(step.logits[0], nan=float("-inf"), neginf=float("-inf"))
 
 
 def finite(logits: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from lvlm_decode.engine.recorder import Recorder
 #: Letters of the tiny tokenizers that end a trial of CNTP, frequent enough for short answers.
 MARKS = "aeiou.,AEIOU01234#"
 
+#: A strength at which views run, which they do not at 0, and change no score of 32 bits.
+FAINT = 1e-12
+
 
 class TextProcessor:
     """A tokenizer and nothing else, as a processor without a chat template."""

@@ -1,6 +1,8 @@
 """What each method costs, counted: vision passes, forwards of the language model, attention rows, projected rows."""
 
 import contextlib
+import dataclasses
+import functools
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +11,7 @@ from contract import NAMES, family_for, method_of
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
-from lvlm_decode import attach, detach
+from lvlm_decode import VCD, attach, detach
 from lvlm_decode.attachment import last_run
 from lvlm_decode.engine import attention
 from lvlm_decode.methods import load
@@ -151,6 +153,47 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
         # Layers are asked on the way, so their projections come before.
         asked = {"memvr": [B], "cai": [B] * 2}.get(name, [])
         assert count.projected == [*asked, rows, *early] * NEW
+
+
+SWITCHED = [name for name in NAMES if load(name).off is not None]
+
+
+def off(name, family):
+    """The method at strength 0, under its mask."""
+    known = {field.name for field in dataclasses.fields(load(name))} - {"beta"}
+    return dataclasses.replace(
+        method_of(name, family), **{key: value for key, value in load(name).off.items() if key in known}
+    )
+
+
+@functools.cache
+def plain_cost(family):
+    with pytest.MonkeyPatch.context() as patch:
+        return costs("plain", patch, family)
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHED if off(name, family_for(name)).is_off])
+def test_strength_0_costs_what_plain_decoding_does(name, monkeypatch):
+    family = family_for(name)
+    assert costs(name, monkeypatch, family, off(name, family)) == plain_cost(family)
+
+
+def test_what_has_a_strength_can_be_switched_off():
+    assert [name for name in SWITCHED if not off(name, family_for(name)).is_off] == ["plain", "mask"]
+
+
+def test_of_a_sum_the_part_at_strength_0_does_not_run(monkeypatch):
+    count = costs(
+        "ritual", monkeypatch, method=VCD(alpha=0, beta=0.3) + load("ritual")() + load("pai")(alpha=0, gamma=1)
+    )
+    assert (count.passes, count.pictures, count.forwards) == (1, 2 * B, NEW)
+    assert count.rows == {2 * B} and count.attention == []
+
+
+@pytest.mark.parametrize("name", ["pai", "cai"])
+def test_guidance_of_1_runs_no_branch_beside_the_edits(name, monkeypatch):
+    count = costs(name, monkeypatch, method=dataclasses.replace(method_of(name, "llava"), gamma=1.0))
+    assert count.rows == {B} and count.attention
 
 
 def test_a_sum_shares_the_pass_and_the_forward(monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import FAINT
 from transformers import TextIteratorStreamer
 from transformers.generation import LogitsProcessor
 
@@ -85,7 +86,12 @@ def test_fixture_reacts_to_its_image_and_to_each_method(zoo, batch):
 @pytest.mark.parametrize("mode", MODES)
 def test_zero_strength_equals_plain(zoo, batch, mode):
     base = generate(zoo.model, batch, **MODES[mode])
-    for method in (ld.Plain(), ld.VCD(alpha=0, beta=None), ld.RITUAL(alpha=0, beta=None)):
+    for method in (
+        ld.Plain(),
+        ld.VCD(alpha=0, beta=None),
+        ld.VCD(alpha=FAINT, beta=None),
+        ld.RITUAL(alpha=FAINT, beta=None),
+    ):
         assert torch.equal(base, generate(zoo.model, batch, method, **MODES[mode])), method
 
 
@@ -256,7 +262,7 @@ def test_pipeline(tmp_path):
         return pipe(text=messages, max_new_tokens=24, do_sample=False, return_full_text=False)[0]["generated_text"]
 
     base = ask()
-    ld.attach(model, ld.VCD(alpha=0, beta=None))
+    ld.attach(model, ld.VCD(alpha=FAINT, beta=None))
     assert ask() == base
     ld.detach(model)
     ld.attach(model, ld.VCD(alpha=3.0, noise_step=900))
@@ -397,9 +403,12 @@ def test_calls_of_the_same_model_nest(zoo, batch, name, nested, entry):
 @pytest.mark.parametrize("name", ["plain", "vcd", "pai", "dola"])
 def test_guidance_scale_gives_what_it_gives_the_bare_model(zoo, batch, name):
     """Classifier-free guidance calls the model from a processor; a method of strength 0 changes nothing beside it."""
-    off = {"plain": ld.Plain(), "vcd": ld.VCD(alpha=0, beta=None), "pai": ld.PAI(alpha=0, gamma=None), "dola": None}[
-        name
-    ]
+    off = {
+        "plain": ld.Plain(),
+        "vcd": ld.VCD(alpha=FAINT, beta=None),
+        "pai": ld.PAI(alpha=0, gamma=None),
+        "dola": None,
+    }[name]
     bare = generate(zoo.model, batch, guidance_scale=1.5)
     assert not torch.equal(bare, generate(zoo.model, batch))
     if off is None:
@@ -625,7 +634,7 @@ def test_what_fills_up_a_picture_beside_a_larger_one_does_not_change_its_key():
 
 
 def test_token_draws_are_transformers_own_unless_a_seed_is_given(zoo, batch):
-    off = ld.VCD(alpha=0, beta=None)
+    off = ld.VCD(alpha=FAINT, beta=None)
     sample = dict(do_sample=True, temperature=0.9)
     for torch_seed in (1, 2):
         bare = generate(zoo.model, batch, torch_seed=torch_seed, **sample)
@@ -717,7 +726,7 @@ def test_options_of_the_encoder_are_honoured(zoo, batch, entry):
     options = dict(vision_feature_layer=-1)
     want = generate(zoo.model, batch, **options)
     assert not torch.equal(want, generate(zoo.model, batch))
-    method = ld.VCD(alpha=0, beta=None)
+    method = ld.VCD(alpha=FAINT, beta=None)
     if entry == "attach":
         assert torch.equal(want, generate(zoo.model, batch, method, **options))
     else:

@@ -96,6 +96,8 @@ def test_what_a_method_changes_is_found(explained):
     assert any(token.distance > 0.1 for token in explained("avisc").tokens)
     still = explained("vcd(alpha=0,beta=null)")
     assert not still.changed and max(token.distance for token in still.tokens) < 1e-6
+    assert still.views == () and explained("vcd").views, "at strength 0 no view runs, so none is shown"
+    assert all(token.mask.kept >= 1 for token in explained("vcd(alpha=0)").tokens)
 
 
 def test_the_mask_says_what_it_removed(explained):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import needs_adapters
-from helpers import Kept, spelled_logits
+from helpers import FAINT, Kept, spelled_logits
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -889,8 +889,8 @@ def test_damro_defaults_to_the_authors_values_of_the_family():
         assert authors(family_of(tiny(family).model))[:2] == (k, alpha)
     run = run_of("llava", DAMRO())
     assert len(run.samples[1][0].images[0].features) == 10 and run.views[0].weight == -2.0
-    run = run_of("llava", DAMRO(k=3, alpha=0.0))
-    assert len(run.samples[1][0].images[0].features) == 3 and run.views[0].weight == 0.0
+    run = run_of("llava", DAMRO(k=3, alpha=FAINT))
+    assert len(run.samples[1][0].images[0].features) == 3 and run.views[0].weight == -FAINT
     assert run_of("instructblip", DAMRO()).views[0].weight == -0.5
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Kept
+from helpers import FAINT, Kept
 from processors import BUILDERS, picture, real, shown
 
 import lvlm_decode as ld
@@ -270,7 +270,7 @@ def test_a_video_of_a_real_processor(family):
     inputs = watched(own, 4)
     want = own.model.generate(**copy.copy(inputs), **NEW)
     kept = Kept()
-    with ld.attached(own.model, ld.VDD(alpha=0.0, beta=None), processor=own.processor, recorder=kept):
+    with ld.attached(own.model, ld.VDD(alpha=FAINT, beta=None), processor=own.processor, recorder=kept):
         got = own.model.generate(**copy.copy(inputs), **NEW)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=1e-4, rtol=1e-3)
     moved = own.model.generate(**watched(own, 4, seed=1), **NEW).logits[0] - want.logits[0]

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from contract import family_for, is_controller, method_of
+from helpers import FAINT
 from transformers import DynamicCache, StaticCache
 
 import lvlm_decode as ld
@@ -127,8 +128,8 @@ def test_assisted_decoding_returns_states_of_the_whole_prompt(name):
     zoo.model.set_attn_implementation("eager")
     inputs = zoo.inputs(("is it",), seed=2)
     settings = {**ASK, "prompt_lookup_num_tokens": 3}
-    off = {"vcd": ld.VCD(alpha=0, beta=None), "icd": ld.ICD(alpha=0, beta=None), "plain": ld.Plain()}
-    method = off.get(name, ld.VDD(alpha=0, beta=None))
+    off = {"vcd": ld.VCD(alpha=FAINT, beta=None), "icd": ld.ICD(alpha=FAINT, beta=None), "plain": ld.Plain()}
+    method = off.get(name, ld.VDD(alpha=FAINT, beta=None))
     bare, out = ask(zoo, inputs, **settings), ask(zoo, inputs, method, **settings)
     assert torch.equal(bare.sequences, out.sequences) and shapes(out) == shapes(bare)
     for got, want in zip(out.hidden_states[0], bare.hidden_states[0]):

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from contract import KINDS, NAMES, case, family_for, refusal
-from helpers import MARKS, Kept
+from helpers import FAINT, MARKS, Kept
 
 import lvlm_decode as ld
 from lvlm_decode.controllers.cntp import CNTP
@@ -86,13 +86,13 @@ def test_rows_are_prepared_as_the_model_would(family, rows):
     inputs, others = zoo.inputs(**rows, seed=1), zoo.inputs(**rows, seed=8)
     want = bare(zoo, inputs)
     assert (bare(zoo, others).logits[0] - want.logits[0]).abs().max() > 0.1
-    for method in (ld.Plain(), ld.VCD(alpha=0.0, beta=None)):
+    for method in (ld.Plain(), ld.VCD(alpha=FAINT, beta=None)):
         got, _ = attached(zoo, inputs, method)
         assert torch.equal(got.sequences, want.sequences)
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-5, rtol=1e-4)
-    one_call = bare(zoo, inputs, custom_generate=ld.VCD(alpha=0.0, beta=None))
+    one_call = bare(zoo, inputs, custom_generate=ld.VCD(alpha=FAINT, beta=None))
     assert torch.equal(one_call.sequences, want.sequences)
-    form = ld.VCD(alpha=0.0, beta=None).processor(zoo.model, inputs)
+    form = ld.VCD(alpha=FAINT, beta=None).processor(zoo.model, inputs)
     assert torch.equal(bare(zoo, inputs, logits_processor=[form]).sequences, want.sequences)
 
 
@@ -370,7 +370,7 @@ def test_the_time_between_frames_moves_positions():
     assert (bare(zoo, slow).logits[0] - bare(zoo, inputs).logits[0]).abs().max() > 1e-3
     for given in (inputs, slow, {**inputs, "second_per_grid_ts": inputs["second_per_grid_ts"].tolist()}):
         want = bare(zoo, given)
-        got, run = attached(zoo, given, ld.VCD(alpha=0.0, beta=None))
+        got, run = attached(zoo, given, ld.VCD(alpha=FAINT, beta=None))
         torch.testing.assert_close(got.logits[0], want.logits[0], atol=2e-5, rtol=1e-4)
         # The view of a video keeps its time too.
         assert [p.positions.tolist() for p in run.prepared[:1]] == [p.positions.tolist() for p in run.prepared[1:]]
@@ -395,7 +395,7 @@ def test_an_encoded_video_is_honoured(family):
     assert set(packed) == {"image", "video"}
     pixels = ("pixel_values", "pixel_values_videos", "image_sizes", "batch_num_images")
     given = {key: value for key, value in inputs.items() if key not in pixels}
-    got, _ = attached(zoo, given | {"mm_encoder_outputs": packed}, ld.VDD(alpha=0.0, beta=None))
+    got, _ = attached(zoo, given | {"mm_encoder_outputs": packed}, ld.VDD(alpha=FAINT, beta=None))
     torch.testing.assert_close(got.logits[0], want.logits[0], atol=2e-5, rtol=1e-4)
     for method in (ld.VCD(), Reframed(order=(0,))):
         with pytest.raises(InputError, match="were given as features; pass pixel_values"):

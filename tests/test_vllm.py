@@ -829,6 +829,17 @@ def test_a_method_that_reads_features_without_saying_so_is_told(views):
         views.group(Reader(), sample(), settings())
 
 
+@pytest.mark.parametrize("method", ["vcd(alpha=0)", "m3id(decay=0)", "vcd(alpha=0)+ritual"])
+def test_a_part_at_strength_0_has_no_view(views, method):
+    group = views.group(method, {"prompt": "USER: hello ASSISTANT:"}, settings())
+    member = wire.of_params(group.params[0])
+    assert len(group.prompts) == member.views == 1 + ("ritual" in method)
+    scores = wire.made(*member.recipe).scores(
+        Step(torch.randn(member.views, 1, 1, 64), torch.zeros(1, 1), member.weights)
+    )
+    assert scores.shape == (1, 1, 64)
+
+
 def test_text_alone_is_served(views):
     group = views.group("vcd", {"prompt": "USER: hello ASSISTANT:"}, settings())
     assert all(set(prompt) == {"prompt_token_ids"} for prompt in group.prompts) and len(group.prompts) == 2

@@ -119,8 +119,9 @@ class Run:
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         self.memory = {} if memory is None else memory
         self.recorder, self.kept = recorder, kept
-        #: As it was attached; ``method`` knows this run's views.
+        #: As it was attached; ``method`` is what of it has to run, and knows this run's views.
         self.given_method = method
+        method = method.needed()
         self.trace = Trace()
         view_seed = sampling.DEFAULT_SEED if seed is None else seed
         # Only a method that watches the encoder makes the images be encoded before its views are known.
@@ -315,7 +316,7 @@ class Run:
     def summary(self) -> Summary:
         lanes = self.lanes
         return Summary(
-            self.method,
+            self.given_method,
             self.seed,
             tuple(self.sample_ids),
             self.rows_per_sample,

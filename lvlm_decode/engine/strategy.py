@@ -38,13 +38,13 @@ def decode(run: Run, call: Call, strategy: Strategy | None = None) -> Any:
     """
     search = getattr(run.method, "decode", None) if strategy is None else strategy.decode
     if run.kept is not None:
-        name = run.method.name if strategy is None else strategy.name
+        name = run.given_method.name if strategy is None else strategy.name
         conversation.check(call, None if search is None else name)
     call = checked(run, call, None if strategy is None else strategy.name)
     if search is None:
         return Stacked().decode(run, call)
     if call.synced:
-        name = run.method.name if strategy is None else strategy.name
+        name = run.given_method.name if strategy is None else strategy.name
         raise UnsupportedError(
             f"{name} cannot run with synced_gpus=True: it ends when its own answers do, and other processes would wait for it; "
             "leave it out, or use a method without a search or a drafter."
@@ -76,7 +76,7 @@ def checked(run: Run, call: Call, drafter: str | None) -> Call:
         )
     modes += ["speculation"] if drafter is not None or assisted else []
     modes += ["batch"] if len(run.batch.samples) > 1 else []
-    check_modes(run.method, modes)
+    check_modes(run.given_method, modes)
     if config.prefill_chunk_size is not None:
         raise UnsupportedError(
             "prefill_chunk_size splits the prompt over several forwards, and the views of a sample are prepared in one; "

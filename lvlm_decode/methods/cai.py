@@ -71,7 +71,8 @@ class CAI(Contrast):
         return None if self.gamma is None else self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
-        return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
+        # At 1 the branch has no weight.
+        return [] if self.gamma in (None, 1) else [sample.without_image(weight=1 - self.gamma)]
 
     @contextmanager
     def patch(self, run: Run) -> Iterator[None]:

@@ -80,7 +80,9 @@ class CODE(Method):
         return 0
 
     def kept_tokens(self, step: Step) -> Tensor:
-        return plausible_tokens(step.logits[0], self._divergence(step).clamp(max=1.0))
+        # At eta = 0 the divergence is 1, whatever the description says.
+        beta = self._divergence(step).clamp(max=1.0) if self.eta else 1.0
+        return plausible_tokens(step.logits[0], beta)
 
     def combine(self, step: Step) -> Tensor:
         seen, described = step.logits

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class LQCD(Method):
     paper: ClassVar[str] = "Leading Query Contrastive Decoding (2024)"
     arxiv: ClassVar[str] = "2408.11261"
     costs: ClassVar[tuple[str, ...]] = ("text",)
+    off: ClassVar[dict[str, Any] | None] = {"alpha": 0.0, "form": "plain", "beta": None}
 
     alpha: float = 1.0
     beta: float | None = 0.1
@@ -95,7 +96,7 @@ class LQCD(Method):
         return (own, other) if self.form == "plain" else (other, own)
 
     def kept_tokens(self, step: Step) -> Tensor | None:
-        return None if self.beta is None else plausible_tokens(self._branches(step)[0], self.beta)
+        return None if self.beta is None else plausible_tokens(step.logits[int(self.form == "neutral")], self.beta)
 
     def combine(self, step: Step) -> Tensor:
         neutral, leading = self._branches(step)

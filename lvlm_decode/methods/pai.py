@@ -12,7 +12,7 @@ token are boosted, and only those are computed beside sdpa.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -66,9 +66,12 @@ class PAI(Contrast):
         return None if self.gamma is None else self.beta
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
-        return [] if self.gamma is None else [sample.without_image(weight=1 - self.gamma)]
+        # At 1 the branch has no weight.
+        return [] if self.gamma in (None, 1) else [sample.without_image(weight=1 - self.gamma)]
 
     def patch(self, run: Run) -> AbstractContextManager[Any]:
+        if not self.alpha:
+            return nullcontext()
         layers = range(self.first_layer, decoder.layer_count(run.module))
 
         def boost(scores: Tensor, images: Tensor) -> Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..method import Method, Step
+from ..method import Method, Step, own_scores
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,7 @@ class Plain(Method):
     paper: ClassVar[str] = "none: the model's own decoding"
 
     def scores(self, step: Step) -> Tensor:
-        # One operator, where reckoning with other views takes four.
-        return torch.nan_to_num(step.logits[0], nan=float("-inf"), neginf=float("-inf"))
+        return own_scores(step)
 
 
 @dataclass(frozen=True)

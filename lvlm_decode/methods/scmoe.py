@@ -43,6 +43,7 @@ class SCMoE(Method):
     aliases: ClassVar[dict[str, str]] = {"student_routed_tok": "rank"}
     costs: ClassVar[tuple[str, ...]] = ("feature",)
     needs: ClassVar[tuple[str, ...]] = ("experts",)
+    off: ClassVar[dict[str, Any] | None] = {"alpha": 0.0, "strong_temperature": 1.0, "beta": None}
     refuses: ClassVar[dict[str, str]] = {
         "processor": "it changes how tokens are routed to experts, which a processor cannot."
     }

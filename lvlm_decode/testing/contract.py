@@ -20,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -185,20 +185,39 @@ def what_a_family_cannot_do_raises_the_reason(case: Case) -> None:
 
 
 def switched_off_equals_plain(case: Case) -> None:
-    """Where no mask of the method's own rules removes a token, all scores are the plain model's."""
+    """Where no mask of the method's own rules removes a token, all scores are the plain model's, and no view has to run.
+
+    The method's own sums are held to it too, over views that run although the strength is 0.
+    """
     off = case.method.off
     if off is None:
         return
     known = {field.name for field in dataclasses.fields(case.method)}
     method = dataclasses.replace(case.method, **{key: value for key, value in off.items() if key in known})
-    (tokens, out, _), (plain, wanted) = case.decode(method), case.plain
-    same_tokens(tokens, plain, "switched off")
-    got, want = scores(out), scores(wanted)
-    assert bool(kept(got).all()) != case.masks, "tokens are masked although the method is switched off"
-    gap = (got - want).masked_fill(~kept(got), float("nan"))
-    # A constant per position is nothing to a softmax.
-    gap = (gap - gap.nanmean(-1, keepdim=True))[kept(got)].abs().max()
-    assert gap < 2e-5, f"switched off, scores differ from the plain model's by {float(gap):.2g}"
+    plain, wanted = case.plain
+    for switched in (method, unaware(method)):
+        tokens, out, run = case.decode(switched)
+        same_tokens(tokens, plain, "switched off")
+        got, want = scores(out), scores(wanted)
+        assert bool(kept(got).all()) != case.masks, "tokens are masked although the method is switched off"
+        gap = (got - want).masked_fill(~kept(got), float("nan"))
+        # A constant per position is nothing to a softmax.
+        gap = (gap - gap.nanmean(-1, keepdim=True))[kept(got)].abs().max()
+        assert gap < 2e-5, f"switched off, scores differ from the plain model's by {float(gap):.2g}"
+        assert switched is not method or not method.is_off or (run.views, run.forwards) == (1, NEW), (
+            f"switched off, {run.views - 1} views run beside the sample, in {run.forwards} forwards for {NEW} tokens"
+        )
+    if getattr(case.method, "beta", None) is not None:
+        masked = dataclasses.replace(method, **{"beta": getattr(case.method, "beta")})  # noqa: B009  (not every method has one)
+        got, want = (scores(case.decode(one)[1]).log_softmax(-1) for one in (masked, unaware(masked)))
+        same_scores(got, want, atol=2e-5)
+
+
+def unaware(method: Method) -> Method:
+    """``method``, all of which runs although its strength is 0."""
+    own, maker = type(method), cast(Any, type(type(method)))
+    kind = maker(own.__name__, (own,), {"off": None})
+    return kind(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
 
 
 def does_something(case: Case) -> None:

@@ -127,9 +127,9 @@ class Views:
                 "it out."
             )
         with self._lock:
-            batch = self._batch(method, sample)
+            batch = self._batch(method.needed(), sample)
             seed = sampling.DEFAULT_SEED if params.seed is None else params.seed
-            method, columns = views_of(method, batch, seed)
+            needed, columns = views_of(method.needed(), batch, seed)
             views = [column[0] for column in columns]
             if any(view.patch is not None or view.module is not None for view in views):
                 raise UnsupportedError(f"{method.name} runs a view on another model, and vLLM serves one model.")
@@ -137,7 +137,8 @@ class Views:
             prompts = [self._prompt(batch, one) for one in samples]
         lengths = [len(one.input_ids) for one in samples]
         weights = tuple(float(view.weight) for view in views)
-        return self._requests(method, weights, samples[0].id, prompts, lengths, params, max_model_len)
+        counts = needed.counts if isinstance(needed, Sum) else ()
+        return self._requests(method, weights, counts, samples[0].id, prompts, lengths, params, max_model_len)
 
     # --- from samples to prompts --------------------------------------------------------------------------------------
 
@@ -208,6 +209,7 @@ class Views:
         self,
         method: Method,
         weights: tuple[float, ...],
+        counts: tuple[int, ...],
         id: Any,
         prompts: list[dict[str, Any]],
         lengths: list[int],
@@ -233,7 +235,7 @@ class Views:
             views=len(prompts),
             method=wire.described(method),
             weights=weights,
-            counts=method.counts if isinstance(method, Sum) else (),
+            counts=counts,
             seed=uuid.uuid4().int >> 65 if params.seed is None else params.seed,
             id=wire.printed(id),
             temperature=float(params.temperature),

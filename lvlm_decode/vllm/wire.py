@@ -188,6 +188,7 @@ def made(settings: str, weights: tuple[float, ...], counts: tuple[int, ...]) -> 
     except (AttributeError, RecursionError) as error:
         raise InputError(f"{KEY}: these settings are those of no method: {settings[:100]}") from error
     check_served(method)
+    method = method.needed()
     if isinstance(method, Sum):
         method = method.with_counts(counts)
     views = 1 + len(weights)
