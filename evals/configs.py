@@ -404,9 +404,12 @@ def paper_blocks(
             for key in keys:
                 lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
     titles = ("Row", "Method", "Decoding", "Split", "Metric", "Ours", "Published", "Ours - published")
+    measured = (config.protocol.name if config.protocol else UNKNOWN) + (" on emoji scenes" if is_tiny(model) else "")
+    notes = tuple(_notes(config, model))
+    gains = _gains(config, chosen, columns, found, replicates)
     return [
-        Block(config.title, titles, tuple(lines), tuple(_notes(config, model))),
-        *_gains(config, chosen, columns, found, replicates),
+        Block(config.title, titles, tuple(lines), notes, measured),
+        *(replace(block, protocol=measured, elsewhere=notes) for block in gains),
     ]
 
 
@@ -473,7 +476,13 @@ def _line(
     scale = 100 if column.kind == "percent" else 1
     theirs: str | Value = "–"
     if published is not None:
-        theirs = Value(published / scale, column.kind, digits=2, mark=published_mark(config, row))
+        theirs = Value(
+            published / scale,
+            column.kind,
+            digits=2,
+            mark=published_mark(config, row),
+            protocol=_measured_by(config, row),
+        )
     head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
     if ours is None:
         return (*head, "–", theirs, "–")
@@ -485,6 +494,11 @@ def _line(
     target = published / scale
     low, high = (bound.low - target, bound.high - target) if bound else (None, None)
     return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True, trusted=False))
+
+
+def _measured_by(config: PaperTable, row: PaperRow) -> str:
+    """The protocol of a row's printed values, "unknown" where nobody knows."""
+    return row.protocol or (config.protocol.name if config.protocol else UNKNOWN)
 
 
 def published_mark(config: PaperTable, row: PaperRow) -> str:
@@ -506,8 +520,9 @@ def _gains(
     for row in config.rows:
         if row is base or row.method is None:
             continue
-        own, other = (r.protocol or (config.protocol.name if config.protocol else UNKNOWN) for r in (row, base))
-        mark = "" if own == other else f" (protocol {own} minus {other})"
+        own, other = (_measured_by(config, r) for r in (row, base))
+        mixed = own if own == other else f"{own} minus {other}"
+        mark = "" if own == other else f" (protocol {mixed})"
         for split in config.splits:
             methods = found[split]
             ours, control = methods.get((row.method, row.decoding)), methods.get((base.method, base.decoding))
@@ -521,7 +536,8 @@ def _gains(
                 shown: str | Value = "–"
                 if pair is not None and key in pair.differences:
                     shown = difference_value(pair.differences[key], column, pair.clusters)
-                lines.append((row.name, split, column.title, shown, replace(gain, signed=True, mark=mark)))
+                printed = replace(gain, signed=True, mark=mark, protocol=mixed)
+                lines.append((row.name, split, column.title, shown, printed))
     if not lines:
         return []
     titles = ("Row", "Split", "Metric", "Our gain", "Published gain")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from lvlm_decode.reading import Count, Record, checked, read_records
 from .base import Column, Evaluator
 from .metrics import REPLICATES, compare
 from .plan import TIMES, Result, is_control
-from .tables import Block, Entry, Value, difference_value, equal_length_values, gather, matched
+from .tables import Block, Entry, Value, difference_value, equal_length_values, gather, matched, protocol_of
 
 # The first batch of a process also pays for warming up.
 _FEWEST_BATCHES = 2
@@ -30,13 +30,14 @@ _FEWEST_BATCHES = 2
 @dataclass(frozen=True)
 class Figure:
     """A rate of one benchmark and split. kind: "hallucination", "ability", "caption" (recall, length) or "equal" (at equal
-    length). of: the benchmark and split it is of, as titles name them.
+    length). of: the benchmark and split it is of, as titles name them. protocol: the published way that was followed.
     """
 
     kind: str
     title: str
     column: Column
     of: str
+    protocol: str
 
 
 @dataclass
@@ -48,36 +49,42 @@ class Line:
     differences: dict[Figure, Value] = field(default_factory=dict)
     # Of the benchmark whose answers are the longest: on one word the time is that of the prompt. Milliseconds a token.
     times: tuple[float, float] | None = None
+    # What that benchmark is called, and how it was measured.
+    timed: str = ""
+    timed_by: str = ""
     _longest: float = 0.0
 
-    def time(self, method: Entry, control: Entry) -> None:
-        """Take the times of this benchmark if its answers are longer than those of the benchmarks before."""
+    def time(self, method: Entry, control: Entry, name: str) -> None:
+        """Take the times of the benchmark `name` if its answers are longer than those of the benchmarks before."""
         ours, theirs = pace(method), pace(control)
         if ours and theirs and theirs[0] > self._longest:
             self._longest, self.times = theirs[0], (ours[1], theirs[1])
+            self.timed, self.timed_by = name, protocol_of(method.results[0])
 
 
-def figures(evaluator: Evaluator, split: str) -> list[Figure]:
+def figures(evaluator: Evaluator, split: str, protocol: str) -> list[Figure]:
     """What a benchmark contributes: its ability figures, or its first compared one and a caption's recall and length."""
+
+    def figure(kind: str, key: str) -> Figure:
+        return Figure(kind, f"{name}: {columns[key].title}", columns[key], name, protocol)
+
     columns = {column.key: column for column in evaluator.columns}
     name = _name(evaluator, split)
-    found = [Figure("ability", f"{name}: {columns[key].title}", columns[key], name) for key in evaluator.ability]
-    if evaluator.hallucination:
-        found += [
-            Figure("hallucination", f"{name}: {columns[key].title}", columns[key], name)
-            for key in evaluator.hallucination
-        ]
+    found = [figure("ability", key) for key in evaluator.ability]
+    found += [figure("hallucination", key) for key in evaluator.hallucination]
     captions = ("recall", "length") if evaluator.equal_columns else ()
-    return found + [_of_captions("caption", columns[key], evaluator, name) for key in captions if key in columns]
+    return found + [
+        _of_captions("caption", columns[key], evaluator, name, protocol) for key in captions if key in columns
+    ]
 
 
 def _name(evaluator: Evaluator, split: str) -> str:
     return evaluator.name if split in ("all", "captions") else f"{evaluator.name} {split}"
 
 
-def _of_captions(kind: str, column: Column, evaluator: Evaluator, name: str) -> Figure:
+def _of_captions(kind: str, column: Column, evaluator: Evaluator, name: str, protocol: str) -> Figure:
     """A figure of captions. Where they were made in several ways (two protocols, say) its title says in which."""
-    return Figure(kind, column.title if name == evaluator.name else f"{name}: {column.title}", column, name)
+    return Figure(kind, column.title if name == evaluator.name else f"{name}: {column.title}", column, name, protocol)
 
 
 class _Batch(Record):
@@ -128,7 +135,8 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
             except LvlmDecodeError:
                 continue  # the table of this split says why
             line = found.setdefault((method.label, control.label), Line(method.label, control.label))
-            for figure in figures(evaluator, split):
+            name, protocol = _name(evaluator, split), protocol_of(method.results[0])
+            for figure in figures(evaluator, split, protocol):
                 if figure.column.key in pair.differences:
                     interval = pair.differences[figure.column.key]
                     line.differences[figure] = difference_value(interval, figure.column, pair.clusters)
@@ -136,8 +144,8 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
                 equal = equal_length_values(evaluator, method, control, replicates)
                 column = evaluator.equal_columns[0]
                 if isinstance(equal[0], Value):
-                    line.differences[_of_captions("equal", column, evaluator, _name(evaluator, split))] = equal[0]
-            line.time(method, control)
+                    line.differences[_of_captions("equal", column, evaluator, name, protocol)] = equal[0]
+            line.time(method, control, name)
     return list(found.values())
 
 
@@ -177,17 +185,27 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     timed = any(line.times for line in found)
     made = []
     for line in found:
-        cells: list[str | Value] = [line.differences.get(figure, "–") for figure in shown]
+        cells: list[str | Value] = [
+            replace(line.differences[figure], protocol=figure.protocol) if figure in line.differences else "–"
+            for figure in shown
+        ]
         if timed:
             if line.times is None:
                 cells += ["–"] * 3
             else:
                 ours, theirs = line.times
-                cells += [Value(ours), Value(theirs), Value(ours / theirs, digits=2)]
+                ratio = Value(ours / theirs, digits=2, protocol=line.timed_by)
+                cells += [Value(ours, protocol=line.timed_by), Value(theirs, protocol=line.timed_by), ratio]
         made.append((line.label, line.control, *cells))
     titles = ["Method", "Control", *(f"Δ {figure.title}{_arrow(figure.column)}" for figure in shown)]
     titles += ["ms a token", "ms a token, control", "Ratio"] if timed else []
     said = [sentence for line in found if (sentence := trade(line))]
+    followed = {figure.of: figure.protocol for figure in shown}
+    if set(followed.values()) != {"none"}:
+        said.append(f"Protocols: {'; '.join(f'{name} by {protocol}' for name, protocol in followed.items())}.")
+    if timed:
+        measured = dict.fromkeys(line.timed for line in found if line.times)
+        said.append(f"ms a token: {_of_each(found, list(measured))}, whose answers are the longest.")
     kinds = {figure.kind for figure in shown}
     if "ability" not in kinds:
         said.append("No benchmark of ability was run with these methods: lvlm-decode eval naturalbench, same --out.")
@@ -196,6 +214,13 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     elif not timed:
         said.append("No times are recorded: lvlm-decode eval --times.")
     return [Block("What it costs: method minus the plain model", tuple(titles), tuple(made), tuple(said))]
+
+
+def _of_each(found: Sequence[Line], names: Sequence[str]) -> str:
+    """Of which benchmark the times are: one name, or one for each line where they differ."""
+    if len(names) == 1:
+        return f"of {names[0]}"
+    return ", ".join(f"{line.label} of {line.timed}" for line in found if line.times)
 
 
 def _arrow(column: Column) -> str:

@@ -42,6 +42,8 @@ class Value:
     # Digits after the point where the default of the kind will not do, and a sign after the number.
     digits: int | None = None
     mark: str = ""
+    # How it was measured, where that is not the block's protocol.
+    protocol: str = ""
 
     @property
     def starred(self) -> bool:
@@ -68,12 +70,18 @@ class Value:
 
 @dataclass(frozen=True)
 class Block:
-    """One rectangle of a table: column titles, lines of text and numbers, sentences below it."""
+    """One rectangle of a table: column titles, lines of text and numbers, sentences below it.
+
+    protocol: the published way of measuring that its numbers follow, "none" for a way of one's own, empty where nobody
+    says. elsewhere: sentences about its numbers that are printed below the next block.
+    """
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[tuple[str | Value, ...], ...]
     notes: tuple[str, ...] = ()
+    protocol: str = ""
+    elsewhere: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Entry:
 
 # What a cell's own line says, and what its block says; every other setting must agree for a comparison.
 _OF_THE_LINE = ("method", "decoding", "seed")
-_OF_THE_BLOCK = ("evaluator", "split", "data")
+_OF_THE_BLOCK = ("evaluator", "split", "data", "protocol")
 
 
 def _canonical(value: Any) -> str:
@@ -120,6 +128,11 @@ def _common(result: Result) -> dict[str, Any]:
     return {name: value for name, value in result.settings.items() if name not in left_out}
 
 
+def protocol_of(result: Result) -> str:
+    """The published way of measuring that a run followed by name, or "none"."""
+    return str(result.settings.get("protocol") or "none")
+
+
 def _parameters(result: Result) -> Mapping[str, Any]:
     return (result.settings.get("method") or {}).get("parameters") or {}
 
@@ -127,8 +140,8 @@ def _parameters(result: Result) -> Mapping[str, Any]:
 def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Entry]]:
     """(evaluator, title) -> its methods, controls first, each with its seeds in order.
 
-    The title is the split; where the same split was asked in several versions (another file, another number of
-    questions, other scoring options) it says which. Cells make one line only if nothing but the seed differs. Raises
+    The title is the split; where the same split was asked in several versions (by another protocol, another file, another
+    number of questions, other scoring options) it says which. Cells make one line only if nothing but the seed differs. Raises
     EvalError for two cells of one line and one seed: a copied folder would make a spread of nothing.
     """
     lines: dict[tuple[str, ...], dict[tuple, list[Result]]] = {}
@@ -145,14 +158,16 @@ def _block_key(result: Result) -> tuple[str, ...]:
     return (
         result.evaluator.name,
         result.split,
+        protocol_of(result),
         _canonical(result.evaluator.options()),
         _canonical(result.settings.get("data")),
         str(result.asked),
     )
 
 
-# What can tell versions of one split apart, the plainest first.
+# What can tell versions of one split apart, the plainest first. Two protocols are always told apart by name.
 _FACTS: tuple[Callable[[Result], str], ...] = (
+    lambda result: f"protocol {protocol_of(result)}",
     lambda result: f"{result.questions} questions",
     lambda result: str((result.settings.get("data") or {}).get("questions", "questions unknown")),
     lambda result: ", ".join(f"{k} {v}" for k, v in result.evaluator.options().items() if v is not None),
@@ -277,7 +292,13 @@ def results_block(evaluator: Evaluator, split: str, methods: Sequence[Entry], re
         )
         for method, row in zip(methods, values)
     )
-    return Block(f"{evaluator.name}, {split}", (*extra, "Method", "Decoding", "Seeds", *map(_title, shown)), lines)
+    titles = (*extra, "Method", "Decoding", "Seeds", *map(_title, shown))
+    return Block(f"{evaluator.name}, {split}", titles, lines, protocol=_protocol(methods))
+
+
+def _protocol(methods: Sequence[Entry]) -> str:
+    """The one protocol of a block's lines; see `_block_key`."""
+    return protocol_of(methods[0].results[0]) if methods else ""
 
 
 def _told(method: Entry) -> dict[str, str]:
@@ -344,6 +365,7 @@ def differences_block(
         tuple(titles[i] for i in keep),
         tuple(tuple(line[i] for i in keep) for line in lines),
         tuple(missing),
+        _protocol(methods),
     )
 
 
@@ -388,10 +410,8 @@ def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, repl
     options = ", ".join(f"{name} {value}" for name, value in evaluator.options().items() if value is not None)
     models = sorted({str((result.settings.get("model") or {}).get("name", "unknown model")) for result in results})
     found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {images} images."]
-    protocols = sorted({result.settings.get("protocol") or "none" for result in results})
-    if protocols != ["none"]:
-        mixed = "; lines of different protocols are not comparable" if len(protocols) > 1 else ""
-        found.append(f"Protocol: {', '.join(protocols)}{mixed}.")
+    if (protocol := _protocol(methods)) != "none":
+        found.append(f"Protocol: {protocol}.")
     found.append(
         f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), Wilson's interval where all replicates "
         "are equal; ±: standard deviation over seeds. "
@@ -420,6 +440,7 @@ def blocks(results: Sequence[Result], replicates: int = REPLICATES) -> list[Bloc
         made.append(results_block(evaluator, split, methods, replicates))
         if differences:
             made.append(differences)
+            made[-2] = replace(made[-2], elsewhere=tuple(below))
         made[-1] = replace(made[-1], notes=(*made[-1].notes, *below))
     return made
 
@@ -445,19 +466,22 @@ def _text(value: str | Value) -> str:
 
 
 def tidy_csv(made: Sequence[Block]) -> str:
-    """One number a line, unrounded: table, the line's text fields, column, value, low, high, spread."""
+    """One number a line, unrounded: table, the line's text fields, column, value, low, high, spread; protocol, what marks
+    the number, and the sentences of the table, on every line, so that no line is read without them.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["table", "line", "column", "value", "low", "high", "spread"])
+    writer.writerow(["table", "line", "column", "value", "low", "high", "spread", "protocol", "mark", "notes"])
     for block in made:
+        notes = " ".join((*block.notes, *block.elsewhere))
         for line in block.lines:
             label = "; ".join(value for value in line if isinstance(value, str) and value != "–")
             for title, value in zip(block.columns, line):
                 if isinstance(value, Value):
                     numbers = (value.value, value.low, value.high, value.spread)
-                    writer.writerow(
-                        [block.title, label, title, *("" if x is None else repr(float(x)) for x in numbers)]
-                    )
+                    shown = ["" if x is None else repr(float(x)) for x in numbers]
+                    protocol = value.protocol or block.protocol
+                    writer.writerow([block.title, label, title, *shown, protocol, value.mark.strip(), notes])
     return out.getvalue()
 
 

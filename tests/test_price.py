@@ -1,5 +1,6 @@
 """The price of a method: figures of several benchmarks side by side, and a sentence where one is paid with another."""
 
+import csv
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from runs import IMAGES, SAMPLE, captions, cli, naturalbench, pope, result
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.plan import TIMES
 from lvlm_decode_evals.price import lines, price_blocks, trade
-from lvlm_decode_evals.tables import render
+from lvlm_decode_evals.tables import blocks, render
 
 
 def test_a_gain_paid_for_in_ability_is_said_in_one_line():
@@ -57,6 +58,41 @@ def test_captions_of_two_protocols_share_no_figure():
     assert sorted(recall.values()) == [-0.5, 0]
     # Only where captions hallucinate less is it said that they are shorter.
     assert trade(line).count("tokens shorter") == 1
+
+
+def test_columns_name_their_protocols_where_two_meet(tmp_path):
+    long = "A dog and a cat in a room with many small things on the floor beside a car."
+    results = []
+    for protocol, tokens in (("opera-64", 20), ("opera-512", 60)):
+        for method, milliseconds in (("plain", 4), ("pai", 6)):
+            folder = times(tmp_path / f"{protocol}-{method}", milliseconds, tokens)
+            results.append(captions(method, long, protocol=protocol, folder=folder))
+    results += [pope("plain", 10), pope("pai", 30)]
+    (block,) = price_blocks(results, 200)
+    assert len(block.lines) == 1
+    for protocol in ("opera-64", "opera-512"):
+        for title in ("CHAIRs ↓", "Recall ↑", "Length"):
+            assert f"Δ chair captions, protocol {protocol}: {title}" in block.columns
+    assert "ms a token: of chair captions, protocol opera-512, whose answers are the longest." in block.notes
+    assert any(note.startswith("Protocols: ") and "; pope random by none" in note for note in block.notes)
+    # In CSV every number says it itself.
+    lines_of = [line for line in csv.DictReader(render([block], "csv").splitlines())]
+    by_column = {line["column"]: line["protocol"] for line in lines_of}
+    assert by_column["Δ chair captions, protocol opera-64: Recall ↑"] == "opera-64"
+    assert by_column["Δ pope random: Accuracy ↑"] == "none" and by_column["Ratio"] == "opera-512"
+    # One protocol needs no name in a title.
+    (block,) = price_blocks([r for r in results if r.settings.get("protocol") != "opera-64"], 200)
+    assert "Δ Recall ↑" in block.columns and "Protocols: " in " ".join(block.notes)
+
+
+def test_runs_of_two_protocols_are_two_tables():
+    caption = "A dog and a cat."
+    results = [captions(m, caption, protocol=p) for p in ("opera-64", "opera-512") for m in ("plain", "pai")]
+    made = blocks([*results, captions("plain", caption)], 200)
+    assert [block.title for block in made if "minus" not in block.title] == [
+        f"chair, captions, protocol {name}" for name in ("opera-64", "opera-512", "none")]  # fmt: skip
+    assert {line["protocol"] for line in csv.DictReader(render(made, "csv").splitlines())} == {
+        "opera-64", "opera-512", "none"}  # fmt: skip
 
 
 def test_a_method_is_compared_with_the_plain_model_under_its_own_decoding():

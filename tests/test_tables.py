@@ -113,6 +113,10 @@ def test_csv_has_one_unrounded_number_a_line(tmp_path):
         entry for entry in lines if entry["line"] == "vcd; sample; 1" and entry["column"].startswith("Accuracy")
     ]
     assert float(accuracy["value"]) == made[0].lines[-1][3].value and accuracy["low"]
+    # What stands below the last of the tables belongs to every number of them.
+    (said,) = {entry["notes"].partition("Model: ")[2] for entry in lines}
+    assert said.startswith("tiny-llava. Scored with rule pope-official; 20 images.") and "Brackets: 95%" in said
+    assert {entry["protocol"] for entry in lines} == {"none"}
 
 
 def test_latex_escapes_and_balances(tmp_path):
@@ -284,7 +288,10 @@ def test_ours_beside_the_published_values(tmp_path):
     lines = list(csv.DictReader(io.StringIO(render([table], "csv"))))
     published = [e["value"] for e in lines if e["column"] == "Published" and "; random; Accuracy" in e["line"]]
     assert [float(value) for value in published] == pytest.approx([0.8329, 0.8773])
+    assert {e["protocol"] for e in lines if e["column"] == "Published"} == {"pope-vcd"}
+    assert {e["protocol"] for e in lines if e["column"] == "Ours"} == {"pope-vcd on emoji scenes"}
     notes = " ".join(table.notes)
+    assert {e["notes"] for e in lines} == {notes} and gains.elsewhere == table.notes
     assert "This run is a miniature: tiny on emoji scenes" in notes and "issues/16" in notes
     assert "miniature" not in " ".join(paper_blocks(config, results, config.model, 200)[0].notes)
 
@@ -296,6 +303,8 @@ def test_unverified_values_and_means_are_marked(tmp_path):
     table = paper_blocks(config, results_of(tmp_path), "tiny", 200)[0]
     (line,) = [row for row in table.lines if row[0] == "Original" and row[3:5] == (MEAN, "Accuracy")]
     assert line[6].text() == "82.08†" and line[5].low is None
+    marks = {e["mark"] for e in csv.DictReader(io.StringIO(render([table], "csv"))) if e["column"] == "Published"}
+    assert marks == {"†"}
     accuracies = [Pope().summary(r.rows)["accuracy"] for r in results_of(tmp_path)]
     assert line[5].value == pytest.approx(sum(accuracies) / 3)
     assert any(note.startswith("†") for note in table.notes)
