@@ -481,7 +481,7 @@ def _line(
             column.kind,
             digits=2,
             mark=published_mark(config, row),
-            protocol=_measured_by(config, row),
+            protocol=measured_by(config, row),
         )
     head = (row.name, row.method or "not run", row.decoding.name, split, column.title)
     if ours is None:
@@ -496,7 +496,7 @@ def _line(
     return (*head, shown, theirs, Value(value - target, column.kind, low, high, signed=True, trusted=False))
 
 
-def _measured_by(config: PaperTable, row: PaperRow) -> str:
+def measured_by(config: PaperTable, row: PaperRow) -> str:
     """The protocol of a row's printed values, "unknown" where nobody knows."""
     return row.protocol or (config.protocol.name if config.protocol else UNKNOWN)
 
@@ -520,7 +520,7 @@ def _gains(
     for row in config.rows:
         if row is base or row.method is None:
             continue
-        own, other = (_measured_by(config, r) for r in (row, base))
+        own, other = (measured_by(config, r) for r in (row, base))
         mixed = own if own == other else f"{own} minus {other}"
         mark = "" if own == other else f" (protocol {mixed})"
         for split in config.splits:

@@ -14,7 +14,9 @@ No time is spent on rows whose verdict no answer can change, and a table that la
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +38,7 @@ from .configs import (
     PaperRow,
     PaperTable,
     is_tiny,
+    measured_by,
     on_scenes,
     our_gain,
     our_values,
@@ -76,6 +79,8 @@ class Verdict:
     why: str = ""
     # What our interval is held against: the printed value, or zero where ours is a gain.
     target: float = 0.0
+    # The printed gain over the baseline, whose sign is judged where ours is a gain.
+    gain: Value | None = None
 
     def sentence(self, where: str) -> str:
         """The verdict as a table says it: with `where` it holds, if that is not the paper's model, and why it is none."""
@@ -153,7 +158,10 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
                 if word in (REPRODUCED, NOT_REPRODUCED) and images < FEW_IMAGES:
                     word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
                 target = 0.0 if gains else printed / unit
-                made.append(Verdict(config.title, row, split, column, shown, interval, word, why, target))
+                told = None
+                if gains and gain is not None and row is not base:
+                    told = Value(round(gain, 4) / unit, column.kind, signed=True, digits=2)
+                made.append(Verdict(config.title, row, split, column, shown, interval, word, why, target, told))
     return made
 
 
@@ -354,9 +362,10 @@ def block_of(made: Sequence[Verdict], title: str, notes: Sequence[str], where: s
             bound = verdict.ours
             ours = Value(bound.value, verdict.column.kind, bound.low, bound.high, signed=bool(where), trusted=False)
         said = verdict.sentence(where)
-        lines.append((verdict.row.name, verdict.split, verdict.column.title, verdict.published, ours, said))
-    titles = ("Row", "Split", "Metric", "Published", "Our gain" if where else "Ours", "Verdict")
-    return Block(title, titles, tuple(lines), tuple(notes))
+        printed = (verdict.published, verdict.gain or "–") if where else (verdict.published,)
+        lines.append((verdict.row.name, verdict.split, verdict.column.title, *printed, ours, said))
+    titles = ("Published", "Published gain", "Our gain") if where else ("Published", "Ours")
+    return Block(title, ("Row", "Split", "Metric", *titles, "Verdict"), tuple(lines), tuple(notes))
 
 
 def notes_of(table: Table, made: Sequence[Verdict], results: Sequence[Result], model: str) -> list[str]:
@@ -389,6 +398,46 @@ def notes_of(table: Table, made: Sequence[Verdict], results: Sequence[Result], m
     if any(verdict.row.published.unverified for verdict in made):
         said.append("† not verified against the paper itself.")
     return said
+
+
+def verdicts_csv(tables: Sequence[tuple[PaperTable, Block, Sequence[Verdict]]], model: str) -> str:
+    """A line for each verdict, whole by itself: how the value was measured, what decides the verdict, and the notes.
+
+    Rates are shares of 1. ours, low and high are a gain over the baseline where `judged` says so.
+    """
+    lines = []
+    for config, block, found in tables:
+        where = where_of(config, model)
+        for verdict in found:
+            row, bound, gain = verdict.row, verdict.ours, verdict.gain
+            lines.append(
+                {
+                    "table": config.title,
+                    "row": row.name,
+                    "method": row.method,
+                    "decoding": row.decoding.name,
+                    "split": verdict.split,
+                    "metric": verdict.column.title,
+                    "protocol": measured_by(config, row),
+                    "mark": verdict.published.mark.strip(),
+                    "published": verdict.published.value,
+                    "published_gain": None if gain is None else gain.value,
+                    "judged": f"gain over {config.baseline}" if where else "value",
+                    "ours": None if bound is None else bound.value,
+                    "low": None if bound is None else bound.low,
+                    "high": None if bound is None else bound.high,
+                    "verdict": verdict.word,
+                    "where": where,
+                    "reason": verdict.why,
+                    "model": model,
+                    "notes": " ".join(block.notes),
+                }
+            )
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return out.getvalue()
 
 
 COLOURS = {REPRODUCED: "#d7f0da", NOT_REPRODUCED: "#f7d6d3", UNKNOWN: "#f3ecd0", NOT_RUN: "#e6e6e6"}
@@ -516,7 +565,7 @@ def plan(
 
 def report(tables: Sequence[Table], model: str, out: Path, replicates: int = REPLICATES) -> bool:
     """Write the verdicts in every format and print them as Markdown; whether some questions could not be asked."""
-    made: list[tuple[Block, list[Verdict]]] = []
+    made: list[tuple[PaperTable, Block, list[Verdict]]] = []
     failed = False
     for table in tables:
         results = _answered(table)
@@ -525,12 +574,14 @@ def report(tables: Sequence[Table], model: str, out: Path, replicates: int = REP
         if table.lacking:
             found = [replace(verdict, why=LACKING) if verdict.why == NOT_ASKED else verdict for verdict in found]
         notes = notes_of(table, found, results, model)
-        made.append((block_of(found, table.config.title, notes, where_of(table.config, model)), found))
-    blocks = [block for block, _ in made]
+        block = block_of(found, table.config.title, notes, where_of(table.config, model))
+        made.append((table.config, block, found))
+    blocks = [block for _, block, _ in made]
     out.mkdir(parents=True, exist_ok=True)
-    for suffix, format in ((".md", "markdown"), (".tex", "latex"), (".csv", "csv")):
+    for suffix, format in ((".md", "markdown"), (".tex", "latex")):
         write_whole(out / f"verdicts{suffix}", render(blocks, format).encode())
-    write_whole(out / "verdicts.html", page(made).encode())
+    write_whole(out / "verdicts.csv", verdicts_csv(made, model).encode())
+    write_whole(out / "verdicts.html", page([(block, found) for _, block, found in made]).encode())
     typer.echo(render(blocks), nl=False)
     typer.echo(f"wrote {out / 'verdicts'}.md, .tex, .csv and .html", err=True)
     return failed

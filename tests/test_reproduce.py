@@ -26,6 +26,7 @@ from lvlm_decode_evals.reproduce import (
     UNKNOWN,
     Job,
     OutOfTime,
+    block_of,
     deciding,
     execute,
     half_unit,
@@ -34,6 +35,7 @@ from lvlm_decode_evals.reproduce import (
     rounds,
     spoken,
     verdicts,
+    verdicts_csv,
     where_of,
 )
 
@@ -214,13 +216,19 @@ def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_p
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     shown = (tmp_path / "whole" / "verdicts.md").read_text()
     assert (
-        "| VCD     | adversarial | Accuracy  | 80.88     |" in shown and "In miniature: tiny on emoji scenes." in shown
+        "| VCD     | adversarial | Accuracy  | 80.88     | +1.92          |" in shown
+        and "In miniature: tiny on emoji scenes." in shown
     )
     assert "Protocol: pope-vcd." in shown
     # 16 questions are about 3 images: whatever the interval says, that decides nothing in favour.
     assert "| reproduced" not in shown
     lines = list(csv.DictReader((tmp_path / "whole" / "verdicts.csv").read_text().splitlines()))
-    assert {"VCD; adversarial; Accuracy" in line["line"] for line in lines} == {True, False}
+    accuracy = next(line for line in lines if (line["row"], line["metric"]) == ("VCD", "Accuracy"))
+    assert (accuracy["protocol"], accuracy["judged"], accuracy["where"], accuracy["verdict"]) == (
+        "pope-vcd", "gain over Regular", "in miniature", NOT_RUN)  # fmt: skip
+    assert accuracy["reason"].startswith("undecided: ") and "Model: tiny; 16 answers" in accuracy["notes"]
+    assert float(accuracy["published_gain"]) == pytest.approx(0.0192)
+    assert float(accuracy["low"]) <= float(accuracy["ours"]) <= float(accuracy["high"])
     page = (tmp_path / "whole" / "verdicts.html").read_text()
     assert (
         page.count("<svg") == 4
@@ -241,6 +249,23 @@ def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, 
         execute([job], "tiny", True, time.monotonic() - 1, said.append, quiet=True)
     assert len(said) == 1
     assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {8}
+
+
+def test_every_line_of_the_csv_says_how_it_was_measured_and_why_it_is_so():
+    deco = on_scenes(read_config(ROOT / "configs" / "chair-deco-512-llava-1.5.yaml"))
+    real = read_config(ROOT / "configs" / "pope-vcd-llava-1.5.yaml")
+    made = []
+    for config, results, model in ((deco, [], "tiny"), (real, results_of(real, {"Regular": 8, "VCD": 2}), LLAVA)):
+        found = verdicts(config, results, model, 400)
+        block = block_of(found, config.title, ["Read this."], where_of(config, model))
+        made.append(list(csv.DictReader(verdicts_csv([(config, block, found)], model).splitlines())))
+    copied, own = ({line["row"]: line for line in lines} for lines in made)
+    assert copied["DoLa"]["protocol"] == "opera-512" and copied["DeCo, beam"]["protocol"] == "deco-512"
+    assert copied["DoLa"]["reason"].startswith("it was measured by protocol opera-512")
+    assert copied["DeCo, beam"]["reason"] == "not asked yet" and copied["DeCo, beam"]["low"] == ""
+    assert {line["notes"] for lines in made for line in lines} == {"Read this."}
+    assert own["VCD"]["judged"] == "value" and own["VCD"]["where"] == "" and own["VCD"]["published_gain"] == ""
+    assert own["VCD"]["verdict"] == NOT_REPRODUCED and float(own["VCD"]["high"]) < float(own["VCD"]["published"])
 
 
 def test_rows_whose_verdict_no_answer_can_change_are_not_asked():
