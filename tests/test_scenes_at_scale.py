@@ -1,5 +1,6 @@
 """The background run on many scenes: stopped, continued, recorded; scenes beyond the shipped ones are held out too."""
 
+import collections
 import gzip
 import importlib.util
 import json
@@ -9,6 +10,8 @@ import pytest
 from conftest import ROOT
 
 import lvlm_decode_data
+from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.loaders import scene_source
 
 
 @pytest.fixture
@@ -54,3 +57,15 @@ def test_more_scenes_than_ship_are_rendered_from_their_seeds(script, tmp_path):
     assert [scene.image_id for scene in found[498:]] == [3000498, 3000499, 3000500, 3000501]
     assert found[501].path.is_file() and found[501].split == "heldout"
     assert found[501].objects == lvlm_decode_data.render(3000501)[1].objects
+
+
+def test_few_questions_an_image_are_as_often_yes_as_no(script):
+    source = scene_source(evaluator("pope"), lvlm_decode_data.load_scenes()[:12])
+    for split, questions in source.splits.items():
+        for number in (1, 2, 3, 6):
+            kept = script.per_image(questions, number)
+            labels = collections.Counter(question.label for question in kept)
+            images = collections.Counter(question.image for question in kept)
+            assert set(images.values()) == {number} and len(images) == len(questions) // 6, split
+            assert abs(labels["yes"] - labels["no"]) <= 1
+        assert script.per_image(questions, None) == list(questions)

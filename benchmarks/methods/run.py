@@ -55,8 +55,8 @@ SUMS = ("vcd+ritual", "vista+vcd", "vaf+m3id")
 # Controls are added to every run by the runner itself.
 CONTROLS = ("plain", "mask")
 # MVP answers questions that have one of a few words for an answer.
-NOT_ON = {"chair": ("mvp",), "naturalbench": ()}
-BENCHMARKS = ("pope", "chair", "naturalbench")
+NOT_ON = {"chair": ("mvp",)}
+BENCHMARKS = ("pope", "chair", "mme", "naturalbench")
 BATCH = 50
 TOKENS = {"chair": 96}
 # As the shipped scenes are stored.
@@ -104,9 +104,14 @@ def chosen(model, parts: Path | None) -> list[str]:
 
 
 def per_image(questions: Sequence[Question], number: int | None) -> list[Question]:
-    """The first questions about each image; all of them for None."""
-    groups = itertools.groupby(questions, key=lambda question: question.image)
-    return [question for _, group in groups for question in itertools.islice(group, number)]
+    """So many questions about each image, all of them for None; as many to be answered with yes as with no.
+
+    POPE asks in turns about what is there and what is not: an odd number begins with the other one at every second image.
+    """
+    groups = [list(group) for _, group in itertools.groupby(questions, key=lambda question: question.image)]
+    if number is None or number % 2 == 0:
+        return [question for group in groups for question in group[:number]]
+    return [question for place, group in enumerate(groups) for question in group[place % 2 : place % 2 + number]]
 
 
 def asked(given: argparse.Namespace, name: str, drawn: Sequence) -> Source:
