@@ -397,8 +397,8 @@ def demo(
 def _mount() -> None:
     from lvlm_decode_evals.commands import add_to
 
+    from .bench.commands import bench
     from .serving.command import serve
-    from .speculative.commands import bench
     from .training.commands import app as train
 
     app.command()(serve)

@@ -32,6 +32,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lvlm-decode table pope-vcd-llava-1.5 --model tiny",
     ),
     "reproduce": ("lvlm-decode reproduce pope-vcd-llava-1.5 --model tiny --hours 0.5",),
+    "bench methods": (
+        "lvlm-decode bench methods --method vcd --method pai --output record.json",
+        "lvlm-decode bench methods --model random --batch 1 --output random.json",
+    ),
+    "bench questions": ("lvlm-decode bench questions --method vcd --batch 16",),
     "bench speculative": ("lvlm-decode bench speculative --method vcd --drafter vispec",),
     "train draft-head": ("lvlm-decode train draft-head --target tiny --output head",),
     "train negatives": ("lvlm-decode train negatives --model tiny --output negatives",),

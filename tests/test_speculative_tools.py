@@ -17,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lvlm_decode_data
+from lvlm_decode.bench.commands import bench
+from lvlm_decode.bench.paired import Arm, Measured, measure, mismatches, ratio
+from lvlm_decode.bench.speculative import summary
 from lvlm_decode.errors import FileFormatError, InputError, LvlmDecodeError, ParameterError
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
-from lvlm_decode.speculative.bench import Arm, Measured, measure, mismatches, ratio, summary
-from lvlm_decode.speculative.commands import bench
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig, shipped
 from lvlm_decode.testing import models as zoo
 from lvlm_decode.training.draft_heads import Item as TrainingItem
@@ -84,8 +85,8 @@ def test_bench_command(tiny_llava):
 
 
 def test_ratios_are_paired():
-    slow = Measured([[1] * 4, [1] * 4], [[4.0, 40.0], [8.0, 80.0]], [[1.0, 10.0], [2.0, 20.0]])
-    fast = Measured([[1] * 4, [2] * 4], [[2.0, 20.0], [4.0, 40.0]], [[1.0, 10.0], [2.0, 20.0]])
+    slow = Measured([[[1] * 4], [[1] * 4]], [[4.0, 40.0], [8.0, 80.0]], [[1.0, 10.0], [2.0, 20.0]])
+    fast = Measured([[[1] * 4], [[2] * 4]], [[2.0, 20.0], [4.0, 40.0]], [[1.0, 10.0], [2.0, 20.0]])
     assert ratio(fast, slow) == 0.5 and mismatches(fast, slow) == 1
     assert ratio(fast, slow, decode_only=True) == pytest.approx(1 / 3)
     rows = summary({"plain": slow, "fast": fast}, "plain")
@@ -94,7 +95,7 @@ def test_ratios_are_paired():
 
 
 def test_a_drafter_is_never_measured_on_an_answer_it_has_seen(tiny_llava):
-    from lvlm_decode.speculative.bench import caption_inputs
+    from lvlm_decode.bench.workloads import caption_inputs
     from lvlm_decode_evals.runner import load
 
     loaded = load(tiny_llava)
@@ -402,7 +403,7 @@ SHIPPED = ("eagle", "msd", "vispec")
 def test_shipped_heads_draft_for_their_model(name):
     """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
     from lvlm_decode.attachment import attach, detach, last_run
-    from lvlm_decode.speculative.bench import caption_inputs
+    from lvlm_decode.bench.workloads import caption_inputs
     from lvlm_decode_evals.runner import load
 
     try:

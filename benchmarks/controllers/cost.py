@@ -27,7 +27,8 @@ from PIL import Image
 import lvlm_decode
 import lvlm_decode_data
 from lvlm_decode.attachment import last_run
-from lvlm_decode.speculative.bench import circumstances
+from lvlm_decode.bench.paired import circumstances
+from lvlm_decode.bench.workloads import loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPTION, QUESTION = "Please describe this image in detail.", "Is there a dog in the image?"
@@ -42,41 +43,14 @@ PAIRS = [
 ]
 
 
-def random_llava() -> torch.nn.Module:
-    """A LLaVA of 221 million parameters with drawn weights, 64 image tokens."""
-    torch.manual_seed(0)
-    words = 32000
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=112,
-        patch_size=14,
-    )
-    text = transformers.LlamaConfig(
-        vocab_size=words,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=12,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=words - 1, image_token_index=words - 1
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id = 0
-    return model
-
-
 def prepare(name: str, asked: str, batch: int):
     """Model, processor (None for drawn weights) and inputs."""
     if name == "random":
-        model, generator = random_llava(), torch.Generator().manual_seed(1)
-        ids = torch.randint(3, 31000, (batch, 94), generator=generator)
+        model, generator = loaded("random").model, torch.Generator().manual_seed(1)
+        ids = torch.randint(5, 31000, (batch, 94), generator=generator)
         ids[:, 8:72] = model.config.image_token_id
-        pixels = torch.randn(batch, 3, 112, 112, generator=generator)
+        side = model.config.vision_config.image_size
+        pixels = torch.randn(batch, 3, side, side, generator=generator)
         return model, None, dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels)
     path = lvlm_decode_data.tiny_path("tiny-llava")
     model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lvlm_decode.bench.paired import circumstances
 from lvlm_decode.engine.modes import check_needs
 from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse
-from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Row
 from lvlm_decode_evals.loaders import scene_source

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from lvlm_decode.bench.paired import circumstances
 from lvlm_decode.engine import hf
-from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode.speculative.heads import DraftHead, HeadConfig
 from lvlm_decode.speculative.heads.runner import HeadRunner
 from lvlm_decode.speculative.tree import ranked_shape

@@ -29,8 +29,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lvlm_decode
+from lvlm_decode.bench.paired import circumstances
 from lvlm_decode.speculative import drafters
-from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode.speculative.heads import KINDS, DraftHead, HeadConfig
 from lvlm_decode.testing import models
 from lvlm_decode.testing.replay import Replay

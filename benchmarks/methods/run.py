@@ -26,12 +26,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import lvlm_decode_data
+from lvlm_decode.bench.paired import circumstances
 from lvlm_decode.engine.modes import check_needs
 from lvlm_decode.errors import ParameterError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import METHODS, parse
 from lvlm_decode.reading import read_records
-from lvlm_decode.speculative.bench import circumstances
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import Source, scene_source

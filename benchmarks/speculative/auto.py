@@ -25,8 +25,9 @@ from PIL import Image
 
 import lvlm_decode
 import lvlm_decode_data
+from lvlm_decode.bench.paired import circumstances
+from lvlm_decode.bench.workloads import CAPTION
 from lvlm_decode.speculative import drafters
-from lvlm_decode.speculative.bench import CAPTION, circumstances
 from lvlm_decode.speculative.drafters import auto as choosing
 from lvlm_decode_evals.runner import load
 

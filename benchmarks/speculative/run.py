@@ -27,21 +27,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from lvlm_decode.bench.paired import Arm, circumstances, measure, mismatches, ratio, raw
+from lvlm_decode.bench.speculative import WARM, summary
+from lvlm_decode.bench.workloads import caption_inputs
 from lvlm_decode.errors import InputError
 from lvlm_decode.families import family_of
 from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
-from lvlm_decode.speculative.bench import (
-    WARM,
-    Arm,
-    caption_inputs,
-    circumstances,
-    measure,
-    mismatches,
-    ratio,
-    raw,
-    summary,
-)
 from lvlm_decode.testing.replay import Replay
 from lvlm_decode_evals.runner import load
 
@@ -223,7 +215,7 @@ def replay(tokens: int, rounds: int, methods: tuple[str, ...], depth: int, accep
             arms[f"{name} sequential"] = Arm(method, execution="sequential")
         first = measure(model, None, [inputs], {name: Arm(method)}, max_new_tokens=tokens, rounds=0, options=options)
         for acceptance in acceptances:
-            drafter = Replay(answers=first[name].answers, acceptance=acceptance, tokens=depth)
+            drafter = Replay(answers=first[name].answers[0], acceptance=acceptance, tokens=depth)
             arms[f"{name} | replay {acceptance}"] = Arm(method, drafter)
     results = measure(model, None, [inputs], arms, max_new_tokens=tokens, rounds=rounds, options=options)
     drafted = [name for name in results if "|" in name]

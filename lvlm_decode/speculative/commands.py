@@ -1,73 +1,13 @@
-"""``lvlm-decode bench speculative`` and ``lvlm-decode train draft-head``; imports torch only when one of them runs."""
+"""``lvlm-decode train draft-head``; imports torch only when it runs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lvlm_decode_evals.commands import one_sentence
-
-bench = typer.Typer(help="Measure times on this machine.", no_args_is_help=True)
-
-
-@bench.callback()
-def _group() -> None:
-    """Measure times on this machine."""
-
-
-@bench.command("speculative")
-@one_sentence
-def bench_speculative(
-    model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder, or a hub id.")] = "tiny",
-    method: Annotated[str, typer.Option(help="Method, for example plain, vcd or vcd+ritual.")] = "vcd",
-    drafter: Annotated[
-        str, typer.Option(help="Drafter, for example automaton, vispec or 'vispec(depth=5)'.")
-    ] = "recycling",
-    samples: Annotated[int, typer.Option(min=1, help="Number of captions.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Maximum length of an answer in tokens.")] = 48,
-    rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds over all captions.")] = 3,
-    do_sample: Annotated[bool, typer.Option(help="Sample tokens, with noise keyed by a seed.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature.")] = 1.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record, raw samples included.")] = False,
-) -> None:
-    """Time a method with a drafter against plain generate(), and check that its tokens are those without one."""
-    from lvlm_decode_evals.runner import load
-
-    from ..errors import ParameterError
-    from ..methods import parse
-    from . import drafters
-    from .bench import speculative
-
-    typer.echo(f"{samples} captions, {rounds} rounds, each with three ways of decoding ...", err=True)
-    loaded = load(model, dtype=dtype)
-    drafting = drafters.parse(drafter, model=loaded.model)
-    if drafting is None:
-        raise ParameterError("drafter none drafts nothing; choose one of " + ", ".join(drafters.names()) + ".")
-    options = {"do_sample": True, "temperature": temperature, "seed": 0, "top_k": 0} if do_sample else None
-    report = speculative(
-        loaded.model,
-        loaded.processor,
-        parse(method),
-        drafting,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        options=options,
-    )
-    report = {"model": model, "method": method, "drafter": drafter, **report}
-    if as_json:
-        typer.echo(json.dumps(report, indent=2))
-        return
-    split = ", ".join(f"{name} {ms:.2f}" for name, ms in report["split"].items())
-    typer.echo(f"{method} with {drafter} on {samples} captions of {model}")
-    typer.echo(f"  mismatches against {method} alone: {report['mismatches']}")
-    typer.echo(f"  time per token, of plain generate(): {report['time_per_token_vs_plain']:.3f}")
-    typer.echo(f"  time per token, of {method} alone: {report['time_per_token_vs_method']:.3f}")
-    typer.echo(f"  tau {report['tau']:.2f} accepted draft tokens per verification; ms per token: {split}")
 
 
 @one_sentence

@@ -123,7 +123,7 @@ def draw_acceptance(stats: Mapping[str, Stats], ax: Any = None) -> Any:
 
 
 def draw_times(report: Mapping[str, Any], ax: Any = None) -> Any:
-    """Milliseconds per token after the prompt, of every arm of :func:`~lvlm_decode.speculative.bench.summary`."""
+    """Milliseconds per token after the prompt, of every arm of :func:`~lvlm_decode.bench.speculative.summary`."""
     import matplotlib.pyplot as plt
 
     ax = plt.subplots(figsize=(6, 0.5 * len(report) + 1))[1] if ax is None else ax

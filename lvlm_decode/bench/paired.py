@@ -1,18 +1,21 @@
-"""Measuring what a drafter brings: paired runs in one process, on the same inputs, token ids compared.
+"""Paired measurements: several ways of decoding in one process, on the same inputs, token ids compared.
 
 Every sample runs through every arm, the order rotating from round to round, so that a slow moment of the machine hits all
 arms alike. Ratios are taken within a round of a sample; their median is reported. Drafters that learn between calls are
 warmed up on other samples, and every timed call starts from that state: no drafter ever measures an answer it has seen.
+
+Decoding alone is what a call takes after its first token, which a stopping criterion sees come.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -22,16 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..attachment import attach, detach, last_run
 from ..method import Method
-from .cost import alpha_of, break_even, time_per_token
-from .drafters import Drafter
-from .stats import Stats
-
-CAPTION = "Please describe this image in detail."
-#: Scenes that drafters learn from before others are measured.
-WARM = 16
+from ..speculative.drafters import Drafter
+from ..speculative.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,31 @@ class Arm:
         drafter: with it the speculative loop runs.
         options: further arguments of ``generate()``.
         execution: of the views.
+        copies: how often each row of a sample's inputs is decoded.
     """
 
     method: Method | None = None
     drafter: Drafter | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     execution: str = "stacked"
+    copies: int = 1
 
 
 @dataclass
 class Measured:
-    """What one arm did: per sample its ids; per round and sample the seconds of the whole call and of one token."""
+    """What one arm did: per sample the ids of its rows; per round and sample the seconds of the call and to its first token."""
 
-    answers: list[list[int]] = field(default_factory=list)
+    answers: list[list[list[int]]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
     firsts: list[list[float]] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
 
     def per_token(self, decode_only: bool = False) -> list[float]:
-        """Seconds per token of every round and sample; ``decode_only`` takes off the call that made one token."""
+        """Seconds per token of every round and sample; ``decode_only`` takes off those to the first token."""
         out = []
         for calls, ones in zip(self.seconds, self.firsts):
             for seconds, first, answer in zip(calls, ones, self.answers):
-                tokens = len(answer) - 1 if decode_only else len(answer)
+                tokens = len(answer[0]) - 1 if decode_only else len(answer[0])
                 if tokens > 0:
                     out.append((seconds - first if decode_only else seconds) / tokens)
         return out
@@ -91,14 +92,45 @@ def ready(model: Any, processor: Any, arm: Arm):
         detach(model)
 
 
-def _timed(model: Any, inputs: Mapping[str, Any], **options: Any) -> tuple[list[int], float]:
-    if model.device.type == "cuda":
+class _First(StoppingCriteria):
+    """Notes when the first token came, and stops nothing.
+
+    A search that calls no criteria as it goes has no such moment.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock, self.at, self._no = clock, math.nan, torch.empty(0)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        if math.isnan(self.at):
+            finished(input_ids.device)
+            self.at = self.clock()
+        if len(self._no) != len(input_ids):
+            self._no = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self._no
+
+
+def finished(device: torch.device) -> None:
+    """Wait until ``device`` has done all it was asked for."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
-    start = perf_counter()
-    out = model.generate(**inputs, **options)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return out[0, inputs["input_ids"].shape[1] :].tolist(), perf_counter() - start
+
+
+def timed(
+    model: Any, inputs: Mapping[str, Any], clock: Callable[[], float] = perf_counter, **options: Any
+) -> tuple[list[list[int]], float, float]:
+    """One call of ``generate()``: the ids of each row, the seconds of the call, and those to its first token (NaN if unknown)."""
+    first = _First(clock)
+    finished(model.device)
+    start = clock()
+    out = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([first]), **options)
+    finished(model.device)
+    return out[:, inputs["input_ids"].shape[1] :].tolist(), clock() - start, first.at - start
+
+
+def repeated(inputs: Mapping[str, Any], copies: int) -> dict[str, Any]:
+    """The inputs with each row ``copies`` times, all rows of a copy together."""
+    return {key: torch.cat([value] * copies) if copies > 1 else value for key, value in inputs.items()}
 
 
 def measure(
@@ -111,15 +143,17 @@ def measure(
     rounds: int = 3,
     warm: Sequence[Mapping[str, Tensor]] = (),
     options: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, Measured]:
     """Run every sample through every arm ``rounds`` times, after an untimed round.
 
     Args:
-        samples: inputs of ``generate()``, one sample each.
+        samples: inputs of ``generate()``, one batch each.
         arms: name -> arm.
         warm: other samples, on which drafters that learn between calls learn first.
         options: arguments of every call, for instance ``do_sample`` and ``temperature``; greedy by default. The seed of a
             sampled call is passed to attached models only.
+        clock: gives the seconds; ``time.process_time`` counts what this process computed.
     """
     common = {"do_sample": False, "max_new_tokens": max_new_tokens, **(options or {})}
     bare = {key: value for key, value in common.items() if key != "seed"}
@@ -128,7 +162,7 @@ def measure(
         if arm.drafter is not None and type(arm.drafter).fork is not Drafter.fork:
             with ready(model, processor, arm):
                 for inputs in warm:
-                    _timed(model, inputs, **how[name])
+                    timed(model, inputs, **how[name])
     results = {name: Measured() for name in arms}
     names = list(arms)
     for turn in range(rounds + 1):
@@ -142,23 +176,27 @@ def measure(
                 if arm.drafter is not None:
                     arm = dataclasses.replace(arm, drafter=arm.drafter.fork())
                 with ready(model, processor, arm):
-                    answer, seconds = _timed(model, inputs, **how[name])
+                    answer, seconds, first = timed(model, repeated(inputs, arm.copies), clock, **how[name])
                     if turn:
                         result.seconds[-1].append(seconds)
+                        result.firsts[-1].append(first)
                         if arm.drafter is not None:
                             run = last_run(model)
                             assert run is not None and run.trace.speculation is not None
                             result.stats = result.stats + run.trace.speculation
-                        result.firsts[-1].append(_timed(model, inputs, **{**how[name], "max_new_tokens": 1})[1])
                     else:
                         result.answers.append(answer)
     return results
 
 
+def ratios(of: Measured, to: Measured, decode_only: bool = False) -> list[float]:
+    """The paired ratios of seconds per token of all rounds and samples."""
+    return [x / y for x, y in zip(of.per_token(decode_only), to.per_token(decode_only))]
+
+
 def ratio(of: Measured, to: Measured, decode_only: bool = False) -> float:
-    """Median over rounds and samples of the paired ratio of seconds per token."""
-    a, b = of.per_token(decode_only), to.per_token(decode_only)
-    return statistics.median(x / y for x, y in zip(a, b))
+    """Their median."""
+    return statistics.median(ratios(of, to, decode_only))
 
 
 def mismatches(of: Measured, to: Measured) -> int:
@@ -166,68 +204,16 @@ def mismatches(of: Measured, to: Measured) -> int:
     return sum(a != b for a, b in zip(of.answers, to.answers))
 
 
-def summary(results: Mapping[str, Measured], plain: str) -> dict[str, Any]:
-    """Per arm: milliseconds per token, ratios to the arm ``plain``, acceptance, the split, and the cost formula.
-
-    The formula's unit is a decoding step of ``plain``. It adds up what the loop clocked of verification, drafting and the
-    rest, over tau; ``vs_plain_decode`` is clocked from outside.
-    """
-    unit = statistics.median(results[plain].per_token(decode_only=True))
-    out: dict[str, Any] = {}
-    for name, result in results.items():
-        entry: dict[str, Any] = {
-            "ms_per_token": round(1e3 * statistics.median(result.per_token()), 4),
-            "ms_per_token_decode": round(1e3 * statistics.median(result.per_token(decode_only=True)), 4),
-            "vs_plain": round(ratio(result, results[plain]), 4),
-            "vs_plain_decode": round(ratio(result, results[plain], decode_only=True), 4),
-            "tokens": sum(map(len, result.answers)),
-        }
-        stats = result.stats
-        if stats.cycles:
-            cycle = {part: getattr(stats, f"{part}_s") / stats.cycles / unit for part in ("target", "draft", "other")}
-            entry["speculation"] = {
-                **stats.to_json(),
-                "alpha": round(alpha_of(stats.tau, len(stats.reached)), 4) if stats.reached else 0.0,
-                "ms_per_token_split": {
-                    part: round(1e3 * getattr(stats, f"{part}_s") / stats.tokens, 4)
-                    for part in ("target", "draft", "other")
-                },
-                "cycle_in_plain_steps": {part: round(value, 3) for part, value in cycle.items()},
-                "formula": {
-                    "time_per_token": round(time_per_token(stats.tau, *cycle.values()), 4),
-                    "break_even_tau": round(break_even(*cycle.values()), 4),
-                },
-            }
-        out[name] = entry
-    return out
-
-
 def raw(results: Mapping[str, Measured]) -> dict[str, Any]:
-    """The samples behind a summary: seconds of every call, tokens of every answer."""
+    """The samples behind a summary: seconds of every call, tokens of every row."""
     return {
         name: {
             "seconds": [[round(s, 6) for s in row] for row in result.seconds],
-            "seconds_of_one_token": [[round(s, 6) for s in row] for row in result.firsts],
-            "tokens": [len(answer) for answer in result.answers],
+            "seconds_to_first_token": [[round(s, 6) for s in row] for row in result.firsts],
+            "tokens": [len(answer[0]) for answer in result.answers],
         }
         for name, result in results.items()
     }
-
-
-def caption_inputs(processor: Any, count: int, start: int = 0, prompt: str = CAPTION) -> list[dict[str, Tensor]]:
-    """Inputs for ``count`` of the scenes that ship, each with a caption prompt."""
-    from PIL import Image
-
-    import lvlm_decode_data
-
-    text = prompt
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    scenes = lvlm_decode_data.load_scenes()[start : start + count]
-    return [
-        dict(processor(images=[Image.open(s.path).convert("RGB")], text=[text], return_tensors="pt")) for s in scenes
-    ]
 
 
 def circumstances(model: Any) -> dict[str, Any]:
@@ -255,41 +241,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def speculative(
-    model: Any,
-    processor: Any,
-    method: Method,
-    drafter: Drafter,
-    *,
-    samples: int,
-    max_new_tokens: int,
-    rounds: int = 3,
-    options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """``lvlm-decode bench speculative``: a method with a drafter against itself without one, and against plain."""
-    inputs = [{k: v.to(model.device) for k, v in x.items()} for x in caption_inputs(processor, samples + WARM)]
-    arms = {"plain": Arm(), "method": Arm(method), "method with drafter": Arm(method, drafter)}
-    results = measure(
-        model,
-        processor,
-        inputs[WARM:],
-        arms,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        warm=inputs[:WARM],
-        options=options,
-    )
-    speculated = summary(results, "plain")
-    own = speculated["method with drafter"]
-    return {
-        "mismatches": mismatches(results["method with drafter"], results["method"]),
-        "time_per_token_vs_plain": own["vs_plain"],
-        "time_per_token_vs_method": round(ratio(results["method with drafter"], results["method"]), 4),
-        "tau": own["speculation"]["tau"],
-        "split": own["speculation"]["ms_per_token_split"],
-        "arms": speculated,
-        "raw": raw(results),
-        "circumstances": circumstances(model),
-    }
