@@ -159,7 +159,7 @@ def controls(method: str, decoding: Decoding) -> list[tuple[str, Decoding]]:
 
     Greedy always. With sampling or beams, also a method's own beams, the plain model in the same way; with sampling
     the plausibility mask alone, because the mask by itself already lifts sampled scores; for RITUAL the mask at
-    temperature 0.25.
+    temperature 0.25; for DCD its projector of the preferred answers alone, which is a further training of the model.
     """
     wanted = [("plain", GREEDY)]
     if decoding != GREEDY:
@@ -170,7 +170,18 @@ def controls(method: str, decoding: Decoding) -> list[tuple[str, Decoding]]:
         wanted.append((mask_of(method), decoding))
         if "ritual" in re.split(r"\W+", method.lower()):
             wanted.append((mask_of(method), Decoding(do_sample=True, temperature=SHARP_TEMPERATURE)))
+    if alone := chosen_alone(method):
+        wanted.append((alone, decoding))
     return [pair for pair in dict.fromkeys(wanted) if pair != (method, decoding)]
+
+
+def chosen_alone(method: str) -> str | None:
+    """DCD without its contrast: the projector fitted to the preferred answers, under the same mask. None for others."""
+    call = re.fullmatch(r"(dcd)(?:\((.*)\))?", method, re.IGNORECASE)
+    if call is None:
+        return None
+    kept = [part for part in (call[2] or "").split(",") if part and not re.match(r"\s*(?:cd_)?alpha\s*=", part)]
+    return f"{call[1]}({','.join(['alpha=0', *kept])})"
 
 
 def own_beams(method: str) -> int | None:

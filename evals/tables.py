@@ -10,6 +10,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -319,11 +320,11 @@ def wanted_controls(method: Entry) -> list[tuple[str, Decoding]]:
 def matched(method: Entry, methods: Sequence[Entry]) -> list[Entry]:
     """The controls of a method that were run with its model and settings, in the order of `plan.controls`.
 
-    A parameter that both have (the mask's beta) must be the same.
+    A parameter that both have (the mask's beta) must be the same, but for one that the control's name sets on purpose.
     """
 
     def agrees(other: Entry) -> bool:
-        shared = other.parameters.keys() & method.parameters.keys()
+        shared = (other.parameters.keys() & method.parameters.keys()) - set(re.findall(r"(\w+)=", other.name))
         return all(other.parameters[name] == method.parameters[name] for name in shared)
 
     return [

@@ -210,6 +210,13 @@ class Method(Checked):
         """The hidden layers this method reads from ``model``."""
         return Probes()
 
+    def check_model(self, family: Family) -> None:
+        """Raise for a model that lacks what the family cannot tell: weights that somebody must have trained for it, say.
+
+        Raises:
+            UnsupportedError: names the method, what is lacking, and how to make it.
+        """
+
     def patch(self, run: Run) -> AbstractContextManager[Any]:
         """A change of the model for the length of one call, for instance of the attention of view 0's rows.
 

@@ -95,7 +95,7 @@ def cell_folder(out, method="vcd", decoding=SAMPLE, seed=0):
     return Cell("adversarial", method, decoding, seed).folder(out, "pope")
 
 
-def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model="tiny-llava", skip=()):
+def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model="tiny-llava", skip=(), parameters=None):
     """A finished run without a model: answers that are right with the given probability."""
     asked = [Question(i, "Is there a dog?", f"im{i // 6}", ("yes", "no")[i % 2]) for i in range(questions)]
     for (method, decoding), right in pairs.items():
@@ -104,7 +104,7 @@ def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model=
             decides = {
                 "evaluator": "pope",
                 "split": split,
-                "method": {"name": method, "parameters": {}},
+                "method": {"name": method, "parameters": (parameters or {}).get(method, {})},
                 "decoding": dict(
                     do_sample=decoding.do_sample, temperature=decoding.temperature, num_beams=decoding.num_beams
                 ),

@@ -336,7 +336,7 @@ BAD = {
     "cai": dict(gamma=0.5),
     "causalmm": dict(form="mirror"),
     "ilvad": dict(tokens=1),
-    "dcd": dict(),
+    "dcd": dict(alpha=-1.0),
     "dola": dict(layers="middle"),
     "deco": dict(top_p=0.0),
     "lol": dict(adapter="a", model=torch.nn.Identity()),

@@ -18,7 +18,6 @@ from lvlm_decode.speculative.drafters import DRAFTERS, get
 CLASSES = {name: load(name) for name in METHODS} | {name: get(name) for name in DRAFTERS}
 #: Without these a class cannot be made.
 NEEDED = {
-    "dcd": {"negative": "a folder"},
     "vti": {"vectors": "a file"},
     "nullu": {"vectors": "a file"},
     "revis": {"vectors": "a file"},

@@ -51,6 +51,13 @@ def test_controls_always_come_along():
     assert controls("opera", GREEDY) == [("plain", GREEDY), ("plain", Decoding(num_beams=5))]
     assert controls("opera(num_beams=4)", GREEDY)[-1] == ("plain", Decoding(num_beams=4))
     assert controls("plain", GREEDY) == []
+    # DCD must beat its projector of the preferred answers alone.
+    assert controls("dcd", GREEDY) == [("plain", GREEDY), ("dcd(alpha=0)", GREEDY)]
+    assert controls("dcd(positive=p/q,alpha=0.5,beta=0.2)", SAMPLE)[-1] == (
+        "dcd(alpha=0,positive=p/q,beta=0.2)",
+        SAMPLE,
+    )
+    assert controls("dcd(alpha=0,beta=0.2)", GREEDY) == [("plain", GREEDY)]
 
 
 def test_cells_are_controls_first_and_greedy_plain_has_one_seed():

@@ -25,6 +25,7 @@ from lvlm_decode.methods.vista import VISTA
 from lvlm_decode.methods.vti import VTI
 from lvlm_decode.testing.models import IMAGE, tiny
 from lvlm_decode.training import vectors as calibration
+from lvlm_decode.training.pairs import scene_pairs
 
 TEXTS = ("ab", "is it a dog?")
 D = 32
@@ -393,7 +394,7 @@ def test_revis_vector_is_the_widest_direction_without_the_words():
 
 def test_revis_reads_states_without_the_image(loaded):
     model, processor = loaded.model, loaded.processor
-    pair = calibration.scene_pairs(1)[0]
+    pair = scene_pairs(1)[0]
     added, prior = calibration.revis_states(model, processor, pair)
     for found in (added, prior):
         assert len(found) == model.config.text_config.num_hidden_layers and (found.abs().amax(-1) > 1e-3).all()
@@ -486,19 +487,3 @@ def test_a_file_knows_its_method_and_its_model(tmp_path):
     store.save(path, "vti", vectors(), other, {"model": "another"})
     with pytest.raises(ParameterError, match="made for another model"):
         traced(VTI(vectors=path))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "pairs.jsonl:1 is no JSON object"),
-        ('{"image": "a.png", "question": "q", "truthful": "t"}', "pairs.jsonl:1 has no text in 'hallucinated'"),
-        ('{"image": "a", "question": "q", "truthful": "t", "hallucinated": "h"}', "the image a cannot be read"),
-        ("", "has 0 pairs"),
-    ],
-)
-def test_bad_pairs_are_named(tmp_path, text, words):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=words):
-        calibration.file_pairs(path)

@@ -8,7 +8,7 @@ import re
 import pytest
 import yaml
 from conftest import ROOT
-from runs import SAMPLE, cli, make_run, results_of
+from runs import RIGHT, SAMPLE, cli, make_run, results_of
 
 import lvlm_decode
 from lvlm_decode.errors import FileFormatError, MissingFileError, UnknownNameError
@@ -37,6 +37,14 @@ def test_every_method_stands_beside_its_controls(tmp_path):
     assert against == ["plain, greedy", "plain, sample", "mask, sample"]
     titles = " ".join(results.columns)
     assert "Yes-ratio" in titles and "Unparsed" in titles
+
+
+def test_dcd_stands_beside_its_projector_of_the_preferred_answers(tmp_path):
+    pairs = {**RIGHT, ("dcd", SAMPLE): 0.8, ("dcd(alpha=0)", SAMPLE): 0.8}
+    parameters = {"dcd": {"alpha": 1.0, "beta": 0.1}, "dcd(alpha=0)": {"alpha": 0.0, "beta": 0.1}}
+    _, differences = blocks(results_of(make_run(tmp_path, pairs, parameters=parameters)), replicates=200)
+    against = [line[1] for line in differences.lines if line[0] == "dcd, sample"]
+    assert against == ["plain, greedy", "plain, sample", "mask, sample", "dcd(alpha=0), sample"]
 
 
 def test_numbers_of_a_table_are_the_summary_s(tmp_path):

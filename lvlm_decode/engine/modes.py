@@ -40,7 +40,7 @@ def check_needs(method: Method, family: Family) -> None:
     """Raise unless the family has what every part of ``method`` needs.
 
     Raises:
-        UnsupportedError: names the method and what the family lacks.
+        UnsupportedError: names the method and what the family, or this model of it, lacks.
     """
     for part in method.parts():
         for need in part.needs:
@@ -49,6 +49,7 @@ def check_needs(method: Method, family: Family) -> None:
                     f"{part.name} needs {NEEDS[need]}, which {family.config.model_type} does not have; choose another "
                     "method or model."
                 )
+        part.check_model(family)
 
 
 def check_modes(method: Method, modes: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ParameterError
+from . import learned
 from .hf import decoder
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 #: A file of vectors, or the tensor itself.
 Given = Tensor | str | Path
 
-#: The tensor's name in a file, and the name of its description.
-TENSOR, ABOUT = "vectors", "lvlm_decode"
+#: The tensor's name in a file.
+TENSOR = "vectors"
 
 
 def save(path: Path, kind: str, vectors: Tensor, module: torch.nn.Module, about: Mapping[str, Any]) -> None:
@@ -29,10 +30,7 @@ def save(path: Path, kind: str, vectors: Tensor, module: torch.nn.Module, about:
     Args:
         about: how they were made, for people.
     """
-    from safetensors.torch import save_file
-
-    text = json.dumps({"kind": kind, "fingerprint": decoder.fingerprint(module), **about})
-    save_file({TENSOR: vectors.contiguous()}, path, metadata={ABOUT: text})
+    learned.save(path, kind, {TENSOR: vectors.contiguous()}, module, about)
 
 
 def load(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
@@ -45,7 +43,7 @@ def load(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = (file.metadata() or {}).get(ABOUT)
+            about = (file.metadata() or {}).get(learned.ABOUT)
             if about is None or TENSOR not in file.keys():
                 raise InputError(f"{path} holds no vectors of lvlm-decode; make them with: lvlm-decode train vector.")
             return file.get_tensor(TENSOR), json.loads(about)

@@ -3,10 +3,11 @@
     scores = (1 + alpha) * l(image through P_pos) - alpha * l(image through P_neg)
 
 P_pos and P_neg are copies of the vision-language projector, trained apart on the preferred and the rejected answers of
-preference triples (``lvlm-decode train negatives``). Without ``positive`` the model's own projector is the positive
-one, the paper's negative-only variant. Of Qwen3-VL the merger of the last layer is the projector; the deepstack mergers
-that feed its early decoder layers stay the model's own. The vision encoder runs once for both. alpha and beta are not
-the paper's values.
+preference triples (``lvlm-decode train negatives``). Without ``positive`` the model's own projector is the positive one, the
+paper's negative-only variant; without either both are those that ship for the model, which the small LLaVA has. ``alpha=0`` is
+what DCD must beat: the projector of the preferred answers alone, under the same mask. Of Qwen3-VL the merger of the last layer
+is the projector; the deepstack mergers that feed its early decoder layers stay the model's own. The vision encoder runs once
+for both. alpha and beta are not the paper's values.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..engine import learned
 from ..engine.hooks import hooked, replaced
 from ..engine.samples import Sample
-from ..errors import InputError, ParameterError
+from ..errors import InputError, ParameterError, UnsupportedError
 from ..families.base import Family
 from ..method import Contrast, View
-from ..weights import read_safetensors
 
 Weights = torch.nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -39,8 +40,9 @@ class DCD(Contrast):
     A projector is a module, its ``state_dict()``, or the path of one in safetensors format.
 
     Args:
-        negative: Projector trained on the rejected answers.
-        positive: Projector trained on the preferred answers; ``None`` takes the model's own.
+        negative: Projector trained on the rejected answers; ``None`` takes the one that ships for the model.
+        positive: Projector trained on the preferred answers; ``None`` takes the model's own, or beside a shipped negative
+            one the shipped one.
         alpha: Contrast strength, at least 0.
         beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
     """
@@ -56,13 +58,29 @@ class DCD(Contrast):
     beta: float | None = 0.1
 
     def __post_init__(self) -> None:
-        self.check(self.negative is not None, "negative", "the negative projector, for instance its path")
         self.check(self.alpha >= 0, "alpha", "at least 0")
         self.check_beta()
 
     @property
     def plausibility_beta(self) -> float | None:
         return self.beta
+
+    def check_model(self, family: Family) -> None:
+        if self.negative is None and learned.shipped(family, "negative") is None:
+            raise UnsupportedError(
+                f"{self.name} needs projectors that were trained for this model, and none ship for it; make them with: "
+                "lvlm-decode train negatives, and give negative= and positive=, their paths."
+            )
+
+    def _projectors(self, family: Family) -> tuple[Weights | None, Weights]:
+        """The positive projector, ``None`` for the model's own, and the negative one."""
+        if self.negative is not None:
+            return self.positive, self.negative
+        self.check_model(family)
+        positive = self.positive if self.positive is not None else learned.shipped(family, "positive")
+        negative = learned.shipped(family, "negative")
+        assert negative is not None
+        return positive, negative
 
     @contextmanager
     def observe(self, family: Family) -> Iterator[dict[torch.nn.Module, Any]]:
@@ -72,7 +90,8 @@ class DCD(Contrast):
         def keep(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             outputs[module].append(output)
 
-        own = nullcontext() if self.positive is None else projecting(family.projector(), self.positive)
+        positive, _ = self._projectors(family)
+        own = nullcontext() if positive is None else projecting(family, positive, "positive")
         with hooked(after=dict.fromkeys(family.before_projector(), keep)), own:
             yield outputs
 
@@ -86,27 +105,29 @@ class DCD(Contrast):
 
     def _project(self, batch: Any, sample: Any) -> list[tuple[Any, ...]]:
         """Per row its images through the negative projector, on what the encoder said the first time."""
-        assert self.negative is not None
+        _, negative = self._projectors(batch.family)
         outputs = sample.observed_by(self.name)
 
         def recorded(number: int) -> Any:
             return replaced({module: lambda *a, said=said[number], **k: said for module, said in outputs.items()})
 
-        with projecting(batch.family.projector(), self.negative):
+        with projecting(batch.family, negative, "negative"):
             return batch.encode_again(recorded)
 
 
 @contextmanager
-def projecting(projector: torch.nn.Module, weights: Weights) -> Iterator[None]:
-    """``projector`` computes with other weights in calls made inside the block; other calls have its own.
+def projecting(family: Family, weights: Weights, kind: str) -> Iterator[None]:
+    """The model's projector computes with other weights in calls made inside the block; other calls have its own.
+
+    Args:
+        kind: "positive" or "negative", what a file of weights must hold.
 
     Raises:
         ParameterError: weights of another projector.
     """
-    if isinstance(weights, (str, Path)):
-        weights = read_safetensors(Path(weights))
-    state = weights.state_dict() if isinstance(weights, torch.nn.Module) else dict(weights)
-    own = projector.state_dict()
+    projector = family.projector()
+    given = weights.state_dict() if isinstance(weights, torch.nn.Module) else weights
+    state, own = learned.read(given, DCD.name, kind, family), projector.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         raise ParameterError(
             f"dcd: the given projector has {len(state)} tensors that are not those of {type(projector).__name__}; give "

@@ -4,20 +4,22 @@
     F' = log p(x; layer) - lower_strength * log p*(x; layer) the same after an early layer of both
     scores = F + fusion * F' + refocus * (log p(x | guide) - log p(x))      truthfulness-refocused term, then the mask
 
-The amateur is inclined to hallucinate: a LoRA adapter of the attached model (``adapter``, by its peft name;
-``lvlm-decode train negatives`` makes one; other adapters that are active stay so for the model and not for the
-amateur), another model of the same architecture (``model``), or the model itself under an instruction (``instruction``,
-when neither is given). No code was released and the tables were not at hand: the weighted fusion, the form of the last
-term, the layer and every strength are this library's reading, not the paper's values.
+The amateur is inclined to hallucinate: the attached model with low-rank weights that ``lvlm-decode train negatives`` makes
+(``amateur``; those of the small LLaVA ship) or with a LoRA adapter of peft (``adapter``; other adapters that are active stay so
+for the model and not for the amateur), another model of the same architecture (``model``), or the model itself under an
+instruction (``instruction``; the default where no amateur ships for the model). No code was released and the tables were not at
+hand: the weighted fusion, the form of the last term, the layer and every strength are this library's reading, not the paper's
+values.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from ..engine import hf
 from ..engine.hf import decoder
 from ..engine.hooks import replaced
+from ..engine.learned import LowRank, read, shipped
 from ..engine.run import Run
 from ..engine.samples import Sample
 from ..errors import DependencyError, UnsupportedError
@@ -47,10 +50,11 @@ class LOL(Method):
         refocus: Weight of the guided term, at least 0; 0 leaves its view out.
         layer: Number of the early layer, 1 being the output of the first; ``None`` takes the middle.
         beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
+        amateur: Low-rank weights made by ``lvlm-decode train negatives``, or the path of their file; ``None`` takes those
+            that ship for the model, where some do and nothing else makes the amateur.
         adapter: Name, in peft, of the amateur's LoRA adapter.
         model: Another model of the same architecture as the amateur.
-        instruction: Instruction that makes the model its own amateur, when neither ``adapter`` nor ``model`` is
-            given.
+        instruction: Instruction that makes the model its own amateur; ``None`` takes this library's words where it needs one.
         guide: Truth-guiding instruction of the refocused term.
     """
 
@@ -69,16 +73,18 @@ class LOL(Method):
     refocus: float = 0.5
     layer: int | None = None
     beta: float | None = 0.1
+    amateur: Mapping[str, Tensor] | str | Path | None = field(default=None, compare=False, repr=False)
     adapter: str | None = None
     model: torch.nn.Module | None = field(default=None, compare=False, repr=False)
-    instruction: str = INSTRUCTION
+    instruction: str | None = None
     guide: str = GUIDE
 
     def __post_init__(self) -> None:
         for name in ("strength", "lower_strength", "fusion", "refocus"):
             self.check(getattr(self, name) >= 0, name, "at least 0")
         self.check(self.layer is None or self.layer >= 1, "layer", "at least 1, or None")
-        self.check(self.adapter is None or self.model is None, "adapter", "None when model is given")
+        given = [name for name in ("amateur", "adapter", "model", "instruction") if getattr(self, name) is not None]
+        self.check(len(given) < 2, given[0] if given else "amateur", f"None when {given[-1] if given else ''} is given")
         self.check_beta()
 
     @property
@@ -90,8 +96,10 @@ class LOL(Method):
             amateur = sample.as_view(patch=self._with_adapter)
         elif self.model is not None:
             amateur = sample.as_view(module=sample.family.decoding_module(self.model))
+        elif (patch := self._low_rank(sample.family)) is not None:
+            amateur = sample.as_view(patch=patch)
         else:
-            amateur = sample.with_prefix(self.instruction)
+            amateur = sample.with_prefix(INSTRUCTION if self.instruction is None else self.instruction)
         return [amateur, sample.with_prefix(self.guide)] if self.refocus else [amateur]
 
     def probes(self, model: torch.nn.Module) -> Probes:
@@ -109,6 +117,23 @@ class LOL(Method):
     def observe(self, family: Family) -> AbstractContextManager[Any]:
         # The images are those of the model, encoded once; the amateur differs in what it makes of them.
         return nullcontext() if self.adapter is None else without_adapter(family.model, self.adapter)
+
+    def _low_rank(self, family: Family) -> LowRank | None:
+        """The model with the amateur's weights, if there are any."""
+        source = self.amateur
+        if source is None and self.instruction is None:
+            source = shipped(family, "amateur")
+        if source is None:
+            return None
+        key = str(source) if isinstance(source, str | Path) else ""
+        if key not in self._patches:
+            self._patches[key] = LowRank(read(source, self.name, "amateur", family), self.name)
+        return self._patches[key]
+
+    @cached_property
+    def _patches(self) -> dict[str, LowRank]:
+        # One object a file for all samples: views that share a patch run in one forward.
+        return {}
 
     @cached_property
     def _with_adapter(self) -> Callable[[torch.nn.Module], AbstractContextManager[Any]]:

@@ -1,4 +1,4 @@
-"""``lvlm-decode train negatives`` and ``lvlm-decode train draft-head``."""
+"""``lvlm-decode train``: draft heads, what DCD and LOL contrast with, vectors of steering methods."""
 
 from __future__ import annotations
 
@@ -54,30 +54,55 @@ def start(work: Path, command: str, **settings: object) -> None:
 @one_sentence
 def negatives(
     model: Annotated[str, typer.Option(help="tiny, tiny-instructblip, a folder or a hub id.")] = "tiny",
-    output: Annotated[Path, typer.Option(help="Folder for the projectors and the adapter.")] = Path("negatives"),
+    output: Annotated[Path, typer.Option(help="Folder for the projectors and the amateur.")] = Path("negatives"),
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON lines: image, question, truthful, hallucinated; scenes without it.")
+    ] = None,
     triples: Annotated[int, typer.Option(min=3, help="Preference triples over rendered scenes.")] = 1200,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each of the three trainings.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Triples a step.")] = 16,
     rate: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of triples and order.")] = 0,
 ) -> None:
-    """DCD's two projectors and LOL's amateur adapter, from preferred and rejected answers."""
-    from safetensors.torch import save_file
+    """DCD's two projectors and LOL's amateur, from preferred and rejected answers. The same command goes on where it
+    stopped.
+    """
+    import torch
 
     from lvlm_decode_evals.runner import load
 
+    from ..engine import learned
+    from ..families import family_of
     from . import negatives as train
+    from .pairs import digest, file_pairs, scene_triples
 
     began = time.perf_counter()
-    start(output, "negatives", model=model, triples=triples, steps=steps, batch=batch, rate=rate, seed=seed)
-    loaded = load(model)
-    drawn = list(train.scene_triples(triples, seed))
+    drawn = list(scene_triples(triples, seed)) if pairs is None else file_pairs(pairs)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
-    for name, state in train.train_projectors(loaded.model, loaded.processor, drawn, **settings).items():
-        save_file(state, output / f"{name}.safetensors")
-    train.train_amateur(loaded.model, loaded.processor, drawn, **settings)
-    loaded.model.save_pretrained(output / "amateur")
-    typer.echo(f"{output} saved after {(time.perf_counter() - began) / 60:.1f} minutes")
+    start(output, "negatives", model=model, pairs=pairs and str(pairs), triples=len(drawn), **settings)
+    loaded = load(model)
+    module = family_of(loaded.model).decoding_module(loaded.model)
+    source = f"scenes, seed {seed}" if pairs is None else pairs.name
+    made = {
+        "model": loaded.settings["name"],
+        "triples": len(drawn),
+        "source": source,
+        "words": digest(drawn),
+        **settings,
+    }
+    for part in train.PARTS:
+        file, checkpoint = output / f"{part}.safetensors", output / f"{part}.checkpoint"
+        if file.is_file():
+            train.check_same(file, learned.about(file), made)
+            typer.echo(f"{file} is there already")
+            continue
+        keeping = train.Checkpoint(checkpoint, {"part": part, **made})
+        state = train.train_part(loaded.model, loaded.processor, drawn, part, **settings, checkpoint=keeping)
+        halves = {name: weight.to(torch.float16) for name, weight in state.items()}
+        learned.save(file, part, halves, module, made)
+        checkpoint.unlink(missing_ok=True)
+        typer.echo(f"{file} saved")
+    typer.echo(f"{output} is whole after {(time.perf_counter() - began) / 60:.1f} minutes")
 
 
 @app.command("vector")
@@ -101,8 +126,9 @@ def vector(
     from ..engine.vectors import save
     from ..families import family_of
     from . import vectors as train
+    from .pairs import file_pairs, scene_pairs
 
-    drawn = train.scene_pairs(scenes, seed) if pairs is None else train.file_pairs(pairs)
+    drawn = scene_pairs(scenes, seed) if pairs is None else file_pairs(pairs)
     loaded = load(model)
     found = train.directions(loaded.model, loaded.processor, drawn, kind, rank)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name

@@ -12,13 +12,10 @@ placeholder as a word; here it is left out.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,50 +23,11 @@ from ..engine.hf import decoder
 from ..engine.hooks import hooked
 from ..errors import InputError
 from ..families import family_of
-from .negatives import Triple, batches, scene_triples
+from .negatives import batches
+from .pairs import Triple
 
 #: What is said of a picture by one who does not see it.
 NEUTRAL = "I cannot tell what this picture shows."
-FIELDS = ("image", "question", "truthful", "hallucinated")
-
-
-def scene_pairs(count: int, seed: int = 0) -> list[Triple]:
-    """``count`` pairs of captions of rendered scenes, of which the second names an absent object."""
-    return list(scene_triples(3 * count, seed))[::3]
-
-
-def file_pairs(path: Path) -> list[Triple]:
-    """The pairs of a JSON lines file with the fields image, question, truthful and hallucinated.
-
-    Args:
-        path: images are looked up from the folder it is in.
-
-    Raises:
-        InputError: names the line that is not such a pair, or the image that cannot be read.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}; give a JSON lines file of pairs.") from error
-    pairs = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number} is no JSON object: {error}.") from error
-        bad = [name for name in FIELDS if not isinstance(record, dict) or not isinstance(record.get(name), str)]
-        if bad:
-            raise InputError(f"{path}:{number} has no text in {bad[0]!r}; each line needs {', '.join(FIELDS)}.")
-        try:
-            image = Image.open(path.parent / record["image"]).convert("RGB")
-        except OSError as error:
-            raise InputError(f"{path}:{number}: the image {record['image']} cannot be read: {error}.") from error
-        pairs.append(Triple(image, record["question"], record["truthful"], record["hallucinated"]))
-    if len(pairs) < 2:
-        raise InputError(f"{path} has {len(pairs)} pairs; a direction needs at least 2.")
-    return pairs
 
 
 def states(model: Any, processor: Any, pair: Triple, which: str, image: bool = True) -> Tensor:
