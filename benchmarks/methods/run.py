@@ -1,7 +1,7 @@
 """Every method of the registry on POPE, CHAIR and NaturalBench over held-out scenes, several seeds, beside the controls.
 
-    lvlm-decode train negatives --model tiny-llava --output parts/tiny-llava --steps 100 --batch 12
     lvlm-decode train vector --kind vti --model tiny-llava --output parts/tiny-llava/vti.safetensors    (nullu, revis)
+    lvlm-decode train negatives --model tiny-instructblip --output parts/tiny-instructblip --steps 100 --batch 12
     nohup nice python benchmarks/methods/run.py --model tiny-llava --parts parts/tiny-llava --images 142 > run.log &
     python benchmarks/methods/run.py --model tiny-llava --parts parts/tiny-llava --images 142 --record
 
@@ -11,7 +11,7 @@ their own come last and with the first seed alone. ``--record`` asks nothing and
 beyond those that ship are rendered from their seeds.
 
 Methods run with their defaults, but for what is in ``PARAMETERS``: set because these models know few phrasings of a request
-for a description, or need learned parts. All sample at temperature 1 where they can.
+for a description, or need learned parts (``--parts``). All sample at temperature 1 where they can.
 """
 
 from __future__ import annotations
@@ -43,14 +43,17 @@ from lvlm_decode_evals.tables import blocks, render
 HERE = Path(__file__).resolve().parent
 PARAMETERS = {
     "code": "code(prompt=Please describe this image in detail.,max_description=96)",
-    "dcd": "dcd(negative={parts}/negative.safetensors,positive={parts}/positive.safetensors)",
-    "lol": "lol(adapter=amateur)",
-    "vti": "vti(vectors={parts}/vti.safetensors)",
-    "nullu": "nullu(vectors={parts}/nullu.safetensors)",
-    "revis": "revis(vectors={parts}/revis.safetensors)",
     "mvp": "mvp(caption_tokens=64)",
 }
-LEARNED = ("dcd", "lol", "vti", "nullu", "revis")
+#: Learned parts: method -> its parameters, which are files in the folder --parts. Where the folder lacks them the method
+#: runs with what ships for the model, or says that nothing does.
+LEARNED = {
+    "dcd": {"negative": "negative.safetensors", "positive": "positive.safetensors"},
+    "lol": {"amateur": "amateur.safetensors"},
+    "vti": {"vectors": "vti.safetensors"},
+    "nullu": {"vectors": "nullu.safetensors"},
+    "revis": {"vectors": "revis.safetensors"},
+}
 SUMS = ("vcd+ritual", "vista+vcd", "vaf+m3id")
 # Controls are added to every run by the runner itself.
 CONTROLS = ("plain", "mask")
@@ -91,15 +94,16 @@ def chosen(model, parts: Path | None) -> list[str]:
     for name in METHODS:
         if name in CONTROLS:
             continue
-        # Without an adapter LOL's amateur is the model under an instruction; others say that they lack their part.
-        there = parts is not None and (name != "lol" or (parts / "amateur").is_dir())
-        text = PARAMETERS.get(name, name) if there or name not in LEARNED else name
+        text = PARAMETERS.get(name, name)
+        files = {} if parts is None else {key: parts / file for key, file in LEARNED.get(name, {}).items()}
+        if files and all(path.is_file() for path in files.values()):
+            text = f"{name}({','.join(f'{key}={path}' for key, path in files.items())})"
         try:
-            check_needs(parse(text.format(parts=parts)), family)
+            check_needs(parse(text), family)
         except (UnsupportedError, ParameterError) as error:
             print(f"left out: {error}")
             continue
-        names.append(text.format(parts=parts))
+        names.append(text)
     return [*names, *SUMS]
 
 
@@ -236,10 +240,6 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="the machine had other work: no times in the tables")
     given = parser.parse_args()
     loaded = load(given.model)
-    if given.parts is not None and (given.parts / "amateur").is_dir():
-        loaded.model.load_adapter(str(given.parts / "amateur"), adapter_name="amateur")
-        # The controls and all other methods are the model without it.
-        loaded.model.disable_adapters()
     if given.record is not None:
         record(given, loaded)
         return
