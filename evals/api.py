@@ -108,12 +108,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scored answers of one file or list."""
+    """Scored answers of one file or list.
+
+    Where a file holds several splits that are scored apart, `splits` has the scores of each; rates and intervals of the
+    whole are over all answers together.
+    """
 
     evaluator: Evaluator
     scored: Sequence[Row] = field(repr=False)
     audit: Audit
     replicates: int = REPLICATES
+
+    @cached_property
+    def splits(self) -> dict[str, Scores]:
+        """Split -> its scores; empty where there is one. What was wrong with the file is told by the whole."""
+        parts = self.evaluator.splits(self.scored)
+        return {name: Scores(self.evaluator, rows, Audit(), self.replicates) for name, rows in parts.items()}
 
     @property
     def rates(self) -> dict[str, Any]:
@@ -139,30 +149,40 @@ class Scores:
     def report(self) -> dict[str, Any]:
         """What `lvlm-decode score --json` prints."""
         problems = {"problems": self.audit.counts()} if self.audit else {}
+        parts = {name: self.evaluator.report(found.scored) for name, found in self.splits.items()}
         return {
             "benchmark": self.evaluator.name,
             **self.evaluator.options(),
-            **self.evaluator.report(self.scored),
+            **({"splits": parts} if parts else self.evaluator.report(self.scored)),
             **problems,
         }
 
     def blocks(self) -> list[Block]:
-        """The rates as a table of one line."""
-        shown = [column for column in self.evaluator.columns if column.key in self.intervals]
-        line = tuple(
-            Value(bound.value, column.kind, *((bound.low, bound.high) if column.paired else ()))
-            for column in shown
-            for bound in [self.intervals[column.key]]
-        )
-        return [Block(self.evaluator.name, tuple(c.title for c in shown), (line,), tuple(self.problems))]
+        """The rates as a table of one line, or of one for each split."""
+        parts = self.splits or {"": self}
+        shown = [c for c in self.evaluator.columns if any(c.key in found.intervals for found in parts.values())]
+
+        def line(found: Scores) -> list[str | Value]:
+            bounds = [(column, found.intervals.get(column.key)) for column in shown]
+            return [
+                "–"
+                if bound is None
+                else Value(bound.value, column.kind, *((bound.low, bound.high) if column.paired else ()))
+                for column, bound in bounds
+            ]
+
+        lines = tuple((*([name] if name else []), *line(found)) for name, found in parts.items())
+        titles = (*(["Split"] if self.splits else []), *(column.title for column in shown))
+        return [Block(self.evaluator.name, titles, lines, tuple(self.problems))]
 
     def write(self, path: str | os.PathLike) -> None:
         """The rows as JSON lines."""
         write_rows(Path(path), self.scored)
 
     def to_pandas(self) -> Any:
-        """A DataFrame of one line: rates, and `_low` and `_high` of each interval."""
-        return _pandas().DataFrame([_flat(self.intervals)])
+        """A DataFrame of one line, or of one for each split: rates, and `_low` and `_high` of each interval."""
+        lines = [{"split": name} | _flat(found.intervals) for name, found in self.splits.items()]
+        return _pandas().DataFrame(lines or [_flat(self.intervals)])
 
     def _repr_html_(self) -> str:
         return html(self.blocks())
@@ -171,7 +191,7 @@ class Scores:
         return markdown(self.blocks())
 
 
-def _flat(found: Mapping[str, Interval]) -> dict[str, float]:
+def _flat(found: Mapping[str, Interval]) -> dict[str, Any]:
     return {
         f"{key}{end}": value
         for key, bound in found.items()
@@ -369,7 +389,7 @@ def score(
     asked = None
     contradicted: tuple[str, ...] = ()
     if questions is not None:
-        asked = _questions(chosen, questions)
+        asked = _questions(chosen, questions, found)
         found, contradicted = join(chosen.matched(found, asked, where), asked, where)
     usable, trouble = audit(found, asked)
     trouble = replace(trouble, contradicted=contradicted)
@@ -393,10 +413,10 @@ def _answers(chosen: Evaluator, answers: Any) -> list[Answer]:
             raise type(error)(str(error).replace(str(path), "the answers")) from error
 
 
-def _questions(chosen: Evaluator, questions: Any) -> list[Question]:
+def _questions(chosen: Evaluator, questions: Any, answers: Sequence[Answer]) -> list[Question]:
     if not isinstance(questions, str | os.PathLike):
         return list(questions)
-    return [question for part in chosen.file_questions(Path(questions)).values() for question in part]
+    return chosen.listed(chosen.file_questions(Path(questions)), answers)
 
 
 def read_run(folder: str | os.PathLike, *, write: bool = False, **scoring: Any) -> Evaluation:

@@ -239,6 +239,14 @@ class Evaluator(ABC):
 
         return read_answers(path)
 
+    def listed(self, splits: Mapping[str, Sequence[Question]], answers: Sequence[Answer]) -> list[Question]:
+        """The questions of all splits, as a file with `answers` to them is joined with them."""
+        return [question for part in splits.values() for question in part]
+
+    def splits(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """Split -> rows, where one file holds answers to several that are scored apart; empty where it does not."""
+        return {}
+
     def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
         """The answers with the ids of their questions, where a file has them under other ids or none; by default all have.
 

@@ -306,7 +306,13 @@ def score_command(
     found = score(evaluator_from(target[0], option, **shortcuts), target[1], questions)
     if rows is not None:
         found.write(rows)
-    typer.echo(json.dumps(found.report, indent=1) if as_json else _line(found.evaluator, found.scored))
+    if as_json:
+        typer.echo(json.dumps(found.report, indent=1))
+    elif found.splits:
+        for name, part in found.splits.items():
+            typer.echo(f"{name}: {_line(part.evaluator, part.scored)}")
+    else:
+        typer.echo(_line(found.evaluator, found.scored))
     for sentence in found.problems:
         typer.echo(f"warning: {sentence}", err=True)
     if found.audit.incomplete:

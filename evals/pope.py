@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
@@ -21,7 +22,7 @@ from lvlm_decode.reading import Identity, Record, checked, read_records, shown
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
 from .forms import Damro, Llava, Own, Pai, PopesOwn, answers_of, in_order
-from .repope import DROPPED, relabel, remark
+from .repope import DROPPED, corrected_labels, remark, split_of
 
 STRATEGIES = ("random", "popular", "adversarial")
 TEMPLATE = "Is there a {} in the image?"
@@ -240,7 +241,7 @@ class Pope(Evaluator):
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Answers as this project, LLaVA, VCD, RITUAL, DeCo, DAMRO, PAI, VISTA or RePOPE write them; POPE's own and PAI's
-        carry no ids (`matched`). RePOPE's ids are "split/id" where a file holds several splits.
+        carry no ids (`matched`). RePOPE's ids are "split/id" where a file holds several splits, which are scored apart.
         """
         records = read_records(path)
         where, first = records[0]
@@ -258,6 +259,13 @@ class Pope(Evaluator):
             for split, answers in splits.items()
             for identity, said in answers.items()
         ]
+
+    def listed(self, splits: Mapping[str, Sequence[Question]], answers: Sequence[Answer]) -> list[Question]:
+        """Where the answers are to several splits, the ids of the questions say which as well."""
+        if not any(split_of(answer.question_id)[0] for answer in answers):
+            return super().listed(splits, answers)
+        named = {name: next((s for s in STRATEGIES if s in name), name) for name in splits}
+        return [replace(q, id=f"{named[name]}/{q.id}") for name, questions in splits.items() for q in questions]
 
     def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
         """Answers without ids take the id of the question in the same place; lengths and texts must agree."""
@@ -277,22 +285,34 @@ class Pope(Evaluator):
         """Scored answers; with RePOPE's label as evidence where its file belongs to the questions."""
         asked = [answer for answer in answers if answer.error is None]
         rows = super().rows(asked)
-        found = relabel(asked)
-        if found is None:
-            return rows
-        return [replace(row, evidence={**row.evidence, "repope": label}) for row, label in zip(rows, found[1])]
+        return [
+            row if label is None else replace(row, evidence={**row.evidence, "repope": label})
+            for row, label in zip(rows, corrected_labels(asked))
+        ]
+
+    def splits(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
+        """RePOPE's answer files hold several."""
+        parts: dict[str, list[Row]] = {}
+        for row in rows:
+            split, _ = split_of(row.id)
+            if split is None:
+                return {}
+            parts.setdefault(split, []).append(row)
+        return {split: parts[split] for split in STRATEGIES if split in parts}
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         total = {"n": len(rows), **confusion(rows), "unclear": sum(not row.clear for row in rows)}
         if all("repope" in row.evidence for row in rows) and rows:
             kept = [replace(row, label=row.evidence["repope"]) for row in rows if row.evidence["repope"] != DROPPED]
-            second = {"n": len(kept), **confusion(kept), "labels": sum(row.label == "yes" for row in kept)}
+            second = {"n": len(kept), "dropped": len(rows) - len(kept), **confusion(kept)}
+            second["labels"] = sum(row.label == "yes" for row in kept)
             total |= {f"repope_{name}": count for name, count in second.items()}
         return total
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         rates = self._rates(totals, "") | {"unparsed": ratio(totals["unclear"], totals["n"])}
-        if "repope_n" not in totals:
+        # Of a file with several splits one may have no second labels; then there is no second figure of all together.
+        if "repope_n" not in totals or np.any(totals["repope_n"] + totals["repope_dropped"] != totals["n"]):
             return rates
         second = self._rates(totals, "repope_")
         return rates | {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lvlm_decode.errors import EvalError
@@ -78,13 +78,36 @@ def belongs(labels: Labels, answers: Sequence[Answer]) -> bool:
     )
 
 
-def relabel(answers: Sequence[Answer]) -> tuple[Labels, list[str]] | None:
-    """The file that belongs to these answers, and each one's corrected label, `DROPPED` for questions it leaves out.
+def corrected_labels(answers: Sequence[Answer]) -> list[str | None]:
+    """Each answer's corrected label, `DROPPED` for questions that RePOPE leaves out, None where no file at hand belongs.
+
+    Answers to several splits (see `split_of`) are taken split by split. Raises EvalError as `relabel` does.
+    """
+    labels: list[str | None] = [None] * len(answers)
+    parts: dict[str | None, list[int]] = {}
+    for place, answer in enumerate(answers):
+        parts.setdefault(split_of(answer.question_id)[0], []).append(place)
+    for split, places in parts.items():
+        part = [replace(answers[i], question_id=split_of(answers[i].question_id)[1]) for i in places]
+        for place, label in zip(places, relabel(part, split) or ()):
+            labels[place] = label
+    return labels
+
+
+def split_of(identity: str | int) -> tuple[str | None, str]:
+    """(split, id) of the "split/id" of a file with several splits; the split is None elsewhere."""
+    split, slash, name = str(identity).partition("/")
+    return (split, name) if slash and split in SPLITS else (None, str(identity))
+
+
+def relabel(answers: Sequence[Answer], split: str | None = None) -> list[str] | None:
+    """The corrected labels of answers to one split, which is tried alone where it is known.
 
     None where no file at hand belongs to them, or where they were asked with RePOPE's own file and carry its labels.
     Raises EvalError for answers to exactly RePOPE's questions that carry POPE's labels: that is no POPE score.
     """
-    labels = next((found for found in at_hand() if belongs(found, answers)), None)
+    tried = [found for found in at_hand() if split in (None, found.split)]
+    labels = next((found for found in tried if belongs(found, answers)), None)
     if labels is None:
         return None
     corrected = [
@@ -97,7 +120,7 @@ def relabel(answers: Sequence[Answer]) -> tuple[Labels, list[str]] | None:
                 f"score; give --questions coco_repope_{labels.split}.json."
             )
         return None
-    return labels, corrected
+    return corrected
 
 
 def remark(clusters: Sequence[str], asked: int, relabelled: int | None, changed: int) -> list[str]:

@@ -3,13 +3,16 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import typer
 from conftest import shared_path
+from runs import cli
 from typer.testing import CliRunner
 
 from lvlm_decode.errors import EvalError
+from lvlm_decode_evals import score
 from lvlm_decode_evals.answers import write_answers, write_json
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.commands import add_to
@@ -84,6 +87,87 @@ def test_the_printed_row(folder):
     shown = [round(100 * result[f"repope_{k}"], 2) for k in ("accuracy", "precision", "recall", "f1", "yes_ratio")]
     assert shown == [91.93, 94.06, 86.11, 89.91, 38.25]
     assert round(100 * result["f1"], 2) == 85.5
+
+
+SEVERAL = {
+    "random": ("cd_rethink_llava-v1.5-7b__coco_random_3000_greedy", "greedy"),
+    "popular": ("cd_rethink_llava-v1.5-7b__coco_popular_3000_sample", "sample"),
+}
+
+
+def nested(path, kept_only=False, labels="POPE"):
+    """Recorded answers to two splits in one file, in the form that RePOPE's authors write."""
+    splits = {}
+    for split, (name, _) in SEVERAL.items():
+        said = Pope().read_answers(shared_path(f"data/pope/answers/{name}.jsonl.gz"))
+        said = {str(answer.question_id): answer.answer for answer in said}
+        records = corrected(split)[0] if labels == "RePOPE" else pope_records(split)
+        kept = {record["question_id"] for record in corrected(split)[0]}
+        splits[split] = {
+            str(r["question_id"]): {
+                "question_id": str(r["question_id"]), "text": r["text"], "label": r["label"], "dataset": split,
+                "response": said[str(r["question_id"])], "answer": None,
+            }
+            for r in records if not kept_only or r["question_id"] in kept
+        }  # fmt: skip
+    path.write_text(json.dumps(splits))
+    return path
+
+
+def counts(result, prefix=""):
+    return {name.upper(): result[f"{prefix}{name}"] for name in ("tp", "fp", "tn", "fn")}
+
+
+def test_a_file_of_several_splits_is_scored_under_both_labels_split_by_split(folder, tmp_path):
+    recorded = json.loads(shared_path("data/benchmarks/repope_llava7b_counts.json").read_text())["counts"]
+    path = nested(tmp_path / "answers.json")
+    questions = tmp_path / "questions"
+    questions.mkdir()
+    for split in SEVERAL:
+        shutil.copy(shared_path(f"data/pope/questions/coco_{split}.jsonl.gz"), questions)
+    for asked in (None, questions):
+        found = score("pope", path, asked)
+        assert list(found.splits) == list(SEVERAL) and not found.problems
+        for split, (_, decoding) in SEVERAL.items():
+            result = found.splits[split].rates
+            assert counts(result) == recorded[f"{split}|{decoding}|POPE"]
+            assert counts(result, "repope_") == recorded[f"{split}|{decoding}|RePOPE"]
+    assert {row.cluster.startswith("COCO_val2014_") for row in found.scored} == {True}
+    shown = cli("score", "pope", path, "--questions", questions)
+    assert shown.exit_code == 0, shown.output
+    (first, second) = shown.output.splitlines()
+    assert first.startswith("random: Accuracy 87.0%") and "RePOPE F1 89.9%" in first
+    assert second.startswith("popular: Accuracy 81.7%") and "RePOPE F1 82.6%" in second
+    report = json.loads(cli("score", "pope", path, "--json").output)
+    assert report["splits"]["random"]["repope_n"] == 2774 and report["splits"]["popular"]["repope_n"] == 2727
+    (block,) = replace(found, replicates=100).blocks()
+    assert block.columns[0] == "Split" and [line[0] for line in block.lines] == ["random", "popular"]
+
+
+def test_a_split_whose_labels_are_not_here_costs_the_others_nothing(folder, tmp_path):
+    (folder / "coco_repope_popular.json").unlink()
+    found = score("pope", nested(tmp_path / "answers.json"))
+    assert "repope_f1" in found.splits["random"].rates and "repope_f1" not in found.splits["popular"].rates
+    # Of all answers together only a part has second labels, so there is no second figure to set beside the first.
+    assert found.rates["n"] == 6000 and "repope_f1" not in found.rates
+
+
+@pytest.mark.full
+def test_several_splits_of_the_questions_that_repope_keeps(folder, tmp_path):
+    with pytest.raises(EvalError, match=r"no POPE score; give --questions coco_repope_random\.json"):
+        score("pope", nested(tmp_path / "answers.json", kept_only=True))
+    recorded = json.loads(shared_path("data/benchmarks/repope_llava7b_counts.json").read_text())["counts"]
+    found = score("pope", nested(tmp_path / "answers.json", labels="RePOPE"))
+    for split, (_, decoding) in SEVERAL.items():
+        assert counts(found.splits[split].rates) == recorded[f"{split}|{decoding}|RePOPE"]
+        assert "repope_n" not in found.splits[split].rates
+
+
+@pytest.mark.full
+def test_questions_of_one_split_score_that_part_of_a_file_of_several(folder, tmp_path):
+    asked = shared_path("data/pope/questions/coco_random.jsonl.gz")
+    found = score("pope", nested(tmp_path / "answers.json"), asked)
+    assert list(found.splits) == ["random"] and len(found.audit.unknown) == 3000
 
 
 @pytest.mark.parametrize(("word", "accuracy"), [("Yes", 41.78), ("No", 58.22)])
