@@ -31,7 +31,7 @@ def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
     common = ("--images", 16, "--methods", "vcd", "--benchmarks", "naturalbench", "--out", tmp_path / "out", "--seed")
     call(script, monkeypatch, *common, 0, 1, "--hours", 0)
     assert "the time is spent; the same command goes on" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no seed of a benchmark is finished"):
+    with pytest.raises(SystemExit, match="no method is finished"):
         call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
     call(script, monkeypatch, *common, 0)
     assert "naturalbench: seeds [0] are there" in capsys.readouterr().out
@@ -39,6 +39,7 @@ def test_stopped_continued_and_recorded(script, monkeypatch, tmp_path, capsys):
     call(script, monkeypatch, *common, 0, 1, "--record", tmp_path)
     found = json.loads((tmp_path / "tiny-llava.json").read_text())
     assert found["seeds"] == {"naturalbench": [0]} and found["images"] == 16
+    assert found["owed"] == [f"naturalbench: {method}, sample, seed 1" for method in ("mask", "plain", "vcd")]
     assert (
         found["cost"]["answers"] == sum(cell["summary"]["n"] for cell in found["cells"]) > 0 < found["cost"]["seconds"]
     )

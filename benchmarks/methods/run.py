@@ -6,9 +6,9 @@
     python benchmarks/methods/run.py --model tiny-llava --parts parts/tiny-llava --images 142 --record
 
 Made to run in the background: every batch is on disk before the next is asked, the same command goes on where it was
-stopped, and seed after seed is finished on all benchmarks, so that what is there is always whole; methods with a search of
-their own come last and with the first seed alone. ``--record`` asks nothing and writes the tables of what is whole. Scenes
-beyond those that ship are rendered from their seeds.
+stopped, and seed after seed is finished on all benchmarks; methods with a search of their own come last and with the first
+seed alone. ``--record`` asks nothing and writes the tables of every method and seed that is whole, and says what is owed.
+Scenes beyond those that ship are rendered from their seeds.
 
 Methods run with their defaults, but for what is in ``PARAMETERS``: set because these models know few phrasings of a request
 for a description, or need learned parts (``--parts``). All sample at temperature 1 where they can.
@@ -35,7 +35,7 @@ from lvlm_decode.reading import read_records
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import Source, scene_source
-from lvlm_decode_evals.plan import TIMES, Result, read_cell
+from lvlm_decode_evals.plan import TIMES, Cell, Result, read_cell
 from lvlm_decode_evals.price import price_blocks
 from lvlm_decode_evals.runner import EvaluationRun, Options, decoding_for, load
 from lvlm_decode_evals.tables import blocks, render
@@ -155,24 +155,32 @@ def method_name(text: str) -> str:
     return text.partition("(")[0]
 
 
-def whole(run: EvaluationRun) -> list[Result] | None:
-    """The results of a run, if every question of it has an answer."""
-    folders = [(cell, cell.folder(run.out, run.evaluator.name)) for cell in run.cells()]
-    if not all((folder / "settings.json").exists() for _, folder in folders):
-        return None
-    results = [read_cell(folder) for _, folder in folders]
-    return results if all(len(r.rows) >= len(run.source.splits[r.split]) for r in results) else None
-
-
-def finished(given: argparse.Namespace, loaded) -> dict[str, list[Result]]:
-    """Benchmark -> the results of all its runs that are whole; benchmarks without one are left out."""
+def finished(given: argparse.Namespace, loaded) -> tuple[dict[str, list[Result]], list[str]]:
+    """Benchmark -> the results of every method and seed that is answered whole in all splits, and what is owed in words."""
     found: dict[str, dict[Path, Result]] = {}
+    owed: dict[str, None] = {}
     for run in runs(given, loaded, None):
-        for result in whole(run) or ():
-            found.setdefault(run.evaluator.name, {})[result.folder] = result
+        for (method, decoding, seed), group in itertools.groupby(
+            sorted(run.cells(), key=lambda cell: (cell.method, cell.decoding.name, cell.seed)),
+            key=lambda cell: (cell.method, cell.decoding.name, cell.seed),
+        ):
+            results = [whole(run, cell) for cell in group]
+            if None in results:
+                owed[f"{run.evaluator.name}: {method}, {decoding}, seed {seed}"] = None
+            else:
+                found.setdefault(run.evaluator.name, {}).update((result.folder, result) for result in results)
     if not found:
-        raise SystemExit("no seed of a benchmark is finished yet; run without --record to go on")
-    return {name: list(results.values()) for name, results in found.items()}
+        raise SystemExit("no method is finished yet; run without --record to go on")
+    return {name: list(results.values()) for name, results in found.items()}, list(owed)
+
+
+def whole(run: EvaluationRun, cell: Cell) -> Result | None:
+    """The result of a cell, if every question of it has an answer."""
+    folder = cell.folder(run.out, run.evaluator.name)
+    if not (folder / "settings.json").exists():
+        return None
+    result = read_cell(folder)
+    return result if len(result.rows) >= len(run.source.splits[cell.split]) else None
 
 
 def cost(results: Sequence[Result]) -> dict:
@@ -187,7 +195,7 @@ def cost(results: Sequence[Result]) -> dict:
 
 def record(given: argparse.Namespace, loaded) -> None:
     """Tables, rates and raw answers of what is finished."""
-    found = finished(given, loaded)
+    found, owed = finished(given, loaded)
     results = [result for name in given.benchmarks for result in found.get(name, ())]
     # A folder of this machine says nothing to a reader.
     results = [replace(r, method=r.method.replace(f"{given.parts}/", "")) for r in results]
@@ -203,7 +211,7 @@ def record(given: argparse.Namespace, loaded) -> None:
         | {"summary": r.evaluator.summary(r.rows)}
         for r in results
     ]
-    head = {"model": dict(loaded.settings), "images": given.images, "seeds": seeds, "cost": cost(results)}
+    head = {"model": dict(loaded.settings), "images": given.images, "seeds": seeds, "owed": owed, "cost": cost(results)}
     head |= circumstances(loaded.model)
     stem = given.record / given.model
     stem.with_suffix(".json").write_text(json.dumps({**head, "cells": cells}, indent=1) + "\n")
@@ -218,7 +226,7 @@ def record(given: argparse.Namespace, loaded) -> None:
         for c, r in zip(cells, results)
     )
     stem.with_suffix(".answers.jsonl.gz").write_bytes(gzip.compress(answers.encode(), 9, mtime=0))
-    print(f"recorded {len(cells)} cells, seeds {seeds}, {head['cost']}")
+    print(f"recorded {len(cells)} cells, seeds {seeds}, {head['cost']}; owed: {len(owed)} methods and seeds")
 
 
 def main() -> None:
