@@ -1,5 +1,6 @@
 """What several test files share beside what ``lvlm_decode.testing`` has."""
 
+import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
@@ -11,6 +12,10 @@ MARKS = "aeiou.,AEIOU01234#"
 
 #: A strength at which views run, which they do not at 0, and change no score of 32 bits.
 FAINT = 1e-12
+
+#: Families that a test over families meets in every run; the others with --full. Between them: image tokens in the prompt,
+#: queries instead of them, and a grid whose size follows the picture.
+FEW = ("llava", "instructblip", "qwen2_5_vl")
 
 
 class TextProcessor:
@@ -29,6 +34,11 @@ class Kept(Recorder):
 
     def began(self, run):
         self.run = run
+
+
+def full_but(values, default):
+    """Parameters of a test: those in ``default`` in every run, the others with --full."""
+    return [pytest.param(value, marks=() if value in default else pytest.mark.full) for value in values]
 
 
 def spelled_logits(model, name, attend, inputs, tokens):

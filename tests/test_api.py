@@ -32,6 +32,7 @@ def test_rates_intervals_and_rows_of_every_line(found):
     assert rates["accuracy"] == sum(row["correct"] for row in ours) / 18 and found.problems == []
 
 
+@pytest.mark.full
 def test_the_command_line_prints_the_same_numbers(found, model_folder, tmp_path):
     done = cli("eval", "pope", "--model", model_folder, "--method", "vcd", "--split", "random", "--limit", "18",
                "--batch-size", "9", "--out", tmp_path)  # fmt: skip

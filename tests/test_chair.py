@@ -416,6 +416,7 @@ def recorded(parser, truth, name):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RECORDED)
 def test_pattern_equals_the_recorded_captions(name, truth):
     expected = json.loads(shared_path("data/expected_shared.json").read_text())["chair"][RECORDED[name]]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import MARKS, TextProcessor
+from helpers import FEW, MARKS, TextProcessor, full_but
 from transformers import StoppingCriteria
 
 from lvlm_decode.attachment import attach, detach, last_run
@@ -160,7 +160,7 @@ def test_trials_share_a_forward():
     assert run.trace.forwards <= 1 + 5 * len(run.trace.trials[0]) + tokens
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", full_but(BUILDERS, FEW))
 def test_every_family(family):
     inputs = tiny(family).inputs(["is it", "what then"])
     method = CNTP(punctuation=MARKS, max_trials=3, max_segment=4)

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import full_but
 from torch._dynamo.utils import counters
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -65,7 +66,7 @@ def runs(method: Method, backend: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in OFTEN else pytest.mark.full) for n in METHODS])
+@pytest.mark.parametrize("name", full_but(METHODS, OFTEN))
 def test_no_method_compiles_twice(name):
     cls = load(name)
     if "static" in cls.refuses:

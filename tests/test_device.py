@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from helpers import full_but
 from rehearsal import Counts, OnDevice, rehearsing, to_device
 
 import lvlm_decode as ld
@@ -97,7 +98,7 @@ OFTEN = {
 
 def often(values):
     """Parameters of a test, those that the default run leaves out marked."""
-    return [pytest.param(value, marks=() if value in OFTEN else pytest.mark.full) for value in values]
+    return full_but(values, OFTEN)
 
 
 @pytest.mark.parametrize("name", often(METHODS))
@@ -142,9 +143,7 @@ def test_every_mode_gives_the_tokens_of_the_cpu(name, mode):
 
 
 @pytest.mark.parametrize("drafter", often(["lookup", "copyspec", "recycling", "automaton", "auto"]))
-@pytest.mark.parametrize(
-    "mode", [None, pytest.param("sampled", marks=pytest.mark.full), pytest.param("static", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("mode", full_but([None, "sampled", "static"], [None]))
 def test_drafters_give_the_tokens_of_the_cpu(drafter, mode):
     same("llava", "vcd", drafter=drafter, **MODES.get(mode, {}))
 
@@ -159,7 +158,7 @@ def head_for(kind: str, on_device: bool):
 
 
 @pytest.mark.parametrize("kind", often(KINDS))
-@pytest.mark.parametrize("mode", [None, pytest.param("sampled", marks=pytest.mark.full)])
+@pytest.mark.parametrize("mode", full_but([None, "sampled"], [None]))
 def test_heads_give_the_tokens_of_the_cpu(kind, mode):
     found = [
         run("llava", "vcd", drafter=head_for(kind, on), on_device=on, **MODES.get(mode, {})) for on in (True, False)
@@ -210,9 +209,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("plain", "vcd", "icd") else pytest.mark.full) for n in LAUNCHES]
-)
+@pytest.mark.parametrize("name", full_but(LAUNCHES, ["plain", "vcd", "icd"]))
 def test_a_token_launches_no_more_than_its_budget(name):
     method = method_of(name, "llava") if name in METHODS and name not in ("plain", "mask") else name
     counts = spent(method)
@@ -221,9 +218,7 @@ def test_a_token_launches_no_more_than_its_budget(name):
     assert counts.copies == 0
 
 
-@pytest.mark.parametrize(
-    "drafter", ["automaton", "recycling", "eagle3", pytest.param("vispec", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("drafter", full_but(["automaton", "recycling", "eagle3", "vispec"], ["automaton", "eagle3"]))
 def test_a_verification_waits_for_the_device_at_most_twice(drafter):
     """Once for the target's choices, and once for a draft that was made on the device; the statistics wait for nothing."""
     built, other = models("llava")

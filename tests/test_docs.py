@@ -45,6 +45,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert (tmp_path / "site" / "methods" / f"{name}.html").stat().st_size > 5000, name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if "```python" in p.read_text(encoding="utf-8")], ids=lambda p: p.name
 )

@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from contract import SMALL, family_for, method_of
+from contract import KINDS, SMALL, family_for, method_of
+from helpers import full_but
 
 import lvlm_decode as ld
 from lvlm_decode.engine.run import Run
@@ -40,7 +41,7 @@ def unmasked(name, **more):
     return made(name, **more)
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=full_but(METHODS, [*KINDS.values(), *QUICK]))
 def name(request):
     return request.param
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import shared_path
+from helpers import FEW, full_but
 from opera_restatement import restate
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingCriteria, TextStreamer
@@ -367,7 +368,7 @@ def test_a_batch_gives_each_sample_what_it_gets_alone(llava, form):
     assert llava.run.trace.rollbacks == counts and len(set(counts)) > 1
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", full_but(BUILDERS, FEW))
 def test_every_family_that_exposes_attention(family):
     built = tiny(family)
     model = copy.deepcopy(built.model)

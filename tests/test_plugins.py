@@ -35,6 +35,7 @@ def test_a_method_of_another_package_is_used_like_any_other(site):
     assert catalogue.describe("vcd")["package"] is None and "toy" not in catalogue.markdown()
 
 
+@pytest.mark.full
 def test_the_command_line_names_the_package(site):
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from lvlm_decode.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "doctor"], capture_output=True, text=True, check=False)

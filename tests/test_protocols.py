@@ -162,6 +162,7 @@ def test_a_protocol_of_ones_own_may_ask_anything(command, tmp_path):
     assert "Protocol: mine on emoji scenes." in done.output
 
 
+@pytest.mark.full
 def test_two_protocols_in_one_table_are_told_apart(command, tmp_path):
     for name in ("sid-512", "pai-512"):
         out = tmp_path / name

@@ -200,6 +200,7 @@ def answered(out):
     return {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("answers.jsonl"))}
 
 
+@pytest.mark.full
 def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_path, monkeypatch):
     monkeypatch.setattr("lvlm_decode_evals.reproduce.FIRST_ROUND", 8)
     arguments = ("reproduce", small(tmp_path), "--model", "tiny", "--samples", 16, "--replicates", 100)

@@ -664,6 +664,7 @@ def load_module():
     return load
 
 
+@pytest.mark.full
 def test_load(loaded, url):
     """The load test of benchmarks/serving, smaller: nothing is lost, and nobody gets another's answer."""
     load = load_module()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from helpers import full_but
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -319,6 +320,7 @@ def test_stages():
         Settings("", None, kind="medusa")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind, model", [("vispec", "tiny-llava"), ("msd", "tiny-llava"), ("msd", "tiny-instructblip")])
 def test_training_and_resuming_end_in_the_same_head(kind, model, tmp_path):
     try:
@@ -399,7 +401,7 @@ class Counted:
 SHIPPED = ("eagle", "msd", "vispec")
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", pytest.param("tiny-instructblip", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", full_but(["tiny-llava", "tiny-instructblip"], ["tiny-llava"]))
 def test_shipped_heads_draft_for_their_model(name):
     """The heads in data/heads belong to the weights in data/ and bring accepted tokens on captions."""
     from lvlm_decode.attachment import attach, detach, last_run

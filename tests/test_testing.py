@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import full_but
 
 from lvlm_decode.engine.hf import decoder
 from lvlm_decode.errors import InputError
@@ -224,9 +225,7 @@ def test_a_blind_model_and_a_wrong_adapter_are_found():
 # --- drafters
 
 
-@pytest.mark.parametrize(
-    "name", ["lookup", *(pytest.param(name, marks=pytest.mark.full) for name in ("copyspec", "recycling", "automaton"))]
-)
+@pytest.mark.parametrize("name", full_but(["lookup", "copyspec", "recycling", "automaton"], ["lookup"]))
 def test_every_drafter_without_weights_passes(name):
     check_drafter(name)
 
@@ -353,6 +352,7 @@ def test_an_evaluator_that_breaks_a_rule_is_found():
         assert rule in found(kind), kind.__name__
 
 
+@pytest.mark.full
 def test_an_evaluator_whose_module_imports_torch_is_found():
     (check,) = [check for check in evaluator_checks(Heavy()) if check.rule is scoring_imports_no_torch]
     with pytest.raises(AssertionError, match=r"lvlm_decode\.method imports torch"):
@@ -362,6 +362,7 @@ def test_an_evaluator_whose_module_imports_torch_is_found():
 # --- nobody needs pytest
 
 
+@pytest.mark.full
 def test_the_helpers_need_no_pytest():
     code = (
         "import sys; sys.modules['pytest'] = None\n"

@@ -167,6 +167,7 @@ def test_the_data_page_prints_the_recorded_facts():
         assert {"commit", "machine", "versions", "time"} <= set(record)
 
 
+@pytest.mark.full
 def test_shipped_weights_are_the_ones_recorded(tiny):
     """The record was made with these weights: the captions say the same up to one or two at a tie."""
     record = json.loads((RECORDS / f"{tiny.name}.json").read_text())["captions"]

@@ -43,6 +43,7 @@ def test_counts_are_those_of_pytest(tmp_path, monkeypatch):
     assert [name.split("::")[1] for name in counts["failed"]] == ["test_bad"]
 
 
+@pytest.mark.full
 def test_another_release_comes_before_the_environments(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '0.0.1'\n")
