@@ -16,7 +16,7 @@ from lvlm_decode.methods import METHODS, load
 from lvlm_decode.testing import models
 
 #: What the default run takes; the rest, and inductor, under --full. Compiling takes seconds.
-OFTEN = {"vcd", "pai"}
+OFTEN = {"vcd"}
 #: Methods that read states inside of the decoder in every step, which transformers collects through hooks: not compiled.
 READS = {"dola", "deco", "lol"}
 

@@ -95,7 +95,8 @@ def test_zero_strength_equals_plain(zoo, batch, mode):
         assert torch.equal(base, generate(zoo.model, batch, method, **MODES[mode])), method
 
 
-@pytest.mark.parametrize(("mode", "name"), itertools.product(MODES, METHODS))
+@pytest.mark.parametrize("name", full_but(METHODS, ["vcd+ritual"]))
+@pytest.mark.parametrize("mode", MODES)
 def test_entries_and_executions_agree(zoo, batch, mode, name):
     method, settings = METHODS[name], MODES[mode]
     stacked = generate(zoo.model, batch, method, **settings)
