@@ -17,10 +17,34 @@ sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from contract import method_of  # noqa: E402
+from contract import is_controller, method_of  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from properties import cases, hold  # noqa: E402
-from test_memory import grows  # noqa: E402
+from test_memory import drafter_of, grows  # noqa: E402
+
+from lvlm_decode.methods import load  # noqa: E402
+from lvlm_decode.speculative.drafters import DRAFTERS  # noqa: E402
+
+#: Whose short calls are counted: a method of each way to be run, two drafters that learn, and the searches.
+SUBJECTS = ("vcd", "icd", "dola", "pai", "cai", "recycling", "automaton", "opera", "cntp", "vdgd")
+
+
+def memory(name, calls):
+    """What ``calls`` short calls add, after ten others: bytes of tensors, objects of the collector, KiB of the process."""
+    drafter = drafter_of(name) if name in DRAFTERS else None
+    method = (
+        load(name)() if name not in DRAFTERS and is_controller(name) else method_of("vcd" if drafter else name, "llava")
+    )
+    grows(method, 1, drafter=drafter, before=10)
+    before = resident()
+    size, objects = grows(method, calls, drafter=drafter, before=10)
+    return {"calls": calls, "tensor_bytes": size, "objects": objects, "resident_kib_more": resident() - before}
+
+
+def resident():
+    """KiB of this process that are in memory now (Linux)."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
 
 
 def main():
@@ -31,7 +55,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60.0, help="No random call begins after that time.")
     parser.add_argument("--out", type=Path, default=HERE / "counts.json", help="File that is written.")
     asked = parser.parse_args()
-    counts, failures, tried, begun = {}, [], 0, time.monotonic()
+    counts, failures, grown, tried, begun = {}, [], {}, 0, time.monotonic()
 
     @seed(asked.seed)
     @settings(
@@ -52,24 +76,19 @@ def main():
         except Exception as error:
             failures.append({"case": repr(case), "error": f"{type(error).__name__}: {error}"[:300]})
 
+    record = {"torch": torch.__version__, "transformers": transformers.__version__, "seed": asked.seed}
+
+    def write():
+        spent = {"seconds": round(time.monotonic() - begun)}
+        record.update(cases=tried, properties=counts, failures=failures, **spent)
+        asked.out.write_text(json.dumps(record | {"memory": grown}, indent=1) + "\n")
+
     one()
-    spent = time.monotonic() - begun
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size, objects = grows(method_of("vcd", "llava"), asked.calls, before=10) if asked.calls else (0, 0)
-    gc.collect()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "seed": asked.seed,
-        "cases": tried,
-        "properties": counts,
-        "failures": failures,
-        "seconds": round(spent),
-        "memory": {"calls": asked.calls, "tensor_bytes": size, "objects": objects, "peak_kib_more": after - before},
-    }
-    asked.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    write()
+    for name in SUBJECTS if asked.calls else ():
+        grown[name] = memory(name, asked.calls)
+        write()
+    print(asked.out.read_text())
 
 
 if __name__ == "__main__":
