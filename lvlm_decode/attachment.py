@@ -112,12 +112,10 @@ class Attached:
                 "token_healing changes the end of the prompt after its views are made; leave it out, or heal the prompt before."
             )
         hf.check_inputs(kwargs, family.input_keys, family.config.model_type)
-        text = {
-            key: kwargs.pop(key)
-            for key in ("input_ids", "attention_mask", *family.token_keys)
-            if kwargs.get(key) is not None
-        }
-        vision = {key: kwargs.pop(key) for key in family.vision_keys if kwargs.get(key) is not None}
+        # An input that is None is one that was not given; transformers would find it beside the one that is made here.
+        names = ("input_ids", "attention_mask", "position_ids", *family.token_keys)
+        text = {key: value for key in names if (value := kwargs.pop(key, None)) is not None}
+        vision = {key: value for key in family.vision_keys if (value := kwargs.pop(key, None)) is not None}
         given = hf.take_images(kwargs)
         family.check_text(text)
         if "attention_mask" not in text:

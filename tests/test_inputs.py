@@ -1,7 +1,9 @@
 """Every input that a family's forward or processor knows is honoured or refused by name; missing ones are inferred."""
 
 import copy
+import dataclasses
 import inspect
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 import lvlm_decode as ld
 from lvlm_decode.engine.hf import inputs as hf_inputs
+from lvlm_decode.engine.run import Run
 from lvlm_decode.errors import InputError, UnsupportedError
 from lvlm_decode.families import FAMILIES, family_of
+from lvlm_decode.method import Contrast
 from lvlm_decode.testing.models import IMAGE, PAD, VIDEO, tiny
 
 FORMS = ("attach", "custom_generate", "processor")
@@ -73,17 +77,96 @@ def test_what_cannot_be_honoured_is_refused_by_name(family, name):
         assert "\n" not in str(caught.value) and str(caught.value)[-1] in ".?"
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "instructblip"])
-def test_positions_of_the_caller_are_refused_and_the_models_own_are_not(family):
+@dataclasses.dataclass(frozen=True)
+class Mirror(Contrast):
+    """The sample against itself: its own scores, to rounding."""
+
+    name: ClassVar[str] = "mirror"
+    beta: float | None = None
+
+    def views(self, sample, rng):
+        return [sample.as_view(-1.0)]
+
+
+def positions_for(zoo, inputs):
+    """By form, positions unlike those that the model makes: 2-D for every family, and of several axes where it has them."""
+    made = Run(zoo.model, ld.Plain(), inputs).prepared[0].positions
+    flat = 3 * torch.arange(inputs["input_ids"].shape[1])[None].expand(len(inputs["input_ids"]), -1)
+    more = {} if made.dim() == 2 else {"3 axes": 2 * made[1:], "4 axes": 2 * made}
+    return made, {"2-D": flat, "one row": flat[:1], **more}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_the_caller_are_those_of_the_sample(family):
+    """As the bare model takes them, and not those that it makes itself."""
     zoo = tiny(family)
     inputs = zoo.inputs(("is it a dog", "no"))
-    want = call(zoo, inputs, "bare")
-    for form in FORMS:
-        assert torch.equal(want, call(zoo, inputs, form)), form
-    positions = 3 * torch.arange(inputs["input_ids"].shape[1])[None].expand(2, -1)
-    for form in FORMS:
-        with pytest.raises(UnsupportedError, match="position_ids cannot be honoured"):
-            call(zoo, {**inputs, "position_ids": positions}, form)
+    how = dict(output_logits=True, return_dict_in_generate=True, min_new_tokens=6)
+    _, given = positions_for(zoo, inputs)
+    own = call(zoo, inputs, "bare", **how)
+    for kind, positions in given.items():
+        moved = {**inputs, "position_ids": positions}
+        want = call(zoo, moved, "bare", **how)
+        assert not torch.allclose(want.logits[0], own.logits[0], atol=1e-3), kind
+        for form in FORMS:
+            if family == "instructblip" and form == "custom_generate":
+                continue  # its language model decodes from embeddings; this form is refused
+            got = call(zoo, moved, form, **how)
+            assert torch.equal(got.sequences, want.sequences), (kind, form)
+            for one, other in zip(got.logits, want.logits):
+                torch.testing.assert_close(one.log_softmax(-1), other.log_softmax(-1), atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_the_caller_are_those_of_every_view_of_the_same_prompt(family):
+    """A contrast with a view that equals the sample is the sample's own answer, so the view has its positions."""
+    zoo = tiny(family)
+    inputs = zoo.inputs(("is it a dog", "no"))
+    _, given = positions_for(zoo, inputs)
+    how = dict(num_beams=2, num_return_sequences=2)
+    for positions in given.values():
+        if len(positions) == 1 and positions.dim() == 2:
+            continue  # transformers expands no row for beams
+        moved = {**inputs, "position_ids": positions}
+        want = call(zoo, moved, "bare", **how)
+        for form in ("attach", "processor") if family == "instructblip" else FORMS:
+            assert torch.equal(call(zoo, moved, form, Mirror(), **how), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_of_another_prompt_take_no_positions_but_the_models_own(family):
+    zoo = tiny(family)
+    inputs = zoo.inputs(("is it a dog", "no"))
+    made, given = positions_for(zoo, inputs)
+    if family == "paligemma":
+        made = made - 1  # what its generate() adds to those it is given
+    # ICD's words go to a Q-Former alone, where there is one.
+    for method in (ld.VDD(absent="none"), ld.VDGD(), *([] if family == "instructblip" else [ld.ICD()])):
+        want = call(zoo, inputs, "attach", method)
+        same = {**inputs, "position_ids": made}
+        assert torch.equal(call(zoo, same, "attach", method), want)
+        for positions in given.values():
+            for form in ("attach",) if method.name == "vdgd" else ("attach", "processor"):
+                with pytest.raises(UnsupportedError, match="nothing says those of this method's view") as caught:
+                    call(zoo, {**inputs, "position_ids": positions}, form, method)
+                assert "\n" not in str(caught.value)
+
+
+def test_positions_of_another_shape_are_told_the_right_one():
+    for family, more in (("llava", ""), ("qwen2_vl", r" or \(3, 2, \d+\) or \(4, 2, \d+\)")):
+        zoo = tiny(family)
+        inputs = zoo.inputs(("is it a dog", "no"))
+        rows, width = inputs["input_ids"].shape
+        odd = [
+            torch.zeros(rows, width),
+            torch.zeros(rows, width - 1).long(),
+            torch.zeros(2, rows, width).long(),
+            "0, 1",
+        ]
+        for given in odd:
+            for form in ("attach", "processor"):
+                with pytest.raises(InputError, match=rf"^position_ids is .*; pass a whole .*, \(2, {width}\){more}\.$"):
+                    call(zoo, {**inputs, "position_ids": given}, form, ld.VCD())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,3 +203,14 @@ def test_masks_of_another_kind_are_refused():
         for form in ("attach", "processor"):
             with pytest.raises(InputError, match=match):
                 call(zoo, {**inputs, "attention_mask": mask}, form, ld.VCD())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_input_that_is_none_was_not_given(family):
+    """Every input that somebody decides about; of a few of them transformers itself takes no None."""
+    zoo = tiny(family)
+    inputs = zoo.inputs(("is it",), seed=4)
+    none = dict.fromkeys(name for name in known_to(family) if name not in (*inputs, *hf_inputs.options()))
+    none |= {"attention_mask": None, "generation_config": None, "assistant_model": None}
+    want = call(zoo, inputs, "attach", ld.VCD())
+    assert torch.equal(call(zoo, {**inputs, **none}, "attach", ld.VCD()), want)

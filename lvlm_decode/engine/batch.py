@@ -91,6 +91,7 @@ class Batch:
             raise InputError(
                 "the prompts are right-padded; decoding needs left padding: processor.tokenizer.padding_side = 'left'."
             )
+        self._positions = self._given_positions(inputs.get("position_ids"), tokens, mask, inputs)
         #: The encoders' inputs of the whole batch.
         self.vision = {key: _on(value, device) for key in family.vision_keys if (value := inputs.get(key)) is not None}
         #: Of the caller's prompts, padding included.
@@ -123,6 +124,51 @@ class Batch:
             if pixels in vision:
                 digest.update(content(vision[pixels]))
         return digest.hexdigest()
+
+    def _given_positions(
+        self, given: Any, tokens: dict[str, Tensor], mask: Tensor, inputs: dict[str, Any]
+    ) -> list[Tensor] | None:
+        """Per row the positions (T,) or (axes, T) that the caller gave; ``None`` where the model makes the same ones itself.
+
+        Raises:
+            InputError: something else than a position for each token.
+        """
+        if given is None:
+            return None
+        ids = tokens["input_ids"]
+        beside = {key: inputs[key] for key in (*self.family.token_keys, *self.family.position_keys) if key in inputs}
+        module = self.family.decoding_module(self.family.model)
+        made = hf.positions_of(module, ids, mask, beside)
+        # Of several axes the first is that of the text, which a caller may leave out.
+        axes = [()] if made.dim() == 2 else [(), (len(made) - 1,), (len(made),)]
+        shapes = [(*own, rows, ids.shape[1]) for own in axes for rows in {len(ids), 1}]
+        if not isinstance(given, Tensor) or given.is_floating_point() or given.shape not in shapes:
+            what = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise InputError(
+                f"position_ids is {what}, and the prompts are {tuple(ids.shape)}; pass a whole number for each token, "
+                + " or ".join(str((*own, *ids.shape)) for own in axes)
+                + "."
+            )
+        whole = given.to(ids.device).expand(*given.shape[:-2], *ids.shape)
+        same = whole == (made[-len(whole) :] if whole.dim() == 3 else made)
+        if bool((same | (mask == 0)).all()):
+            return None
+        return [whole[..., row, mask[row].bool()] for row in range(len(ids))]
+
+    def _positions_of(self, sample: Sample) -> Tensor:
+        """(..., T) the caller's positions of a sample or of a view whose prompt stands in the same places.
+
+        Raises:
+            UnsupportedError: a view with a longer or shorter prompt.
+        """
+        assert self._positions is not None
+        ids, own = sample.input_ids, self._rows[sample.index][1]["input_ids"][0]
+        if len(ids) != len(own) or not torch.equal(*(self.family.is_placeholder(prompt) for prompt in (ids, own))):
+            raise UnsupportedError(
+                f"position_ids are those of a prompt of {len(own)} tokens, and nothing says those of this method's view, whose "
+                f"prompt has {len(ids)}; leave them out, or choose a method whose views keep the prompt, such as vcd."
+            )
+        return self._positions[sample.index]
 
     @property
     def processor(self) -> Any:
@@ -266,6 +312,8 @@ class Batch:
             fill = self.family.pad_token_id if name == "input_ids" else 0
             text[name] = torch.cat([left_pad(s.text[name], width, fill) for s in samples])
         text["attention_mask"] = torch.cat([left_pad(torch.ones_like(s.text["input_ids"]), width, 0) for s in samples])
+        if self._positions is not None:
+            text["position_ids"] = torch.stack([left_pad(self._positions_of(s), width, 0) for s in samples], -2)
         vision = {
             key: torch.cat(own)
             for key in self.family.position_keys

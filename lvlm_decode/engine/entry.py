@@ -94,8 +94,9 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
                 "use lvlm_decode.attach."
             )
         features = family.unpack(given)
-    hf.check_inputs({**call.inputs, "position_ids": None}, family.input_keys, family.config.model_type)
-    hf.check_positions(model, call.input_ids, call.inputs)
+    hf.check_inputs(call.inputs, family.input_keys, family.config.model_type)
+    # Among the inputs are positions that generate() made itself; only the caller's own are those of no view but the sample's.
+    inputs["position_ids"] = asked.get("position_ids")
     ids = None if kept is None else kept.sample_ids
     run = Run(
         model,

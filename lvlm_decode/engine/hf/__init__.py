@@ -8,7 +8,7 @@ Hugging Face's loops on a stand-in of the module. ``cache``: keys and values. ``
 from . import decoder
 from .blueprint import blueprint, is_blueprint
 from .cache import KV, cache_among, check_empty, check_own, check_plain, is_fixed, is_own
-from .inputs import check_inputs, check_positions, mask_of, model_inputs
+from .inputs import check_inputs, mask_of, model_inputs, positions_of
 from .kwargs import (
     Prepared,
     cache_in,
@@ -45,7 +45,6 @@ __all__ = [
     "check_mode",
     "check_own",
     "check_plain",
-    "check_positions",
     "check_training",
     "compiled",
     "decoder",
@@ -65,6 +64,7 @@ __all__ = [
     "mask_of",
     "model_inputs",
     "named",
+    "positions_of",
     "prepare",
     "require",
     "require_adapters",

@@ -23,7 +23,6 @@ REFUSED = {
     "video_grid_thw": _VIDEO,
     "image_sizes_videos": "no encoder of videos reads it; leave it out",
     "second_per_grid_ts": "this family's positions do not follow the time between frames; leave it out",
-    "position_ids": "every view has positions of its own, which the model makes from its prompt and mask; leave it out",
     "inputs_embeds": "they hide the image placeholders; pass input_ids and pixel_values instead",
     "image_sizes": "this family's encoder takes images of one size; leave it out",
     "output_router_logits": "the views run in one forward, whose routers are not told apart; leave it out",
@@ -33,7 +32,7 @@ REFUSED = {
 }
 #: Inputs that every family honours beside those of its own. PaliGemma's processor always puts out labels, which ``generate()``
 #: keeps from every forward.
-HONOURED = ("input_ids", "attention_mask", "labels", names.ENCODED)
+HONOURED = ("input_ids", "attention_mask", "position_ids", "labels", names.ENCODED)
 
 
 @functools.cache
@@ -73,25 +72,15 @@ def check_inputs(given: Mapping[str, Any], honoured: Collection[str], model_type
         raise UnsupportedError(f"{name} is no input that the views of a {model_type} sample are given{hint}")
 
 
-def check_positions(module: torch.nn.Module, input_ids: Tensor, given: Mapping[str, Any]) -> None:
-    """Raise if ``given``, what ``generate()`` hands to a callable, holds positions that it did not make itself.
+def positions_of(module: torch.nn.Module, input_ids: Tensor, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """(B, T), or (axes, B, T), the positions that ``generate()`` of ``module`` makes.
 
     Args:
-        input_ids: (R, T) the rows it hands over.
-        given: the other inputs of these rows.
-
-    Raises:
-        UnsupportedError: the caller passed positions.
+        input_ids, mask: (B, T).
+        given: what else positions are made from.
     """
-    positions = given.get("position_ids")
-    if positions is None:
-        return
-    mask = given.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask
-    text = {name: value for name, value in given.items() if name.endswith("token_type_ids")}
-    own = _prepared(module, input_ids=input_ids, attention_mask=mask, **text).get("position_ids")
-    if own is None or own.shape != positions.shape or not torch.equal(own.to(positions.device), positions):
-        raise UnsupportedError(f"position_ids cannot be honoured: {REFUSED['position_ids']}.")
+    positions: Tensor = _prepared(module, input_ids=input_ids, attention_mask=mask, **given)["position_ids"]
+    return positions
 
 
 def mask_of(module: torch.nn.Module, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
