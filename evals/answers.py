@@ -138,13 +138,15 @@ KINDS = {
     "duplicate": "ids that occur more than once (only the first answer is scored)",
     "unknown": "answers to questions that were not asked (not scored)",
     "missing": "questions without an answer (not scored)",
-    "failed": "questions that could not be asked (not scored)",
+    "failed": "questions that could not be asked or scored (left out)",
     "empty": "empty answers (scored as the rule says)",
     "contradicted": "answers that carry another label than their question (scored by the question's)",
     "edited": "answers that are not as the run wrote them (scored as they stand; eval asks them again)",
-    "unsealed": "answers without a checksum, so that nobody can tell whether they were changed",
+    "unsealed": "answers without the checksum that a run writes (scored as they stand; eval asks them again)",
     "unasked": "answers without the run's questions.jsonl, so that nobody can tell which are missing",
+    "altered": "files of questions that are not as the run wrote them (eval writes them again)",
 }
+_INCOMPLETE = ("missing", "failed", "contradicted", "edited", "unsealed", "unasked", "altered")
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,9 @@ class Audit:
     edited: tuple[str, ...] = ()
     unsealed: tuple[str, ...] = ()
     unasked: tuple[str, ...] = ()
-    # Why the first few of the failed ones could not be asked.
+    # A file and what is wrong with it.
+    altered: tuple[str, ...] = ()
+    # Why the first few of the failed ones are left out.
     reasons: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
@@ -169,8 +173,8 @@ class Audit:
 
     @property
     def incomplete(self) -> bool:
-        """Whether the score is not that of all questions as they were answered; commands then exit with 3."""
-        return bool(self.missing or self.contradicted or self.edited or self.unasked)
+        """Whether the score is not that of all questions as they were asked and answered; commands then exit with 3."""
+        return any(getattr(self, kind) for kind in _INCOMPLETE)
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out."""
@@ -187,7 +191,7 @@ class Audit:
             for kind, text in KINDS.items()
             if (ids := getattr(self, kind))
         ]
-        return found + [f"Not asked, {reason}" for reason in self.reasons]
+        return found + [f"Left out, {reason}" for reason in self.reasons]
 
 
 def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None) -> tuple[list[Answer], Audit]:

@@ -112,9 +112,9 @@ class Answer:
         """This answer with its checksum. key: what identifies the settings it was made with."""
         return replace(self, checksum=self._digest(key))
 
-    def edited(self, key: str) -> bool:
-        """Whether the line differs from what a run with these settings wrote; without a checksum nobody can tell."""
-        return self.checksum is not None and self.checksum != self._digest(key)
+    def intact(self, key: str) -> bool:
+        """Whether the line is as a run with these settings wrote it; without a checksum nobody can tell, so it is not."""
+        return self.checksum == self._digest(key)
 
     def _digest(self, key: str) -> str:
         record = {name: value for name, value in self.record().items() if name != "checksum"}

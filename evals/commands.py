@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import Result
     from .tables import Block
 
-# Exit status of a run or table that finished although some questions could not be asked or answered.
+# Exit status of a run, score or table that finished, but not over all questions as they were asked and answered.
 FINISHED_WITH_FAILURES = 3
 
 
@@ -276,7 +276,11 @@ def score_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     rows: Annotated[Path | None, typer.Option(help="Also write the scored rows with their evidence here.")] = None,
 ) -> None:
-    """Score answers, without a model: of a run (score DIR), or made elsewhere (score pope FILE)."""
+    """Score answers, without a model: of a run (score DIR), or made elsewhere (score pope FILE).
+
+    Exit status 3: scored, but some questions failed or have no answer, labels contradict each other, or a run's files are
+    not as the run wrote them; each is named.
+    """
     from .api import check_file, read_run, score
 
     shortcuts = {"rule": rule, "parser": parser, "objects": objects, "vocabulary": vocabulary}
@@ -298,7 +302,7 @@ def score_command(
                 typer.echo(f"{result.name}: {_line(result.evaluator, result.rows)}")
             for sentence in result.audit.sentences():
                 typer.echo(f"warning: {result.name}: {sentence}", err=True)
-        if any(result.audit.incomplete or result.audit.failed for result in results):
+        if any(result.audit.incomplete for result in results):
             raise typer.Exit(FINISHED_WITH_FAILURES)
         return
     if len(target) != 2:
@@ -433,7 +437,7 @@ def table_command(
         show(text)
     else:
         typer.echo(text, nl=False)
-    if any(result.audit.incomplete or result.audit.failed for result in results):
+    if any(result.audit.incomplete for result in results):
         status = FINISHED_WITH_FAILURES
     if plot is not None:
         from .plots import write_pictures

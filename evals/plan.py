@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
-from lvlm_decode.reading import Closed, Identity, Record, checked, read_json, read_records
+from lvlm_decode.reading import Closed, Count, Identity, Record, checked, read_json, read_records
 
 from .answers import Audit, audit, line_of, resume_answers, write_json, write_rows, write_whole
 from .base import Answer, Evaluator, Question, Row
@@ -111,6 +111,13 @@ class _MethodShape(Record):
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
+class _AskedShape(Closed):
+    """The questions that a cell was asked, without their content: how many, and `questions_hash` of them."""
+
+    questions: Count
+    hash: str
+
+
 class SettingsShape(Record):
     """settings.json of a cell: what reading it back needs; everything else in it is compared as it stands."""
 
@@ -123,6 +130,7 @@ class SettingsShape(Record):
     model: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     protocol: str | None = None
+    asked: _AskedShape | None = None
 
 
 class _QuestionShape(Closed):
@@ -226,7 +234,7 @@ def cells(
 # How long the batches of a cell took, where a run was told to write it: answers, tokens, seconds.
 TIMES = "times.jsonl"
 # Fields of settings.json that decide no answer.
-NOT_DECIDING = ("scoring", "environment")
+NOT_DECIDING = ("scoring", "environment", "asked")
 
 
 def _names(control: tuple[str, Decoding]) -> set[str]:
@@ -273,26 +281,30 @@ def settings_key(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def claim(folder: Path, settings: Settings) -> None:
+def claim(folder: Path, settings: Settings, asked: Sequence[Question]) -> None:
     """Write settings.json, or check that the one in the folder decides the same answers.
 
-    Scoring options may change: the newest are kept. Raises SettingsError naming the first few fields that differ:
-    answers of two settings must not share a file.
+    Scoring options may change: the newest are kept. asked: the questions of this run, the first of the split's; the longest
+    list that a cell was asked is noted, so that a line that somebody takes out of questions.jsonl is missed. Raises
+    SettingsError naming the first few fields that differ: answers of two settings must not share a file.
     """
     path = folder / "settings.json"
+    now_asked = {"questions": len(asked), "hash": questions_hash(asked)}
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings.record())
+        write_json(path, settings.record() | {"asked": now_asked})
         return
-    found = read_settings(folder)[0]
+    found, shape = read_settings(folder)
     before = _flat({name: value for name, value in found.items() if name not in NOT_DECIDING})
     now = _flat(dict(settings.decides))
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if differ:
         shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:3])
         raise SettingsError(f"{folder} holds answers made with other settings ({shown}); give another --out.")
-    if found.get("scoring") != settings.scoring:
-        write_json(path, {**found, "scoring": dict(settings.scoring)})
+    longer = shape.asked is not None and shape.asked.questions > len(asked)
+    kept = {**found, "scoring": dict(settings.scoring), "asked": found["asked"] if longer else now_asked}
+    if kept != found:
+        write_json(path, kept)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -308,9 +320,13 @@ def questions_hash(questions: Sequence[Question]) -> str:
     return hashlib.sha256(b"".join(line_of(asdict(question)) for question in questions)).hexdigest()[:16]
 
 
+def _questions_file(folder: Path) -> Path:
+    return Path(folder) / "questions.jsonl"
+
+
 def write_questions(folder: Path, questions: Sequence[Question]) -> None:
     """questions.jsonl of a split: what was asked, for audits later. A longer list that was asked before stays."""
-    path = Path(folder) / "questions.jsonl"
+    path = _questions_file(folder)
     content = b"".join(line_of(asdict(question)) for question in questions)
     if path.exists() and path.read_bytes().startswith(content):
         return
@@ -320,11 +336,22 @@ def write_questions(folder: Path, questions: Sequence[Question]) -> None:
 
 def read_questions(folder: Path) -> list[Question] | None:
     """The questions of a split folder; None when there is no such file."""
-    path = Path(folder) / "questions.jsonl"
+    path = _questions_file(folder)
     if not path.exists():
         return None
     found = [checked(_QuestionShape, record, where) for where, record in read_records(path)]
     return [Question(**{name: getattr(line, name) for name in _QuestionShape.model_fields}) for line in found]
+
+
+def _altered(asked: _AskedShape | None, found: Sequence[Question], path: Path) -> tuple[str, ...]:
+    """What tells that questions.jsonl is not as the run wrote it; empty where it is. Longer lists of other runs may follow."""
+    if asked is None:
+        return (f"{path} (settings.json does not say what was asked)",)
+    if len(found) < asked.questions:
+        return (f"{path} ({len(found)} questions of {asked.questions} that were asked)",)
+    if questions_hash(found[: asked.questions]) != asked.hash:
+        return (f"{path} (other questions than the {asked.questions} that were asked)",)
+    return ()
 
 
 @dataclass(frozen=True)
@@ -379,11 +406,13 @@ def read_cell(folder: Path, **options: Any) -> Result:
     scorer = evaluator(shape.evaluator, **(shape.scoring or {}) | options)
     answers = cell_answers(folder)
     key = settings_key(settings)
-    edited = tuple(str(answer.question_id) for answer in answers if answer.edited(key))
     unsealed = tuple(str(answer.question_id) for answer in answers if answer.checksum is None)
+    edited = tuple(str(a.question_id) for a in answers if a.checksum is not None and not a.intact(key))
     questions = read_questions(split_folder(folder))
     contradicted: tuple[str, ...] = ()
+    altered: tuple[str, ...] = ()
     if questions is not None:
+        altered = _altered(shape.asked, questions, _questions_file(split_folder(folder)))
         answers, contradicted = join(answers, questions, str(folder))
     usable, trouble = audit(answers, questions)
     unasked = tuple(str(answer.question_id) for answer in usable) if questions is None else ()
@@ -394,7 +423,7 @@ def read_cell(folder: Path, **options: Any) -> Result:
         shape.decoding.to_decoding(str(folder / "settings.json")),
         shape.seed,
         scorer.rows(usable),
-        replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed, unasked=unasked),
+        replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed, unasked=unasked, altered=altered),
         settings,
         folder,
         None if questions is None else len(questions),

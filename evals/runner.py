@@ -463,7 +463,7 @@ class EvaluationRun:
             if not self.main:
                 self.state.wait_for_everyone()
             for cell in plan:
-                claim(folders[cell], self.settings(cell))
+                claim(folders[cell], self.settings(cell), asked.splits[cell.split])
                 if self.main:
                     write_questions(split_folder(folders[cell]), asked.splits[cell.split])
             if self.main and self.state is not None:
@@ -504,7 +504,7 @@ class EvaluationRun:
         owed = {}
         for cell in plan:
             key = self.settings(cell).key
-            known = {str(a.question_id) for a in cell_answers(folders[cell]) if a.error is None and not a.edited(key)}
+            known = {str(a.question_id) for a in cell_answers(folders[cell]) if a.error is None and a.intact(key)}
             owed[cell] = sum(str(question.id) not in known for question in asked.splits[cell.split])
         self._owed = sum(_weight(cell.method) * number for cell, number in owed.items()) / self.share.count
         arms = dict.fromkeys(f"{cell.method} {cell.decoding.name}" for cell in plan)
@@ -583,8 +583,8 @@ class EvaluationRun:
         own = folder / self.share.file
         resume_answers(own, repair=True)
         key = self.settings(cell).key
-        # An edited line is no answer of this run.
-        before = [a for a in cell_answers(folder) if not a.edited(key)]
+        # A line that somebody changed is no answer of this run.
+        before = [a for a in cell_answers(folder) if a.intact(key)]
         known = {str(a.question_id) for a in before if a.error is None}
         tried = {str(a.question_id) for a in before}
         self._works = bool(known)
@@ -715,7 +715,7 @@ class EvaluationRun:
         key = self.settings(cell).key
         for answer in cell_answers(folder):
             name = str(answer.question_id)
-            if not answer.edited(key) and (name not in best or best[name].error is not None):
+            if answer.intact(key) and (name not in best or best[name].error is not None):
                 best[name] = answer
         if any(str(question.id) not in best for question in questions):
             return False

@@ -53,7 +53,7 @@ Exit status:
   0    finished
   1    an error, in one sentence on stderr
   2    a command line that cannot be read
-  3    finished, but some questions have no answer
+  3    finished, but some questions failed, have no answer, or were edited
   130  stopped with Ctrl-C"""
 
 OVERVIEW = """\

@@ -112,7 +112,7 @@ def make_run(out, pairs=RIGHT, split="random", questions=120, seeds=(0,), model=
                 "model": {"name": model},
             }
             settings = Settings(decides, {})
-            claim(folder, settings)
+            claim(folder, settings, asked)
             write_questions(folder.parents[2], asked)
             rng = random.Random(f"{method} {decoding.name} {seed}")
             answers = [

@@ -627,7 +627,7 @@ def test_score_command_prints_counts_rates_and_what_is_wrong(files, tmp_path, co
     captions.write_text("\n".join(map(json.dumps, records)))
     arguments = ("--objects", files.objects, "--vocabulary", files.vocabulary, "--parser", "pattern", "--json")
     result = command("score", "chair", captions, *arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     report = json.loads(result.stdout)
     assert report["captions"] == 2 and report["hallucinated_words"] == 1 and report["empty"] == 1
     assert report["chair_s"] == 0.5 and report["parser"] == "pattern"

@@ -145,7 +145,66 @@ def test_a_line_without_a_checksum_is_told_from_an_edited_one(tmp_path):
     del record["checksum"]
     path.write_text("\n".join([json.dumps(record), *lines[1:]]) + "\n")
     found = read_cell(folder).audit
-    assert found.unsealed == ("0",) and not found.edited and not found.incomplete
+    assert found.unsealed == ("0",) and not found.edited and found.incomplete
+    for command in ("score", "table"):
+        done = cli(command, tmp_path)
+        assert done.exit_code == 3 and "1 answers without the checksum that a run writes" in done.output, done.output
+
+
+def test_failed_answers_of_a_file_are_named_and_make_the_exit_status_3(tmp_path):
+    asked = questions_about()
+    said = [Answer.to(q, "Yes") for q in asked[:5]]
+    whole = write(tmp_path / "a.jsonl", [answer.record() for answer in said])
+    assert cli("score", "pope", whole).exit_code == 0
+    said.append(Answer.to(asked[5], "", error="image im5.jpg is missing"))
+    done = cli("score", "pope", write(tmp_path / "b.jsonl", [answer.record() for answer in said]))
+    assert done.exit_code == 3 and "1 questions that could not be asked or scored (left out): 5." in done.output
+    assert "Left out, 5: image im5.jpg is missing" in done.output and "Accuracy 60.0%" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda lines: lines[:5] + lines[6:], "(119 questions of 120 that were asked)"),
+        (lambda lines: lines[:-1], "(119 questions of 120 that were asked)"),
+        (lambda lines: [*lines[:3], lines[3].replace('"no"', '"yes"'), *lines[4:]], "(other questions than the 120"),
+        (lambda lines: lines[::-1], "(other questions than the 120 that were asked)"),
+    ],
+    ids=["a line less", "the last line less", "another label", "another order"],
+)
+@pytest.mark.parametrize("answers", ["stay", "go too"])
+def test_a_changed_file_of_questions_is_seen(tmp_path, change, found, answers):
+    """Also where the answers go with their questions, so that none is missing and none unknown."""
+    folder = one_cell(tmp_path)
+    path = folder.parents[2] / "questions.jsonl"
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
+    if answers == "go too":
+        kept = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+        said = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+        (folder / "answers.jsonl").write_text("".join(a for a in said if json.loads(a)["question_id"] in kept))
+    (told,) = read_cell(folder).audit.altered
+    assert told.startswith(str(path)) and found in told
+    for command in ("score", "table"):
+        done = cli(command, tmp_path)
+        assert done.exit_code == 3 and "1 files of questions that are not as the run wrote them" in done.output
+
+
+def test_a_record_of_what_was_asked_that_is_gone_is_seen(tmp_path):
+    folder = one_cell(tmp_path)
+    settings = json.loads((folder / "settings.json").read_text())
+    del settings["asked"]
+    write(folder / "settings.json", settings, lines=False)
+    assert "settings.json does not say what was asked" in read_cell(folder).audit.altered[0]
+
+
+def test_a_shorter_run_beside_a_longer_one_is_whole(tmp_path):
+    """Two cells of one split, asked 60 and 120 questions: questions.jsonl holds the longer list, and both know theirs."""
+    make_run(tmp_path, {("vcd", SAMPLE): 0.8}, questions=120)
+    make_run(tmp_path, {("plain", SAMPLE): 0.8}, questions=60)
+    assert [result.audit.altered for result in results_of(tmp_path)] == [(), ()]
+    path = next(tmp_path.rglob("questions.jsonl"))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:90]))
+    assert {r.method: bool(r.audit.altered) for r in results_of(tmp_path)} == {"plain": False, "vcd": True}
 
 
 def test_answers_in_a_folder_of_other_questions_are_refused(tmp_path):

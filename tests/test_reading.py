@@ -13,10 +13,12 @@ from runs import main, write
 
 from lvlm_decode.errors import FileFormatError, LvlmDecodeError, MissingFileError, OutputError
 from lvlm_decode.reading import Closed, Identity, Record, checked, read_bytes, read_records, read_text, read_yaml
-from lvlm_decode_evals.answers import write_whole
+from lvlm_decode_evals.answers import write_answers, write_whole
+from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.chair import build_objects, image_key, vocabulary_file
 from lvlm_decode_evals.configs import read_config
 from lvlm_decode_evals.download import unpack
+from lvlm_decode_evals.plan import Settings, claim, write_questions
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = (ROOT / "configs" / "pope-vcd-llava-1.5.yaml").read_text()
@@ -238,14 +240,10 @@ SETTINGS = {
 @pytest.fixture
 def cell(tmp_path):
     folder = tmp_path / "run/pope/random/plain/greedy/seed-0"
-    folder.mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps(SETTINGS))
-    question = {"id": 1, "text": "Is it?", "image": "a.jpg", "label": "yes", "cluster": None, "meta": {}}
-    write(folder.parents[2] / "questions.jsonl", [question])
-    write(
-        folder / "answers.jsonl",
-        [{"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes", "answer": "Yes", "tokens": 1}],
-    )
+    question = Question(1, "Is it?", "a.jpg", "yes")
+    claim(folder, settings := Settings(SETTINGS, {}), [question])
+    write_questions(folder.parents[2], [question])
+    write_answers(folder / "answers.jsonl", [Answer.to(question, "Yes", 1).sealed(settings.key)])
     return folder
 
 

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from lvlm_decode.errors import EvalError
 from lvlm_decode_evals import score
-from lvlm_decode_evals.answers import write_answers, write_json
+from lvlm_decode_evals.answers import write_answers
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.commands import add_to
 from lvlm_decode_evals.download import digest_of
 from lvlm_decode_evals.joins import join
 from lvlm_decode_evals.loaders import pope_files
-from lvlm_decode_evals.plan import read_cell, write_questions
+from lvlm_decode_evals.plan import Settings, claim, read_cell, write_questions
 from lvlm_decode_evals.pope import Pope, questions_of
 from lvlm_decode_evals.tables import blocks, render
 
@@ -217,11 +217,11 @@ def old_run(tmp_path, split="random", number=60):
     cell = tmp_path / "run" / "pope" / f"coco-{split}" / "plain" / "greedy" / "seed-0"
     cell.mkdir(parents=True)
     settings = {"evaluator": "pope", "split": f"coco-{split}", "method": {"name": "plain", "parameters": {}}}
-    settings |= {"decoding": {"do_sample": False}, "seed": 0, "model": {"name": "m"}, "scoring": {}, "environment": {}}
-    write_json(cell / "settings.json", settings)
+    settings |= {"decoding": {"do_sample": False}, "seed": 0, "model": {"name": "m"}}
     asked = questions(split)[:number]
+    claim(cell, made := Settings(settings, {}), asked)
     write_questions(cell.parents[2], asked)
-    write_answers(cell / "answers.jsonl", [Answer.to(question, "Yes") for question in asked])
+    write_answers(cell / "answers.jsonl", [Answer.to(question, "Yes").sealed(made.key) for question in asked])
     return cell
 
 

@@ -33,9 +33,10 @@ def made_run(folder, questions, answers, split="random", data=None, evaluator="p
             "model": {"name": "made"},
             "data": data or {"questions": "emoji scenes"},
         }
-        claim(place, Settings(decides, {}))
+        settings = Settings(decides, {})
+        claim(place, settings, questions)
         write_questions(place.parents[2], questions)
-        lines = [json.dumps(Answer.to(q, text).record()) for q, text in zip(questions, texts)]
+        lines = [json.dumps(Answer.to(q, text).sealed(settings.key).record()) for q, text in zip(questions, texts)]
         (place / "answers.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from lvlm_decode_evals import EVALUATORS, evaluator
 from lvlm_decode_evals.answers import append_answers, line_of, resume_answers
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import Source, file_source, folder_images, scene_source
-from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, slug
+from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, read_cell, slug
 from lvlm_decode_evals.pope import Pope
 from lvlm_decode_evals.runner import (
     EvaluationRun,
@@ -109,11 +110,12 @@ def test_default_decoding_is_sampling_and_wishes_are_honoured():
 def test_settings_are_compared_but_the_machine_is_not(loaded, source, tmp_path):
     run = run_of(loaded, source, tmp_path)
     cell = run.cells()[0]
-    claim(tmp_path, run.settings(cell))
-    claim(tmp_path, run_of(loaded, source, tmp_path, options=Options(batch_size=9)).settings(cell))
+    asked = source.splits[cell.split]
+    claim(tmp_path, run.settings(cell), asked)
+    claim(tmp_path, run_of(loaded, source, tmp_path, options=Options(batch_size=9)).settings(cell), asked)
     other = run_of(loaded, source, tmp_path, options=Options(suffix=" One word."))
     with pytest.raises(SettingsError, match=r"suffix was '', is ' One word\.'\); give another --out"):
-        claim(tmp_path, other.settings(cell))
+        claim(tmp_path, other.settings(cell), asked)
 
 
 def test_batches_are_cut_from_the_list_and_do_not_mix_images_with_none():
@@ -232,6 +234,23 @@ def test_a_finished_run_asks_nothing_again(loaded, source, finished, monkeypatch
     assert files_of(finished) == before
 
 
+def test_files_that_somebody_changed_are_made_whole_again(loaded, source, finished, tmp_path):
+    """A question taken out, a checksum stripped, an answer edited: all is seen, asked again where it must be, and mended."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    folder = cell_folder(out)
+    asked = folder.parents[2] / "questions.jsonl"
+    asked.write_text("".join(asked.read_text().splitlines(keepends=True)[1:]))
+    first, second, *others = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
+    changed = json.loads(first) | {"answer": "Maybe."}
+    stripped = {name: value for name, value in json.loads(second).items() if name != "checksum"}
+    (folder / "answers.jsonl").write_text("".join([*(json.dumps(r) + "\n" for r in (changed, stripped)), *others]))
+    audit = read_cell(folder).audit
+    assert len(audit.edited) == len(audit.unsealed) == len(audit.altered) == 1
+    run_of(loaded, source, out).execute()
+    assert files_of(out) == files_of(finished)
+
+
 def test_shards_in_any_order_end_with_the_same_files(loaded, source, finished, tmp_path):
     for index in (2, 0, 1):
         results = run_of(loaded, source, tmp_path, share=Share(index, 3)).execute()
@@ -312,7 +331,7 @@ def test_bad_images_are_reported_not_scored_and_retried(bad_images, model_folder
     arguments = ("eval", "pope", "--model", model_folder, "--questions", file, "--images", folder, "--out", out)
     done = cli(*arguments, "--no-do-sample")
     assert done.exit_code == 3, done.output
-    assert "2 questions that could not be asked (not scored): 1, 2." in done.output
+    assert "2 questions that could not be asked or scored (left out): 1, 2." in done.output
     assert "2 questions have no answer" in done.output
     cell = Cell("questions", "plain", GREEDY, 0).folder(out, "pope")
     errors = [a.error for a in resume_answers(cell / "answers.jsonl")]
@@ -323,7 +342,7 @@ def test_bad_images_are_reported_not_scored_and_retried(bad_images, model_folder
 
     Image.new("RGB", (60, 60)).save(folder / "missing.jpg")
     again = cli(*arguments, "--no-do-sample")
-    assert again.exit_code == 3 and "1 questions that could not be asked (not scored): 1." in again.output
+    assert again.exit_code == 3 and "1 questions that could not be asked or scored (left out): 1." in again.output
     assert [a.question_id for a in resume_answers(cell / "answers.jsonl")] == [0, 1, 2, 3]
 
 
