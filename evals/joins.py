@@ -8,7 +8,7 @@ carries another label is named, never believed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -31,7 +31,8 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], where: str) -
     if len(asked) < len(questions):
         raise FileFormatError("The question files share ids, so answers cannot be told apart; give one file.")
     # A text that all questions share ("Please describe this image") tells none of them apart.
-    telling = len(questions) == 1 or len({question.text for question in questions}) > 1
+    texts = {_plain_text(question.text) for question in questions}
+    telling = len(questions) == 1 or len(texts) > 1
     joined, differing, contradicted = [], [], []
     for answer in answers:
         question = asked.get(str(answer.question_id))
@@ -40,7 +41,7 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], where: str) -
             continue
         if not same_image(answer.image, question.image):
             differing.append(f"{question.id}: image {answer.image!r} was answered, {question.image!r} is asked")
-        elif telling and not same_text(answer.text, question.text):
+        elif telling and (not same_text(answer.text, question.text) or _of_another(answer.text, question.text, texts)):
             differing.append(f"{question.id}: {answer.text!r} was answered, {question.text!r} is asked")
         if contradicts(answer, question):
             contradicted.append(str(question.id))
@@ -90,13 +91,54 @@ def _same_number(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
     return bare and one is not None and other is not None and one[0].lstrip("0") == other[0].lstrip("0")
 
 
+# A word, a letter of a script that writes words without blanks, or a mark.
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
+
+
 def same_text(one: str, other: str) -> bool:
-    """Whether two prompts ask the same; an empty one says nothing. One may stand inside a longer one, as questions do
-    in the prompts of scripts that add "Answer with one word". Copies of POPE that write "imange" before a vowel ask what
-    the others ask.
+    """Whether two prompts ask the same; an empty one says nothing.
+
+    One may stand inside a longer one, as questions do in the prompts of scripts that add "Answer with one word": word for
+    word, and up to the end of a sentence or line there, because "Is there a dog" is not "Is there a dog house". A single
+    word stands for no other text.
     """
-    first, second = (" ".join(text.split()).casefold().replace("imange", "image") for text in (one, other))
-    return first in second or second in first
+    first, second = (_tokens(text) for text in (one, other))
+    if not first or not second or first == second:
+        return True
+    short, long = sorted((first, second), key=len)
+    if sum(map(_is_word, short)) < 2:
+        return False
+    wanted = [text for text, _ in short]
+    for start in range(len(long) - len(short) + 1):
+        if [text for text, _ in long[start : start + len(short)]] == wanted:
+            after = long[start + len(short) :][:1]
+            if not _is_word(short[-1]) or not after or not _is_word(after[0]) or after[0][1]:
+                return True
+    return False
+
+
+def _tokens(text: str) -> list[tuple[str, bool]]:
+    """(word or mark, whether it begins a line) of a text, without case. Copies of POPE write "imange" before a vowel."""
+    found = []
+    for line in text.casefold().split("\n"):
+        words = _TOKEN.findall(line)
+        found += [("image" if word == "imange" else word, not i) for i, word in enumerate(words)]
+    return found
+
+
+def _is_word(token: tuple[str, bool]) -> bool:
+    return token[0][0].isalnum() or token[0][0] == "_"
+
+
+def _of_another(said: str, asked: str, texts: Collection[str]) -> bool:
+    """Whether a text is another question of the file to the letter, which may well hold the one of the same id."""
+    plain = _plain_text(said)
+    return plain != "" and plain != _plain_text(asked) and plain in texts
+
+
+def _plain_text(text: str) -> str:
+    return " ".join(word for word, _ in _tokens(text))
 
 
 def contradicts(answer: Answer, question: Question) -> bool:

@@ -53,6 +53,69 @@ def test_a_question_may_stand_in_a_longer_prompt_but_not_in_another():
     assert same_text("", "Is there a dog?") and not same_text("Is there a dog?", "Is there a cat?")
 
 
+DOG = "Is there a dog in the image?"
+
+
+@pytest.mark.parametrize(
+    "longer",
+    [
+        f"{DOG} Please answer this question with one word.",
+        f"USER: <image>\n{DOG} ASSISTANT:",
+        f"<img>/data/a.jpg</img>{DOG} Answer:",
+        f"user {DOG.lower()} answer yes or no",
+        "Is there a dog\n in the  image ?",
+        "Is there a dog in the image\nAnswer with one word",
+        "is there a dog in the image",
+    ],
+)
+def test_a_question_is_found_in_the_prompts_of_scripts(longer):
+    short = DOG.rstrip("?") if "?" not in longer else DOG
+    assert same_text(longer, short) and same_text(short, longer)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("dog", DOG),
+        ("?", DOG),
+        ("I", DOG),
+        ("image?", DOG),
+        ("Is there a do", DOG),
+        ("s there a dog in the image?", DOG),
+        ("Is there a dog", "Is there a dog house in the image?"),
+        ("Is there a car in the image?", "Is there a cart in the image?"),
+        ("Is there a bus stop", "Is there a bus stop sign?"),
+        ("Is it red", "Is it reddish?"),
+        ("图中有狗", "图中有狗窝吗?"),
+    ],
+)
+def test_a_part_of_a_text_is_not_the_text(one, other):
+    assert not same_text(one, other) and not same_text(other, one)
+
+
+def test_texts_of_scripts_without_blanks_are_told_letter_by_letter():
+    assert same_text("图中有狗吗?", "图中有狗吗?请用一个词回答。") and not same_text("图中有狗吗?", "图中有猫吗?")
+
+
+def test_a_single_word_is_refused_with_both_texts_named(tmp_path):
+    asked = questions_about()
+    answers = write(tmp_path / "a.jsonl", [Answer(q.id, "Yes", text="there").record() for q in asked])
+    done = cli("score", "pope", answers, "--questions", as_file(tmp_path / "q.json", asked))
+    assert done.exit_code == 1 and "'there' was answered, 'Is there a dog in the image?' is asked" in done.output
+    unnumbered = write(tmp_path / "b.jsonl", [{"question": "dog", "answer": "Yes"} for _ in asked])
+    done = cli("score", "pope", unnumbered, "--questions", tmp_path / "q.json")
+    assert (
+        done.exit_code == 1 and "'dog' was answered" in done.output and "'Is there a dog in the image?'" in done.output
+    )
+
+
+def test_an_answer_to_a_longer_question_of_the_file_is_not_one_to_a_shorter(tmp_path):
+    asked = [Question(1, "Is there a dog?", "a.jpg", "yes"), Question(2, "Is there a dog? Is it black?", "a.jpg", "no")]
+    with pytest.raises(EvalError, match=r"1: 'Is there a dog. Is it black.' was answered, 'Is there a dog.' is asked"):
+        join([Answer(1, "Yes", text=asked[1].text)], asked, "a.jsonl")
+    assert join([Answer(1, "Yes", text=f"{asked[0].text} One word.")], asked, "a.jsonl")[1] == ()
+
+
 def test_a_text_that_all_questions_share_tells_nothing():
     asked = [Question(i, "Please describe this image.", f"{i}.jpg") for i in range(3)]
     answers = [Answer(i, "A dog.", text="What is here?", image=f"{i}.jpg") for i in range(3)]
