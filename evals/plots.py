@@ -113,14 +113,23 @@ def trades(found: Sequence[Line]):
             if ability in line.differences and gain in line.differences:
                 x, y = (_turned(line.differences[figure], figure.column) for figure in (ability, gain))
                 _point(panel, x, y, (ability.column, gain.column), i, line.label, False)
-        panel.axhline(0, color="0.6", linewidth=0.8)
-        panel.axvline(0, color="0.6", linewidth=0.8)
+        # Below the intervals, which would lie under them where a figure did not move.
+        panel.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+        panel.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        panel.set_xlim(*_spread(*panel.get_xlim()))
+        panel.set_ylim(*_spread(*panel.get_ylim()))
         _finish(panel, replace(ability.column, title=ability.title), replace(gain.column, title=gain.title), "gain in ")
     for panel in list(panels.flat)[len(pairs) :]:
         panel.set_visible(False)
     figure.suptitle("Gain against ability: differences from the plain model")
     _legend(figure, panels[0][0])
     return figure
+
+
+def _spread(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis, at least two points apart: what did not move must not look as if it were looked at closely."""
+    missing = max(0.0, 2.0 - (high - low)) / 2
+    return low - missing, high + missing
 
 
 def _turned(value: Value, column: Column) -> Interval:

@@ -21,7 +21,17 @@ from lvlm_decode.reading import Count, Record, checked, read_records
 from .base import Column, Evaluator
 from .metrics import REPLICATES, compare
 from .plan import TIMES, Result, is_control
-from .tables import Block, Entry, Value, difference_value, equal_length_values, gather, matched, protocol_of
+from .tables import (
+    NO_PROTOCOL,
+    Block,
+    Entry,
+    Value,
+    difference_value,
+    equal_length_values,
+    gather,
+    matched,
+    protocol_of,
+)
 
 # The first batch of a process also pays for warming up.
 _FEWEST_BATCHES = 2
@@ -200,12 +210,12 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     titles = ["Method", "Control", *(f"Δ {figure.title}{_arrow(figure.column)}" for figure in shown)]
     titles += ["ms a token", "ms a token, control", "Ratio"] if timed else []
     said = [sentence for line in found if (sentence := trade(line))]
-    followed = {figure.of: figure.protocol for figure in shown}
-    if set(followed.values()) != {"none"}:
-        said.append(f"Protocols: {'; '.join(f'{name} by {protocol}' for name, protocol in followed.items())}.")
+    # Where two of a benchmark meet, the titles say which.
+    followed = {f.of: f.protocol for f in shown if f.protocol != NO_PROTOCOL and f"protocol {f.protocol}" not in f.of}
+    if followed:
+        said.append(f"Protocol: {'; '.join(f'{name} by {protocol}' for name, protocol in followed.items())}.")
     if timed:
-        measured = dict.fromkeys(line.timed for line in found if line.times)
-        said.append(f"ms a token: {_of_each(found, list(measured))}, whose answers are the longest.")
+        said.append(f"Times are of the benchmark with the longest answers: {_timed(found)}.")
     kinds = {figure.kind for figure in shown}
     if "ability" not in kinds:
         said.append("No benchmark of ability was run with these methods: lvlm-decode eval naturalbench, same --out.")
@@ -216,11 +226,12 @@ def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> lis
     return [Block("What it costs: method minus the plain model", tuple(titles), tuple(made), tuple(said))]
 
 
-def _of_each(found: Sequence[Line], names: Sequence[str]) -> str:
+def _timed(found: Sequence[Line]) -> str:
     """Of which benchmark the times are: one name, or one for each line where they differ."""
+    names = {line.timed for line in found if line.times}
     if len(names) == 1:
-        return f"of {names[0]}"
-    return ", ".join(f"{line.label} of {line.timed}" for line in found if line.times)
+        return names.pop()
+    return "; ".join(f"{line.label}: {line.timed}" for line in found if line.times)
 
 
 def _arrow(column: Column) -> str:

@@ -119,6 +119,10 @@ _OF_THE_LINE = ("method", "decoding", "seed")
 _OF_THE_BLOCK = ("evaluator", "split", "data", "protocol")
 
 
+# What a run that follows no published way of measuring says in the place of its name.
+NO_PROTOCOL = "none"
+
+
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
@@ -131,7 +135,7 @@ def _common(result: Result) -> dict[str, Any]:
 
 def protocol_of(result: Result) -> str:
     """The published way of measuring that a run followed by name, or "none"."""
-    return str(result.settings.get("protocol") or "none")
+    return str(result.settings.get("protocol") or NO_PROTOCOL)
 
 
 def _parameters(result: Result) -> Mapping[str, Any]:
@@ -168,7 +172,7 @@ def _block_key(result: Result) -> tuple[str, ...]:
 
 # What can tell versions of one split apart, the plainest first. Two protocols are always told apart by name.
 _FACTS: tuple[Callable[[Result], str], ...] = (
-    lambda result: f"protocol {protocol_of(result)}",
+    lambda result: "no protocol" if protocol_of(result) == NO_PROTOCOL else f"protocol {protocol_of(result)}",
     lambda result: f"{result.questions} questions",
     lambda result: str((result.settings.get("data") or {}).get("questions", "questions unknown")),
     lambda result: ", ".join(f"{k} {v}" for k, v in result.evaluator.options().items() if v is not None),
@@ -411,7 +415,7 @@ def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, repl
     options = ", ".join(f"{name} {value}" for name, value in evaluator.options().items() if value is not None)
     models = sorted({str((result.settings.get("model") or {}).get("name", "unknown model")) for result in results})
     found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {images} images."]
-    if (protocol := _protocol(methods)) != "none":
+    if (protocol := _protocol(methods)) != NO_PROTOCOL:
         found.append(f"Protocol: {protocol}.")
     found.append(
         f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), Wilson's interval where all replicates "

@@ -55,6 +55,17 @@ def test_gain_against_ability_turns_what_falls_when_it_improves(tmp_path):
     assert write_pictures(results, tmp_path / "again", 100)[-1].read_bytes() == image.tobytes()
 
 
+def test_what_did_not_move_is_not_drawn_as_if_looked_at_closely():
+    results = [pope("plain", 10), pope("vcd", 30), naturalbench("plain", 10), naturalbench("vcd", 10)]
+    (panel,) = trades(lines(results, 200)).axes
+    low, high = panel.get_xlim()
+    assert high - low >= 2
+    # The interval along an axis that did not move lies over the line that marks zero.
+    bars = [line.get_zorder() for container in panel.containers for line in container.lines[2]]
+    marks = [line.get_zorder() for line in panel.lines if line.get_color() == "0.6"]
+    assert len(marks) == 2 and max(marks) < min(bars)
+
+
 def test_without_ability_there_is_no_such_picture(tmp_path):
     assert trades(lines([pope("plain", 10), pope("vcd", 30)], 100)) is None
     assert [p.name for p in write_pictures([pope("plain", 10), pope("vcd", 30)], tmp_path, 100)] == ["pope-random.png"]

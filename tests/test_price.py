@@ -73,8 +73,9 @@ def test_columns_name_their_protocols_where_two_meet(tmp_path):
     for protocol in ("opera-64", "opera-512"):
         for title in ("CHAIRs ↓", "Recall ↑", "Length"):
             assert f"Δ chair captions, protocol {protocol}: {title}" in block.columns
-    assert "ms a token: of chair captions, protocol opera-512, whose answers are the longest." in block.notes
-    assert any(note.startswith("Protocols: ") and "; pope random by none" in note for note in block.notes)
+    times_of = "Times are of the benchmark with the longest answers: "
+    assert f"{times_of}chair captions, protocol opera-512." in block.notes
+    assert not any(note.startswith("Protocol: ") for note in block.notes)
     # In CSV every number says it itself.
     lines_of = [line for line in csv.DictReader(render([block], "csv").splitlines())]
     by_column = {line["column"]: line["protocol"] for line in lines_of}
@@ -82,7 +83,15 @@ def test_columns_name_their_protocols_where_two_meet(tmp_path):
     assert by_column["Δ pope random: Accuracy ↑"] == "none" and by_column["Ratio"] == "opera-512"
     # One protocol needs no name in a title.
     (block,) = price_blocks([r for r in results if r.settings.get("protocol") != "opera-64"], 200)
-    assert "Δ Recall ↑" in block.columns and "Protocols: " in " ".join(block.notes)
+    assert "Δ Recall ↑" in block.columns and "Protocol: chair by opera-512." in block.notes
+    # Lines of different lengths are timed on different benchmarks, and say so.
+    other = [run for run in results if run.settings.get("protocol") == "opera-64"]
+    other += [
+        pope("vcd", 30, folder=times(tmp_path / "vcd", 9, 1)),
+        pope("plain", 10, folder=times(tmp_path / "p", 8, 1)),
+    ]
+    (block,) = price_blocks(other, 200)
+    assert f"{times_of}pai, greedy: chair; vcd, greedy: pope random." in block.notes
 
 
 def test_runs_of_two_protocols_are_two_tables():
@@ -90,7 +99,7 @@ def test_runs_of_two_protocols_are_two_tables():
     results = [captions(m, caption, protocol=p) for p in ("opera-64", "opera-512") for m in ("plain", "pai")]
     made = blocks([*results, captions("plain", caption)], 200)
     assert [block.title for block in made if "minus" not in block.title] == [
-        f"chair, captions, protocol {name}" for name in ("opera-64", "opera-512", "none")]  # fmt: skip
+        f"chair, captions, protocol {name}" for name in ("opera-64", "opera-512")] + ["chair, captions, no protocol"]  # fmt: skip
     assert {line["protocol"] for line in csv.DictReader(render(made, "csv").splitlines())} == {
         "opera-64", "opera-512", "none"}  # fmt: skip
 
