@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -129,6 +130,11 @@ class Step:
     weights: tuple[float | Tensor, ...] = ()
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     project: Callable[..., Tensor] = no_projection
+
+    @cached_property
+    def best(self) -> Tensor:
+        """(B, T, 1) the best logit of view 0."""
+        return self.logits[0].amax(-1, keepdim=True)
 
     def finite(self) -> Step:
         """The step without -inf and NaN, of which no difference can be taken.
@@ -248,7 +254,11 @@ class Method(Checked):
 
     def kept_tokens(self, step: Step) -> Tensor | None:
         """(B, T, N) bool, which tokens survive the plausibility mask; ``None`` keeps all."""
-        return None if self.plausibility_beta is None else plausible_tokens(step.logits[0], self.plausibility_beta)
+        return (
+            None
+            if self.plausibility_beta is None
+            else plausible_tokens(step.logits[0], self.plausibility_beta, step.best)
+        )
 
     @property
     def mask_view(self) -> int | None:
@@ -259,7 +269,7 @@ class Method(Checked):
         """(B, T, N): :meth:`combine`, then the mask, once. What the model itself bans under view 0, with -inf, stays banned."""
         step = step.finite()
         scores, keep, main = self.combine(step), self.kept_tokens(step), step.logits[0]
-        scores = scores if keep is None else masked(scores, keep, main)
+        scores = scores if keep is None else masked(scores, keep, main, step.best)
         return scores.masked_fill(main <= -FLOOR, float("-inf"))
 
     def parts(self) -> tuple[Method, ...]:
@@ -342,7 +352,7 @@ class Contrast(Method):
                 weight = weight.to(main)[:, None, None]
                 out = out + weight * (logits - torch.where(weight < 0, main, 0.0))
             else:
-                out = out + weight * (logits - main if weight < 0 else logits)
+                out = torch.add(out, logits - main if weight < 0 else logits, alpha=weight)
         return out
 
 
@@ -503,7 +513,7 @@ def finite(logits: Tensor) -> Tensor:
     return torch.nan_to_num(logits, nan=-FLOOR, neginf=-FLOOR, posinf=FLOOR)
 
 
-def plausible_tokens(logits: Tensor, beta: float | Tensor) -> Tensor:
+def plausible_tokens(logits: Tensor, beta: float | Tensor, best: Tensor | None = None) -> Tensor:
     """Adaptive plausibility constraint: (..., N) bool, keeps tokens with p >= beta * max p at temperature 1.
 
     Ties at the threshold are kept, as in the authors' code of VCD (arXiv 2311.16922), and so is always the arg max.
@@ -512,12 +522,17 @@ def plausible_tokens(logits: Tensor, beta: float | Tensor) -> Tensor:
     Args:
         logits: (..., N) of view 0, before any processor.
         beta: in (0, 1]; a float or a tensor that broadcasts against (..., 1).
+        best: (..., 1) the best of them, where it is known already.
     """
     # A number stays on the host: made into a tensor it would be sent to the device for every token.
     log_beta = beta.to(logits).log() if isinstance(beta, Tensor) else math.log(beta)
-    return logits >= logits.amax(-1, keepdim=True) + log_beta
+    return logits >= (logits.amax(-1, keepdim=True) if best is None else best) + log_beta
 
 
-def masked(scores: Tensor, keep: Tensor, logits: Tensor) -> Tensor:
-    """(..., N) ``scores`` where ``keep``; all other tokens BELOW, in the order of ``logits``, those of view 0."""
-    return torch.where(keep, scores, logits - logits.amax(-1, keepdim=True) - BELOW)
+def masked(scores: Tensor, keep: Tensor, logits: Tensor, best: Tensor | None = None) -> Tensor:
+    """(..., N) ``scores`` where ``keep``; all other tokens BELOW, in the order of ``logits``, those of view 0.
+
+    Args:
+        best: (..., 1) the best of ``logits``, where it is known already.
+    """
+    return torch.where(keep, scores, logits - (logits.amax(-1, keepdim=True) if best is None else best) - BELOW)

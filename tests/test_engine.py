@@ -15,7 +15,7 @@ from transformers import TextIteratorStreamer
 from transformers.generation import LogitsProcessor
 
 import lvlm_decode as ld
-from lvlm_decode.engine import hf
+from lvlm_decode.engine import hf, stack
 from lvlm_decode.engine.run import Run
 from lvlm_decode.engine.sampling import KeyedDraw, gumbel
 from lvlm_decode.errors import InputError, UnsupportedError
@@ -181,6 +181,25 @@ def test_a_good_draft_saves_forwards(zoo):
         assert ld.last_run(zoo.model).forwards < plain
     finally:
         ld.detach(zoo.model)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "beams", "lookup"]
+)
+def test_positions_and_masks_may_run_out_in_the_middle_of_an_answer(family, how, monkeypatch):
+    """They are made for many tokens at once; a longer prompt of the view pads the sample's rows."""
+    built = tiny(family)
+    inputs = built.inputs(["abcabc"] if "prompt_lookup_num_tokens" in how else ["is it", "no"], seed=3)
+    new = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    found = []
+    for ahead in (64, 3, 1):
+        monkeypatch.setattr(stack, "AHEAD", ahead)
+        with ld.attached(built.model, "icd", processor=built.processor):
+            found.append(built.model.generate(**inputs, **new, **how))
+    for other in found[1:]:
+        assert torch.equal(other.sequences, found[0].sequences)
+        torch.testing.assert_close(torch.stack(other.logits), torch.stack(found[0].logits))
 
 
 @pytest.mark.parametrize("name", METHODS)

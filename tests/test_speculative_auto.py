@@ -21,9 +21,9 @@ PLAIN = 1.0
 class World:
     """A machine and texts: what a cycle of each drafter costs and accepts."""
 
-    def __init__(self, seed=0, start=0.0, **drafters):
+    def __init__(self, seed=0, start=0.0, idle=1.0, **drafters):
         #: name -> (seconds that each level adds, chance that a level is accepted).
-        self.drafters, self.start = drafters, start
+        self.drafters, self.start, self.idle = drafters, start, idle
         self.rng = random.Random(seed)
         self.ledger = Ledger()
 
@@ -31,18 +31,24 @@ class World:
         """One call of so many tokens; the drafter it was given."""
         ledger = self.ledger
         name = ledger.plan(list(self.drafters))
-        if name is not None:
-            ledger.started(name, self.start)
-        done = 1
+        if name is None:
+            ledger.undrafted(tokens - 1, (tokens - 1) * PLAIN)
+            return None
+        ledger.started(name, self.start)
+        done, given_up = 1, False
         while done < tokens:
-            depth = 0 if name is None else ledger.depth(name, tokens - done - 1)
-            price, chance = self.drafters.get(name, (0.0, 0.0))
+            room = tokens - done - 1
+            depth = 0 if given_up else ledger.depth(name, room)
+            given_up = given_up or (depth == 0 and room > 0)
+            price, chance = self.drafters[name]
             accepted = 0
             while accepted < depth and self.rng.random() < chance:
                 accepted += 1
-            ledger.cycle(name, depth, [accepted], PLAIN + price * depth)
+            seconds = PLAIN * (1 if depth else self.idle) + price * depth
+            ledger.cycle(name, depth, [accepted], seconds)
+            ledger.passed(accepted + 1, seconds)
             done += accepted + 1
-        ledger.ended(tokens, name is not None)
+        ledger.ended(tokens, True)
         return name
 
     def seconds_of_none(self, calls, tokens):
@@ -106,17 +112,39 @@ def test_short_answers_do_not_pay_for_a_start():
 def test_costs_between_known_depths_are_on_a_line():
     entry = Entry()
     ledger = Ledger(entries={"d": entry})
-    for _ in range(FIRST):
-        ledger.cycle(None, 0, [0], 1.0)
+    ledger.undrafted(FIRST, FIRST * 1.0)
     ledger.cycle("d", 4, [4], 1.8)
     assert [round(entry.seconds(depth, 1.0), 6) for depth in (0, 2, 4, 6)] == [1.0, 1.4, 1.8, 2.2]
     ledger.cycle("d", 4, [0], 1.8)
     assert entry.tau(4) == pytest.approx(4 * 0.98 / 1.98)
     # Two samples of a batch count by their mean.
     other = Ledger(entries={"d": Entry()})
-    other.cycle(None, 0, [0, 0], 1.0)
+    other.undrafted(4, 4.0)
     other.cycle("d", 2, [2, 0], 1.2)
-    assert other.entries["d"].tau(2) == 1.0 and other.behind == pytest.approx(1.2 - 2.0)
+    assert other.entries["d"].tau(2) == 1.0 and other.entries["d"].forwards(2) == 2.0
+
+
+def test_a_batch_comes_forward_with_its_slowest_sample():
+    """Four samples of which one accepts nothing: three tokens a cycle on average, and the call takes as many as without."""
+    ledger = Ledger()
+    ledger.undrafted(10, 10.0)
+    ledger.plan(["d"])
+    for _ in range(9):
+        ledger.cycle("d", 2, [2, 2, 2, 0], 1.5)
+        ledger.passed(1, 1.5)
+    assert ledger.best("d", 2)[1] == pytest.approx(1.5 / 2.5) and ledger.behind == pytest.approx(4.5)
+    ledger.paced("d", 9 / (9 * 2.5))
+    assert ledger.best("d", 2)[1] == pytest.approx(1.5), "what the call came forward by counts"
+
+
+def test_a_loop_that_is_slow_without_a_draft_is_in_the_price_of_trying():
+    """Drafting is given up after a cycle, and the rest of the call verifies what nobody drafted."""
+    world = World(slow=(0.6, 0.0), idle=1.1)
+    for number in range(1, 121):
+        world.call(60)
+        # What the first trial costs is not known before it.
+        assert world.ledger.spent <= 1.02 * world.seconds_of_none(number, 60) + 60 * 0.1 + 4 * 0.6 + PLAIN
+    assert world.ledger.entries["slow"].tried > 1 and world.ledger.spent <= 1.025 * world.seconds_of_none(120, 60)
 
 
 class Ticks:

@@ -80,18 +80,19 @@ class SomethingLeft(LogitsProcessor):
 
     def __init__(self, prompt_length: int, ends: Sequence[int], at_once: bool = True, drawn: bool = False):
         self.prompt_length, self.ends, self.at_once, self.drawn = prompt_length, list(ends), at_once, drawn
-        #: Per step (R,) bool, whether each row had a token left; NaN among the scores counts as none.
-        self._had: list[Tensor] = []
+        #: Per step (R,) the best score of each row; -inf where no token was left, NaN where NaN is among the scores.
+        self._best: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.at_once:
             said = input_ids[:, self.prompt_length :]
             check_left(scores[~self._ended(said)], f"at generated token {said.shape[1]}")
             return scores
-        had = scores.amax(-1) > float("-inf")
-        self._had.append(had)
+        # Compared afterwards, all steps at once.
+        best = scores.amax(-1)
+        self._best.append(best)
         # A draw from nothing would fail before the sentence is said; what is drawn here never comes back.
-        return scores.masked_fill(~had[:, None], 0.0) if self.drawn else scores
+        return torch.where((best > float("-inf"))[:, None], scores, 0.0) if self.drawn else scores
 
     def check(self, sequences: Tensor) -> None:
         """Raise unless every row of ``sequences`` (R, P + t) had a token left in each step until it ended.
@@ -99,9 +100,9 @@ class SomethingLeft(LogitsProcessor):
         Raises:
             InputError: names the first step that had none.
         """
-        if not self._had:
+        if not self._best:
             return
-        had = torch.stack(self._had, 1)
+        had = torch.stack(self._best, 1) > float("-inf")
         if bool(had.all()):
             return
         said = sequences[:, self.prompt_length : self.prompt_length + had.shape[1]]

@@ -26,6 +26,46 @@ if TYPE_CHECKING:
     from .branch import Branch
 
 EXECUTIONS = ("stacked", "sequential")
+#: For how many tokens at once positions and masks are made; each token would otherwise launch operators for them.
+AHEAD = 64
+
+
+class Counting:
+    """Numbers that grow by 1 with every token."""
+
+    def __init__(self) -> None:
+        self._made = self._newest = torch.empty(0)
+        self._used = 0
+
+    def after(self, numbers: Tensor) -> Tensor:
+        """``numbers`` + 1; a slice of what is made already where ``numbers`` is what was returned last."""
+        if numbers is not self._newest or self._used == AHEAD:
+            self._made, self._used = numbers[..., None] + torch.arange(1, AHEAD + 1, device=numbers.device), 0
+        self._newest = self._made[..., self._used]
+        self._used += 1
+        return self._newest
+
+
+class Widening:
+    """The mask of padded rows (R, S) bool, which grows by what every row sees."""
+
+    def __init__(self) -> None:
+        self._made = self._newest = torch.empty(0)
+        self._additive: Tensor | None = None
+
+    def after(self, mask: Tensor, q: int) -> Tensor:
+        """``mask`` with ``q`` further slots; a slice of what is made already where ``mask`` is what was returned last."""
+        width = mask.shape[1] + q
+        if mask is not self._newest or width > self._made.shape[1]:
+            self._made, self._additive = torch.nn.functional.pad(mask, (0, max(q, AHEAD)), value=True), None
+        self._newest = self._made[:, :width]
+        return self._newest
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """(R, 1, 1, S) the mask that was returned last, as one to add to the scores."""
+        if self._additive is None:
+            self._additive = additive(self._made[:, None], dtype)
+        return self._additive[..., : self._newest.shape[1]]
 
 
 class Lane:
@@ -74,6 +114,7 @@ class Lane:
         self.position: Tensor = self._first["position_ids"][..., -1:]
         # Of the last prompt token, and of the queries of the newest forward that choose a token.
         self._start = self._positions = self.position
+        self._counting, self._widening = Counting(), Widening()
         #: Slots of the cache in use: prompt width and everything after.
         self.length = self.width
         self.forwards = 0
@@ -133,18 +174,20 @@ class Lane:
         if depth is not None:
             steps = depth.to(tokens.device)
             positions = self.position + 1 + (steps if steps.dim() == 1 else steps.repeat(views, 1))
+        elif q == 1 and self._steps is None:
+            # The common case, and every operator counts there.
+            positions = self._counting.after(self.position)
         else:
-            # One token is the common case, and every operator counts there.
-            positions = self.position + (1 if q == 1 else torch.arange(1, q + 1, device=tokens.device))
+            positions = self.position + torch.arange(1, q + 1, device=tokens.device)
         mask: Tensor | None = None
         if ancestors is not None:
             mask = self._tree_mask(ancestors.to(tokens.device))
         if self.mask is not None:
             # Which of a tree's slots stay visible is known once a path is accepted; see accept_paths.
-            self.mask = torch.nn.functional.pad(self.mask, (0, q), value=True)
+            self.mask = self._widening.after(self.mask, q)
             mask = self._row_mask(q) if mask is None else mask
         if ancestors is None:
-            self.position = positions[..., -1:]
+            self.position = positions if q == 1 else positions[..., -1:]
         self._positions = positions
         self.length += q
         rows = tokens if views == 1 else tokens.repeat(views, 1)
@@ -163,7 +206,7 @@ class Lane:
         """
         assert self.mask is not None
         if q == 1 and self._additive and self.kv.capacity is None:
-            return additive(self.mask[:, None], self.module.dtype)
+            return self._widening.additive(self.module.dtype)
         return self.mask.long()
 
     def _tree_mask(self, ancestors: Tensor) -> Tensor:
@@ -259,6 +302,7 @@ class Lanes:
         #: (B,) tokens generated so far that the cache holds.
         self.generated: Tensor = torch.zeros(self.main.rows, dtype=torch.long, device=self.main.position.device)
         self.last_step: Step | None = None
+        self._counting = Counting()
 
     @property
     def main(self) -> Lane:
@@ -308,14 +352,16 @@ class Lanes:
         q = tokens.shape[1]
         keep = q if not keep else keep
         if q == 1:
-            positions = self.generated[:, None] + 1
+            counted = self._counting.after(self.generated)
+            positions = counted[:, None]
         else:
             steps = torch.arange(q, device=tokens.device) if depth is None else depth.to(tokens.device)
             positions = self.generated[:, None] + 1 + steps
+            counted = positions[:, -1]
         tree = {} if ancestors is None else {"ancestors": ancestors, "depth": depth}
         first = self.main.extend(tokens, keep, **tree, **self._call(self.main, call))
         if ancestors is None:
-            self.generated = positions[:, -1]
+            self.generated = counted
         positions = positions[:, -keep:]
         outputs = [first, *(lane.extend(tokens, keep, **tree, **self._call(lane, call)) for lane in self.lanes[1:])]
         return self._score(outputs, positions), first

@@ -26,6 +26,10 @@ def accept_paths(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bo
         q: rows of the verified draft.
         chain: whether the draft was a chain, run with the causal mask; the lanes counted all its tokens then.
     """
+    if q == 1 and all(lane.kv.capacity is None for lane in lanes.lanes):
+        # Nothing was drafted, so every row's token is where it belongs: a row that is behind keeps its hole, which its mask
+        # hides. A cache of fixed size has no room for holes.
+        return
     device = lanes.generated.device
     counted = q if chain else 0
     if len(paths) == 1:

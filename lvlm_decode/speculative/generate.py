@@ -6,6 +6,7 @@ Face's own. What comes out is what the engine's undrafted run gives; see ``verif
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,17 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import hf
 from ..engine.hf import Call
 from ..engine.run import Run
+from ..engine.strategy import Stacked
 from ..errors import UnsupportedError
 from .cache_ops import accept_paths
 from .choose import Chooser, Stopper
 from .clock import Clock
-from .drafters.base import Context, Drafter, Features, PromptFeatures, Verified
+from .drafters.base import Context, Drafter, Features, PromptFeatures, Verified, Watch
 from .features import Watcher, watched
 from .stats import Stats
 from .tree import Tree, shape_of
@@ -58,6 +60,9 @@ class Speculative:
         """
         check(call.config)
         hf.check_own(call.cache, self.name)
+        watch = self.drafter.watch(run.module, len(call.input_ids), 1 + len(run.views))
+        if watch is not None:
+            return _undrafted(run, call, watch)
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(run.method.patch(run))
             watcher = None
@@ -78,6 +83,24 @@ def check(config: GenerationConfig) -> None:
         for name in ("output_attentions", "output_hidden_states"):
             if getattr(config, name):
                 raise UnsupportedError(f"{name}=True is not supported with a drafter; leave it out, or the drafter.")
+
+
+def _undrafted(run: Run, call: Call, watch: Watch) -> Any:
+    """Decode as without a drafter, while ``watch`` looks on."""
+    if call.cache is not None:
+        # Other calls may have a draft, so what refuses one is said in the first.
+        hf.KV(call.cache).check_rollback()
+    run.trace.speculation = stats = Stats()
+    out = Stacked().decode(run, dataclasses.replace(call, processors=LogitsProcessorList([watch, *call.processors])))
+    said = (out if isinstance(out, Tensor) else out.sequences)[:, call.prompt_length :]
+    watch.ended(said.shape[1] - 1)
+    ends = call.config.eos_token_id
+    ended = torch.isin(said, said.new_tensor([ends] if isinstance(ends, int) else ends or []))
+    # The first end token of a row counts, and what follows it does not.
+    stats.tokens = int((ended.cumsum(1) - ended.long() == 0).sum())
+    if not isinstance(out, Tensor):
+        out.speculation = stats
+    return out
 
 
 class _Loop:

@@ -1,13 +1,14 @@
 """What drafting costs and brings on the running machine, and what follows from it: which drafter, how deep, or none.
 
-A :class:`Ledger` is kept for every shape of work (samples, views). It holds the seconds of a verification without a draft;
-for each drafter the seconds of a cycle by depth, the share of cycles that accepted a token at each level, and the seconds
-that starting it takes. From these follows the time per token of every drafter at every depth
+A :class:`Ledger` is kept for every shape of work (samples, views). It holds the seconds of a token in calls without a draft,
+which run as if no drafter were attached; for each drafter the seconds of a cycle by depth, the share of cycles that accepted a
+token at each level, and the seconds that starting it takes. From these follows the time per token of every drafter at every depth
 (:func:`~lvlm_decode.speculative.cost.time_per_token`), and the best is taken if it beats no draft.
 
 Trying costs time. What has been lost against no draft so far is counted in seconds, gains taken off, and a draft that may
 lose is tried only while that stays under :data:`SHARE` of all the time spent. So whatever drafters do, the whole stays within
-that share, and one cycle, of the time without a draft.
+that share, and one cycle, of the time without a draft. What forwards without a draft would have given by now is what no
+unfinished sample of a batch is short of, because the slowest sample ends the call.
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .cost import time_per_token
-
 #: Share of the time spent that may be lost to trying.
 SHARE = 0.02
-#: Verifications without a draft that are timed before anything is tried.
+#: Tokens without a draft that are timed before anything is tried.
 FIRST = 4
 #: Depth at which a drafter is tried first, and the deepest it is taken to.
 TRIED, DEEPEST = 4, 10
 #: Weight that an observation keeps when the next one comes: answers change, and so does what is accepted in them.
 KEPT = 0.98
-#: A drafter that loses is tried again after this many calls without it.
-AGAIN = 16
+#: A drafter that loses is tried again after this many calls without it, once it had this many cycles to show what it brings.
+AGAIN, ENOUGH = 16, 8
 
 
 @dataclass
@@ -36,8 +35,10 @@ class Mean:
     total: float = 0.0
     weight: float = 0.0
 
-    def add(self, value: float) -> None:
-        self.total, self.weight = KEPT * self.total + value, KEPT * self.weight + 1
+    def add(self, value: float, times: int = 1) -> None:
+        kept = KEPT**times
+        new = (1 - kept) / (1 - KEPT)
+        self.total, self.weight = kept * self.total + new * value, kept * self.weight + new
 
     @property
     def value(self) -> float:
@@ -51,12 +52,16 @@ class Entry:
     Args:
         cycles: depth -> seconds of a cycle, drafting and learning included.
         accepted: per level, the share of cycles at least as deep that accepted a token there.
+        pace: of what its cycles gave the samples on average, the share by which the slowest one came forward.
+        tried: how many cycles had a draft of it.
         start: seconds until the first draft of a call.
         calls: how many calls it was used in, and how many have passed since.
     """
 
     cycles: dict[int, Mean] = field(default_factory=dict)
     accepted: list[Mean] = field(default_factory=list)
+    pace: Mean = field(default_factory=Mean)
+    tried: int = 0
     start: Mean = field(default_factory=Mean)
     calls: int = 0
     passed: int = 0
@@ -68,6 +73,10 @@ class Entry:
         while len(shares) < depth:
             shares.append(shares[-1] * min(falling, 1.0) if shares else 0.0)
         return sum(shares)
+
+    def forwards(self, depth: int) -> float:
+        """How many forwards without a draft a cycle at ``depth`` stands for."""
+        return (1 + self.tau(depth)) * (self.pace.value if self.pace.weight else 1.0)
 
     def seconds(self, depth: int, plain: float) -> float:
         """Seconds of a cycle at ``depth``, on the line through the two nearest depths that are known; 0 is ``plain``."""
@@ -88,7 +97,8 @@ class Ledger:
     """Measurements of one shape of work, and the decisions that follow.
 
     Args:
-        plain: seconds of a verification without a draft, while no drafter listens.
+        plain: seconds of a token in calls without a draft.
+        idle: seconds of a verification without a draft, in calls in which drafting was given up.
         entries: by name of the drafter.
         spent: seconds of all cycles and starts.
         behind: of these, how many were lost against no draft; negative where drafting won.
@@ -96,7 +106,8 @@ class Ledger:
     """
 
     plain: Mean = field(default_factory=Mean)
-    plain_cycles: int = 0
+    plain_tokens: int = 0
+    idle: Mean = field(default_factory=Mean)
     entries: dict[str, Entry] = field(default_factory=dict)
     spent: float = 0.0
     behind: float = 0.0
@@ -109,9 +120,7 @@ class Ledger:
     def best(self, name: str, most: int = DEEPEST) -> tuple[int, float]:
         """The depth at which ``name`` takes the least time per token, and that time."""
         entry, plain = self.entries[name], self.plain.value
-        times = {
-            depth: time_per_token(entry.tau(depth), entry.seconds(depth, plain)) for depth in range(1, max(most, 1) + 1)
-        }
+        times = {depth: entry.seconds(depth, plain) / entry.forwards(depth) for depth in range(1, max(most, 1) + 1)}
         depth = min(times, key=lambda d: (times[d], d))
         return depth, times[depth]
 
@@ -123,9 +132,9 @@ class Ledger:
         """
         for name in names:
             self.entries.setdefault(name, Entry())
-        if self.plain_cycles < FIRST:
+        if self.plain_tokens < FIRST:
             return None
-        plain, length = self.plain.value, self.length.value if self.length.weight else 1.0
+        plain, length = self.plain.value, self.length.value
         known = [name for name in names if self.entries[name].cycles]
         saved = {
             name: length * (plain - self.best(name)[1])
@@ -133,12 +142,14 @@ class Ledger:
             for name in known
         }
         winner = max(known, key=lambda name: saved[name], default=None)
-        new = [name for name in names if not self.entries[name].cycles]
         used = winner if winner is not None and saved[winner] > 0 else None
+        new = sorted((name for name in names if self.entries[name].tried < ENOUGH), key=lambda n: self.entries[n].tried)
         old = [name for name in known if self.entries[name].passed >= AGAIN and name != used]
+        # One cycle for nothing, a start, and the rest of the call in a loop that verifies what nobody drafted.
         price = plain + max(
             (self.entries[name].start.value for name in known if self.entries[name].start.weight), default=0.0
         )
+        price += length * max(self.idle.value - plain, 0.0) if self.idle.weight else 0.0
         if (new or old) and self.allowance() >= price:
             return (new or sorted(old, key=lambda name: -saved[name]))[0]
         return used
@@ -149,14 +160,24 @@ class Ledger:
         most = min(DEEPEST, room)
         if most < 1:
             return 0
-        if not entry.cycles:
-            return min(TRIED, most) if self.allowance() >= plain else 0
-        depth, seconds = self.best(name, most)
-        if seconds < plain:
-            return depth
+        if entry.cycles:
+            depth, seconds = self.best(name, most)
+            if seconds < plain:
+                return depth
+        if entry.tried < ENOUGH:
+            depth = min(TRIED, most)
+            return depth if self.allowance() >= (entry.seconds(depth, plain) - plain if entry.cycles else plain) else 0
         # It loses by what is known: it is tried for what may still be lost.
-        loss = entry.seconds(depth, plain) - (1 + entry.tau(depth)) * plain
+        loss = entry.seconds(depth, plain) - entry.forwards(depth) * plain
         return depth if self.allowance() >= 4 * loss + plain * SHARE else 0
+
+    def undrafted(self, steps: int, seconds: float) -> None:
+        """A call without a draft is over; it took so long for so many forwards after the prompt's."""
+        if steps:
+            self.plain.add(seconds / steps, steps)
+            self.plain_tokens += steps
+        self.spent += seconds
+        self.ended(steps + 1, False)
 
     def started(self, name: str, seconds: float) -> None:
         """``name`` was given a call; its start took so long."""
@@ -167,30 +188,33 @@ class Ledger:
         self.spent += seconds
         self.behind += seconds
 
-    def cycle(self, name: str | None, depth: int, accepted: Sequence[int], seconds: float) -> None:
-        """One verification.
+    def cycle(self, name: str, depth: int, accepted: Sequence[int], seconds: float) -> None:
+        """One verification in a call that has ``name``.
 
         Args:
-            name: the drafter of the call; ``None`` if it has none.
             depth: how deep it was asked to draft, 0 for no draft.
             accepted: for each unfinished sample the tokens accepted.
             seconds: from the draft's beginning to the end of what the drafter learned.
         """
-        self.spent += seconds
-        if name is None:
-            self.plain.add(seconds)
-            self.plain_cycles += 1
-            return
-        mean = sum(accepted) / max(len(accepted), 1)
-        self.behind += seconds - (1 + mean) * self.plain.value
         if depth == 0:
+            self.idle.add(seconds)
             return
         entry = self.entries[name]
+        entry.tried += 1
         entry.cycles.setdefault(depth, Mean()).add(seconds)
         for level in range(depth):
             if len(entry.accepted) <= level:
                 entry.accepted.append(Mean())
             entry.accepted[level].add(sum(count > level for count in accepted) / max(len(accepted), 1))
+
+    def passed(self, forwards: int, seconds: float) -> None:
+        """In a call that has a drafter, ``seconds`` gave what so many forwards without a draft would have given."""
+        self.spent += seconds
+        self.behind += seconds - forwards * self.plain.value
+
+    def paced(self, name: str, share: float) -> None:
+        """In a call of ``name`` its slowest sample came forward by ``share`` of what the samples did on average."""
+        self.entries[name].pace.add(share)
 
     def ended(self, tokens: float, drafted: bool) -> None:
         """A call of so many tokens per sample is over."""

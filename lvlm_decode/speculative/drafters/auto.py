@@ -15,7 +15,7 @@ from ...errors import InputError
 from ..heads import shipped
 from ..ledger import Ledger
 from ..tree import Tree
-from .base import Context, Drafter, Session, Verified
+from .base import Context, Drafter, Session, Verified, Watch
 
 #: Seconds; another clock in tests, and where a benchmark counts what the processor computed.
 clock: Callable[[], float] = perf_counter
@@ -32,7 +32,8 @@ class Auto(Drafter):
 
     What each brings is measured while it decodes (see :mod:`lvlm_decode.speculative.ledger`), for every number of samples and
     views by itself, and kept from call to call. The first call has no draft; then drafters are tried for a few cycles each,
-    for at most 2 % of the time.
+    for at most 2 % of the time. A call without a draft runs as if no drafter were attached, and that is what drafts are
+    measured against.
 
     Args:
         drafters: names with parameters, such as ``"recycling(rows=8)"``. When left out: a head that ships for the model, if
@@ -87,9 +88,17 @@ class Auto(Drafter):
         return tuple({layer for drafter in self.candidates.values() for layer in drafter.layers(module)})
 
     def begin(self, context: Context) -> Session:
-        if not self.candidates:
-            self._take(self._usual(context.module), context.module)
         return _AutoSession(self, context)
+
+    def ledger(self, samples: int, views: int) -> Ledger:
+        """The measurements of one shape of work."""
+        return self.ledgers.setdefault((samples, views), Ledger())
+
+    def watch(self, module: nn.Module, samples: int, views: int) -> Watch | None:
+        if not self.candidates:
+            self._take(self._usual(module), module)
+        ledger = self.ledger(samples, views)
+        return _Undrafted(ledger) if ledger.plan(list(self.candidates)) is None else None
 
     def fork(self) -> Drafter:
         other = copy.copy(self)
@@ -102,38 +111,73 @@ class Auto(Drafter):
         self.ledgers = {}
 
 
+class _Undrafted(Watch):
+    """Times what follows the prompt in a call without a draft."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self.ledger, self.since = ledger, 0.0
+
+    def began(self) -> None:
+        self.since = clock()
+
+    def ended(self, forwards: int) -> None:
+        self.ledger.undrafted(forwards, clock() - self.since)
+
+
 class _AutoSession(Session):
     drafter: Auto
 
     def __init__(self, drafter: Auto, context: Context):
         super().__init__(drafter, context)
-        key = len(context.tokens), 1 + len(context.lanes.weights)
-        self.ledger = drafter.ledgers.setdefault(key, Ledger())
-        self.chosen = self.ledger.plan(list(drafter.candidates))
-        self.inner: Session | None = None
-        self.depth = 0
+        self.ledger = drafter.ledger(len(context.tokens), 1 + len(context.lanes.weights))
+        chosen = self.ledger.plan(list(drafter.candidates))
+        assert chosen is not None, "a call in which nothing is drafted has no session"
+        self.chosen = chosen
         before = clock()
-        if self.chosen is not None:
-            self.inner = drafter.candidates[self.chosen].begin(context)
-            self.ledger.started(self.chosen, clock() - before)
+        self.inner = drafter.candidates[chosen].begin(context)
+        self.ledger.started(chosen, clock() - before)
+        #: Nothing more is drafted, nor learned until the call is over.
+        self.given_up = False
+        self.depth = 0
         self.since = clock()
+        #: Tokens that no unfinished sample is short of: what so many forwards without a draft would have given.
+        self.first = self.reached = min(self._lengths())
+        #: Tokens that cycles gave their unfinished samples on average, added up.
+        self.given = 0.0
+
+    def _lengths(self) -> list[int]:
+        return [len(text) - start for text, start in zip(self.context.tokens, self.context.prompt_lengths)]
 
     def propose(self, room: int) -> Tree:
         self.since = clock()
-        self.depth = 0 if self.chosen is None else self.ledger.depth(self.chosen, room)
-        if self.inner is not None and self.depth:
+        self.depth = 0 if self.given_up else self.ledger.depth(self.chosen, room)
+        if self.depth:
             return self.inner.propose(self.depth)
+        # What it would learn from here on costs more than it brings.
+        self.given_up = self.given_up or room > 0
         roots = torch.tensor([text[-1:] for text in self.context.tokens], device=self.context.device)
         return Tree.chain(roots)
 
     def observe(self, verified: Verified) -> None:
-        if self.inner is not None:
+        if not self.given_up:
             self.inner.observe(verified)
         accepted = [len(path) - 1 for path in verified.paths if path]
+        reached = min(length for length, path in zip(self._lengths(), verified.paths) if path)
         self.ledger.cycle(self.chosen, self.depth, accepted, clock() - self.since)
+        self._passed(reached)
+        self.given += 1 + sum(accepted) / len(accepted)
+
+    def _passed(self, reached: int) -> None:
+        self.ledger.passed(reached - self.reached, clock() - self.since)
+        self.reached = reached
 
     def finish(self) -> None:
-        if self.inner is not None:
-            self.inner.finish()
-        lengths = [len(text) - start for text, start in zip(self.context.tokens, self.context.prompt_lengths)]
-        self.ledger.ended(sum(lengths) / len(lengths), self.chosen is not None)
+        self.inner.finish()
+        lengths = self._lengths()
+        observed = self.reached
+        # The newest verification ended the call, and nobody was told to observe it.
+        self._passed(max(lengths))
+        if self.given:
+            self.ledger.paced(self.chosen, (observed - self.first) / self.given)
+        self.ledger.ended(sum(lengths) / len(lengths), True)

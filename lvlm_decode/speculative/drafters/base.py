@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from ...parameters import Checked
 from ..tree import Tree
@@ -159,6 +160,26 @@ class Session:
         return max(1, min(most, int(math.log(stop) / math.log(chance))))
 
 
+class Watch(LogitsProcessor):
+    """Sees the scores of a call in which nothing is drafted, and leaves them as they are; it launches nothing."""
+
+    _prompt_done = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self._prompt_done:
+            self._prompt_done = True
+            if scores.is_cuda and torch.cuda.is_available():
+                torch.cuda.synchronize(scores.device)
+            self.began()
+        return scores
+
+    def began(self) -> None:
+        """The prompt's forward is done."""
+
+    def ended(self, forwards: int) -> None:
+        """The call is over; so many forwards followed the prompt's."""
+
+
 @dataclass
 class Drafter(Checked):
     """Base of every drafter: hyper-parameters, and whatever it keeps between calls.
@@ -194,6 +215,16 @@ class Drafter(Checked):
     def begin(self, context: Context) -> Session:
         """The session of one call."""
         raise NotImplementedError
+
+    def watch(self, module: Any, samples: int, views: int) -> Watch | None:
+        """What watches the next call, one of this shape, if nothing is drafted in it; ``None`` if it has a session.
+
+        A call that is watched runs as if no drafter were attached.
+
+        Args:
+            module: that decodes.
+        """
+        return None
 
     def fork(self) -> Drafter:
         """A drafter that knows what this one knows and keeps what it learns to itself; itself if it learns nothing."""
