@@ -6,6 +6,7 @@ so calls nest and run side by side, and an attached model can be copied, pickled
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -27,7 +28,8 @@ from .speculative.drafters import parse as parse_drafter
 from .speculative.drafters.base import Drafter
 from .speculative.generate import Speculative
 
-_MISSING = object()
+#: Held while a block of :func:`attached` begins or ends.
+_BLOCKS = threading.Lock()
 M = TypeVar("M", bound=torch.nn.Module)
 
 
@@ -190,20 +192,47 @@ def attach(
         UnsupportedError: the model's family or a combination that cannot be honoured, or a model attached already.
         DependencyError: a version of torch or transformers that this library does not work with.
     """
-    hf.require()
     inner = hf.unwrapped(model)
     if (own := _of(inner)) is not None:
         raise UnsupportedError(
             f"{own.method.name} is already attached to this model; detach(model) first, or attach their sum."
         )
+    made = mitigated(
+        model,
+        method,
+        processor=processor,
+        drafter=drafter,
+        execution=execution,
+        family=family,
+        recorder=recorder,
+    )
+    inner.__dict__["generate"] = made
+    return model
+
+
+def mitigated(
+    model: torch.nn.Module,
+    method: Method | str,
+    *,
+    processor: Any = None,
+    drafter: Drafter | str | None = None,
+    execution: str = "stacked",
+    family: type[Family] | None = None,
+    recorder: Recorder | None = None,
+) -> Attached:
+    """The ``generate()`` that :func:`attach` puts on ``model``, and nothing put there: for threads that share a model.
+
+    Takes and raises what :func:`attach` does.
+    """
+    hf.require()
+    inner = hf.unwrapped(model)
     method = parse(method) if isinstance(method, str) else method
     if not isinstance(method, Method):
         raise InputError(f"method is {type(method).__name__}; expected a Method such as VCD() or a name such as 'vcd'.")
     if drafter is not None:
         check_modes(method, ["speculation"])
         drafter = parse_drafter(drafter, inner) if isinstance(drafter, str) else drafter
-    inner.__dict__["generate"] = Attached(inner, method, family, processor, drafter, execution, recorder)
-    return model
+    return Attached(inner, method, family, processor, drafter, execution, recorder)
 
 
 def detach(model: M) -> M:
@@ -239,15 +268,31 @@ def attached(model: torch.nn.Module, method: Method | str | None = None, **optio
 
 @contextmanager
 def _attached(model: M, method: Method | str, options: dict[str, Any]) -> Iterator[M]:
-    inner = hf.unwrapped(model)
-    outer = inner.__dict__.pop("generate", None)
+    inner, made = hf.unwrapped(model), mitigated(model, method, **options)
+    with _BLOCKS:
+        made.before = inner.__dict__.get("generate")
+        inner.__dict__["generate"] = made
     try:
-        attach(model, method, **options)
         yield model
     finally:
-        detach(model)
-        if outer is not None:
-            inner.__dict__["generate"] = outer
+        with _BLOCKS:
+            _take_out(inner, made)
+
+
+def _take_out(inner: torch.nn.Module, made: Attached) -> None:
+    """End a block. Blocks of several threads end in any order, so each takes out itself and leaves what is above it."""
+    above, found = None, inner.__dict__.get("generate")
+    while isinstance(found, Attached) and found is not made:
+        above, found = found, found.before
+    if found is not made:
+        # It was detached within the block, with all that stood above it.
+        return
+    if above is not None:
+        above.before = made.before
+    elif made.before is None:
+        del inner.__dict__["generate"]
+    else:
+        inner.__dict__["generate"] = made.before
 
 
 def last_run(model: torch.nn.Module) -> Summary | None:

@@ -512,6 +512,21 @@ def test_attached_blocks_nest(zoo, batch):
     assert ld.attached(zoo.model) is None and torch.equal(zoo.model.generate(**batch, **how), plain)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1), (2, 1, 0)])
+def test_blocks_of_several_threads_end_in_any_order_and_leave_nothing(zoo, order):
+    """As threads that share a model do: what is attached is the newest block that has not ended."""
+    blocks = [ld.attached(zoo.model, name) for name in ("vcd", "icd", "ritual")]
+    for block in blocks:
+        block.__enter__()
+    left = [0, 1, 2]
+    for number in order:
+        blocks[number].__exit__(None, None, None)
+        left.remove(number)
+        said = ld.attached(zoo.model)
+        assert (said.name if said else None) == (("vcd", "icd", "ritual")[left[-1]] if left else None)
+    assert "generate" not in vars(zoo.model)
+
+
 # --- randomness ------------------------------------------------------------------------------------------------------
 
 

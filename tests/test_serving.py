@@ -71,7 +71,7 @@ def answered(loaded, method, scene=12, text="Please describe this image in detai
     how = {"do_sample": False, "max_new_tokens": 24, **how}
     with lvlm_decode.attached(loaded.model, method, processor=loaded.processor), torch.inference_mode():
         row = loaded.model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
-    return loaded.processor.tokenizer.decode(row, skip_special_tokens=True)
+    return loaded.processor.tokenizer.decode(row, skip_special_tokens=True).removeprefix(" ")
 
 
 # --- answers
@@ -522,6 +522,8 @@ def test_pieces_add_up_to_the_text(text, stops, sizes):
         size = sizes[turn % len(sizes)]
         told += made.add(tokens[at : at + size], last=at + size >= len(tokens))
         at, turn = at + size, turn + 1
+    # The blank before the first word is not part of the answer.
+    text = text.removeprefix(" ")
     starts = (text[: n + 1] for n in range(len(text)))
     ended = next((start for start in starts if any(stop in start for stop in stops)), None)
     places = [] if ended is None else [place for stop in stops if (place := ended.find(stop)) >= 0]

@@ -56,7 +56,7 @@ BROKEN: tuple[tuple[dict[str, Any], int, str | None], ...] = (
     ({"model": f"{MODEL}:vdc"}, 400, "model"),
     ({"model": "another"}, 404, "model"),
     ({"alpa": 1.0}, 400, "alpa"),
-    ({"method": "vcd", "alpha": -1}, 400, "alpha"),
+    ({"model": MODEL, "method": "vcd", "alpha": -1}, 400, "alpha"),
     ({"temperature": "hot"}, 400, "temperature"),
     ({"max_tokens": 0}, 400, "max_tokens"),
     ({"messages": []}, 400, "messages"),
@@ -149,7 +149,7 @@ def references(loaded: Any, wanted: Sequence[Case]) -> dict[Case, list[str]]:
         new = row[inputs["input_ids"].shape[1] :].tolist()
         new = new[: new.index(ends) + 1] if ends in new else new
         decode = loaded.processor.tokenizer.decode
-        out[case] = [decode(new[: n + 1], skip_special_tokens=True) for n in range(len(new))]
+        out[case] = [decode(new[: n + 1], skip_special_tokens=True).removeprefix(" ") for n in range(len(new))]
     return out
 
 
@@ -192,7 +192,8 @@ async def _client(
         counts.by_method[case.method] += 1
         body, texts = case.body(seen), expected[case]
         wanted = texts[-1]
-        if kind == "short":
+        # A search that has fewer tokens to give takes other ones, so that its shorter answer is no beginning of the longer.
+        if kind == "short" and case.method != "opera":
             body["max_tokens"] = n = rng.randint(1, len(texts))
             wanted = texts[n - 1]
         elif kind == "stopped":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attached
+from ..attachment import mitigated
 from ..engine.modes import check_modes, check_needs
 from ..errors import LvlmDecodeError
 from ..families import family_of
@@ -191,8 +191,10 @@ class Batches:
         searches = hasattr(method, "decode")
         follow = _Gone(batch) if searches else _Follow(batch, self._ends)
         inputs = inputs.to(self._model.device)
-        with attached(self._model, method, processor=self._processor), torch.inference_mode():
-            out = self._model.generate(  # type: ignore[operator]
+        # Nothing is put on the model, which other threads may use.
+        generate = mitigated(self._model, method, processor=self._processor)
+        with torch.inference_mode():
+            out = generate(
                 **inputs,
                 max_new_tokens=max(place.job.max_tokens for place in batch),
                 stopping_criteria=[follow],

@@ -33,7 +33,8 @@ class Text:
         # One by one where stop strings are looked for, so that no token after one is counted.
         for some in [[token] for token in tokens] if self._stops else [list(tokens)]:
             self.tokens += some
-            whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+            # The blank before the first word belongs to its token and not to the answer.
+            whole = self._tokenizer.decode(self.tokens, skip_special_tokens=True).removeprefix(" ")
             places = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
             if places:
                 self.stopped, whole = True, whole[: min(places)]
