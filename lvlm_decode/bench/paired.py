@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..attachment import attach, detach, last_run
 from ..method import Method
@@ -92,7 +91,7 @@ def ready(model: Any, processor: Any, arm: Arm):
         detach(model)
 
 
-class _First(StoppingCriteria):
+class _First:
     """Notes when the first token came, and stops nothing.
 
     A search that calls no criteria as it goes has no such moment.
@@ -123,7 +122,7 @@ def timed(
     first = _First(clock)
     finished(model.device)
     start = clock()
-    out = model.generate(**inputs, stopping_criteria=StoppingCriteriaList([first]), **options)
+    out = model.generate(**inputs, stopping_criteria=[first], **options)
     finished(model.device)
     return out[:, inputs["input_ids"].shape[1] :].tolist(), clock() - start, first.at - start
 
