@@ -47,6 +47,12 @@ def test_protocols_as_their_code_has_them():
     assert "questions.USER: <image> {question}" in opera.templates[LLAVA]
     assert "curious human" in deco.templates[LLAVA] and "<image>\n{question}" in deco.templates[LLAVA]
     assert protocol("opera-512-instructblip").images == "opera-b"
+    # SID's model puts the system text before its template, as OPERA's does; VCD and DAMRO use LLaVA's llava_v1.
+    assert protocol("sid-512").templates == protocol("pope-sid").templates == opera.templates
+    llava_v1 = deco.templates[LLAVA]
+    assert protocol("pope-vcd").templates == {LLAVA: llava_v1}
+    both = {LLAVA: llava_v1, "llava-hf/llava-v1.6-vicuna-7b-hf": llava_v1}
+    assert protocol("damro-1024").templates == protocol("pope-damro").templates == both
 
 
 LIST_FILES = {
