@@ -61,6 +61,10 @@ class Decoding:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingsError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if not self.do_sample:
+            # Nothing is drawn, so what draws would follow makes no other decoding.
+            for name, default in (("temperature", 1.0), ("top_p", None), ("top_k", None)):
+                object.__setattr__(self, name, default)
 
     @property
     def name(self) -> str:
@@ -69,9 +73,9 @@ class Decoding:
             return f"beam{self.num_beams}" if self.num_beams > 1 else "greedy"
         parts = ["sample"]
         if self.temperature != 1:
-            parts.append(f"t{self.temperature:g}")
+            parts.append(f"t{self.temperature:.12g}")
         if self.top_p is not None:
-            parts.append(f"p{self.top_p:g}")
+            parts.append(f"p{self.top_p:.12g}")
         if self.top_k is not None:
             parts.append(f"k{self.top_k}")
         return "-".join(parts)

@@ -124,7 +124,17 @@ NO_PROTOCOL = "none"
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)
+    """What tells two values apart, and nothing that no table could show: null is as good as absent, and 1 is 1.0."""
+    return json.dumps(_plain(value), sort_keys=True, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        made = {name: _plain(inner) for name, inner in value.items()}
+        return {name: inner for name, inner in made.items() if inner is not None and inner != {}}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _common(result: Result) -> dict[str, Any]:
@@ -156,7 +166,11 @@ def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Entry]]:
         group.setdefault(line, []).append(result)
     titles = _titles({key: next(iter(group.values()))[0] for key, group in lines.items()})
     models = {_canonical(result.settings.get("model")): result.settings.get("model") or {} for result in results}
-    return {(key[0], titles[key]): _methods(group, models) for key, group in lines.items()}
+    # Of all blocks: lines of several benchmarks are read together, in `price` for one.
+    used: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        used.setdefault(result.method, []).append(_apart(result))
+    return {(key[0], titles[key]): _methods(group, models, used) for key, group in lines.items()}
 
 
 def _block_key(result: Result) -> tuple[str, ...]:
@@ -193,17 +207,25 @@ def _titles(found: Mapping[tuple[str, ...], Result]) -> dict[tuple[str, ...], st
     return {key: ", ".join(title) for key, title in titles.items()}
 
 
-def _methods(group: Mapping[tuple, Sequence[Result]], models: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
-    """The lines of one block, each named by what tells it from the others."""
+def _apart(result: Result) -> dict[str, Any]:
+    """What tells runs of one method apart on every benchmark: its parameters, and the drafter."""
+    return _flat(_parameters(result)) | {"drafter": result.settings.get("drafter")}
+
+
+def _methods(
+    group: Mapping[tuple, Sequence[Result]],
+    models: Mapping[str, Mapping[str, Any]],
+    used: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[Entry]:
+    """The lines of one block, each named by what tells it from the others, and its method's from those of other blocks."""
     settings = {
         line: _flat({k: v for k, v in _common(found[0]).items() if k != "model"}) for line, found in group.items()
     }
     made = []
     for line, found in group.items():
         name, decoding, _, common = line
-        rivals = [_flat(_parameters(other[0])) for key, other in group.items() if key[0] == name]
         differing = _differing(settings[line], settings.values())
-        differing |= _differing(_flat(_parameters(found[0])), rivals)
+        differing |= _differing(_apart(found[0]), used[name])
         made.append(
             Entry(
                 name,
@@ -251,7 +273,12 @@ def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def _differing(own: Mapping[str, Any], all_of_them: Any) -> dict[str, Any]:
     """Those of one's own values that not all have."""
-    return {key: value for key, value in own.items() if any(other.get(key) != value for other in all_of_them)}
+    said = {key: _canonical(value) for key, value in own.items()}
+    return {
+        key: value
+        for key, value in own.items()
+        if any(_canonical(other.get(key)) != said[key] for other in all_of_them)
+    }
 
 
 def _model_label(own: Mapping[str, Any], all_of_them: Any) -> str:

@@ -136,9 +136,9 @@ def one_cell(out):
 # --- results without files
 
 
-def result(name, split, method, answers, decoding=GREEDY, folder="nowhere", **settings):
+def result(name, split, method, answers, decoding=GREEDY, folder="nowhere", parameters=None, **settings):
     scorer = evaluator(name)
-    settings = {"model": {"name": "m"}, "method": {"name": method, "parameters": {}}, **settings}
+    settings = {"model": {"name": "m"}, "method": {"name": method, "parameters": parameters or {}}, **settings}
     return Result(scorer, split, method, decoding, 0, scorer.rows(answers), Audit(), settings, folder)
 
 

@@ -4,13 +4,28 @@ import json
 
 import pytest
 from conftest import shared_path
-from runs import RIGHT, SAMPLE, WORDS, as_file, cli, make_run, one_cell, questions_about, results_of, write
+from runs import (
+    RIGHT,
+    SAMPLE,
+    WORDS,
+    as_file,
+    cli,
+    make_run,
+    naturalbench,
+    one_cell,
+    pope,
+    questions_about,
+    results_of,
+    write,
+)
 
 from lvlm_decode.errors import EvalError
 from lvlm_decode_evals.answers import resume_answers
 from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.joins import join, same_image, same_text
-from lvlm_decode_evals.plan import found_cells, read_cell
+from lvlm_decode_evals.plan import GREEDY, Decoding, found_cells, read_cell
+from lvlm_decode_evals.price import lines as price_lines
+from lvlm_decode_evals.price import price_blocks
 from lvlm_decode_evals.tables import blocks, gather, markdown
 
 
@@ -349,6 +364,65 @@ def test_a_parameter_that_differs_makes_a_line_of_its_own(tmp_path):
     (methods,) = gather(results_of(tmp_path)).values()
     assert [(m.name, m.variant, len(m.results)) for m in methods] == [
         ("plain", "", 2), ("vcd", "alpha=0.5", 1), ("vcd", "alpha=1.0", 1)]  # fmt: skip
+
+
+SETTINGS_APART = [
+    {},
+    {"drafter": "recycling"},
+    {"drafter": "vispec"},
+    {"suffix": " One word."},
+    {"template": "USER: {question}"},
+    {"max_new_tokens": 64},
+    {"engine": {"kind": "server", "name": "x"}},
+    {"parameters": {"alpha": 0.5}},
+    {"parameters": {"alpha": 1}},
+    {"parameters": {"alpha": True}},
+    {"model": {"name": "m", "dtype": "float16"}},
+    {"model": {"name": "m", "weights": "1"}},
+]
+
+
+def test_lines_that_differ_in_anything_never_look_equal():
+    """Each alone, and each pair of them, in the block of rates, in the differences and in what it costs."""
+    runs = [pope(method, right, **how) for how in SETTINGS_APART for method, right in (("plain", 20), ("vcd", 30))
+            if method == "vcd" or "parameters" not in how]  # fmt: skip
+    (methods,) = gather(runs).values()
+    assert len(methods) == len(runs) == len({method.label for method in methods})
+    table, differences = blocks(runs, 100)
+    words = [tuple(cell for cell in line if isinstance(cell, str)) for line in table.lines]
+    assert len(set(words)) == len(words)
+    (cost,) = price_blocks(runs, 100)
+    for block in (differences, cost):
+        assert len({line[:2] for line in block.lines}) == len(block.lines)
+    for one in range(len(SETTINGS_APART)):
+        for two in range(one):
+            (pair,) = gather([pope("vcd", 20, **SETTINGS_APART[i]) for i in (one, two)]).values()
+            assert len({method.label for method in pair}) == 2, (SETTINGS_APART[one], SETTINGS_APART[two])
+
+
+def test_what_a_file_leaves_out_and_what_it_says_is_null_are_one():
+    empty = {"drafter": None, "suffix": None, "engine": {}, "model": {"name": "m", "weights": None}}
+    with pytest.raises(EvalError, match="both hold seed 0"):
+        gather([pope("vcd", 20), pope("vcd", 20, **empty)])
+    alphas = [{"parameters": {"alpha": alpha}} for alpha in (1, 1.0)]
+    with pytest.raises(EvalError, match="both hold seed 0"):
+        gather([pope("vcd", 20, **how) for how in alphas])
+
+
+def test_one_method_at_two_strengths_on_two_benchmarks_is_two_lines_of_what_it_costs():
+    def vcd(alpha):
+        return {"parameters": {"alpha": alpha}}
+
+    runs = [pope("plain", 20), naturalbench("plain", 20), pope("vcd", 30, **vcd(0.5))]
+    assert len(price_lines([*runs, naturalbench("vcd", 30, **vcd(0.5))], 100)) == 1
+    made = price_lines([*runs, naturalbench("vcd", 30, **vcd(1.0))], 100)
+    assert [line.label for line in made] == ["vcd, greedy, alpha=0.5", "vcd, greedy, alpha=1.0"]
+
+
+def test_a_decoding_without_draws_is_one_whatever_draws_would_follow():
+    assert Decoding(False, 0.2, 0.5, 7) == GREEDY and Decoding(num_beams=3, temperature=0) == Decoding(num_beams=3)
+    near = [Decoding(True, 0.7), Decoding(True, 0.7000001), Decoding(True, top_p=0.9), Decoding(True, top_p=0.90000001)]
+    assert len({decoding.name for decoding in near}) == 4
 
 
 def test_a_copied_folder_is_refused(tmp_path):
