@@ -31,6 +31,7 @@ from lvlm_decode.reading import Identity, Record, checked, read_json, read_recor
 from . import chair, parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .forms import ANSWER_FORMS, Form, read_forms
+from .joins import contradicts
 from .words import singular, tokenize
 
 PROMPT = "Describe this image."
@@ -335,18 +336,33 @@ class Amber(Evaluator):
         answers = []
         for answer in found:
             identity = answer.question_id
-            if "type" in answer.meta:
+            # Answers about the emoji scenes carry their type and truth; what else carries some is compared with the annotations.
+            if "type" in answer.meta and (self.data is None or str(identity) in self._annotations()):
                 answers.append(answer)
-                continue
-            if str(identity) in self._annotations():
-                label, meta = self._annotation(identity, f"{path}, id {identity}")
-                # The first 1,004 items are one description an image; which image the others ask about is in the queries.
-                image = f"AMBER_{identity}.jpg" if meta["type"] == "generative" else None
-                answer = replace(answer, label=label, meta=meta, image=image)
+            elif str(identity) in self._annotations():
+                answers.append(answer if answer.label is not None else self._annotated(answer))
             else:
-                answer = replace(answer, error="AMBER has no annotation for this id")
-            answers.append(answer)
+                answers.append(replace(answer, error=answer.error or "AMBER has no annotation for this id"))
         return answers
+
+    def contradicted(self, answers: Sequence[Answer]) -> tuple[str, ...]:
+        """Answers whose label, type or typical words are not those of the annotations."""
+        if self.data is None:
+            return ()
+        found = []
+        for answer in answers:
+            if str(answer.question_id) in self._annotations():
+                label, meta = self._annotation(answer.question_id, f"id {answer.question_id}")
+                if contradicts(answer, Question(answer.question_id, "", None, label, meta=meta)):
+                    found.append(str(answer.question_id))
+        return tuple(found)
+
+    def _annotated(self, answer: Answer) -> Answer:
+        """The answer with what the annotations say of its item, whatever it says itself."""
+        label, meta = self._annotation(answer.question_id, f"id {answer.question_id}")
+        # The first 1,004 items are one description an image; which image the others ask about is in the queries.
+        image = f"AMBER_{answer.question_id}.jpg" if meta["type"] == "generative" else None
+        return replace(answer, label=label, meta=meta, image=answer.image or image)
 
     def _annotations(self) -> Mapping[str, Mapping[str, Any]]:
         if self.data is None:
@@ -362,6 +378,8 @@ class Amber(Evaluator):
         return item["truth"], {"type": kind} | ({"hallu": item["hallu"]} if kind == "generative" else {})
 
     def row(self, answer: Answer) -> Row:
+        if self.data is not None and str(answer.question_id) in self._annotations():
+            answer = self._annotated(answer)
         kind = answer.meta.get("type")
         if kind == "generative":
             return self._description(answer)

@@ -140,7 +140,7 @@ KINDS = {
     "missing": "questions without an answer (not scored)",
     "failed": "questions that could not be asked or scored (left out)",
     "empty": "empty answers (scored as the rule says)",
-    "contradicted": "answers that carry another label than their question (scored by the question's)",
+    "contradicted": "answers that carry another label than their question or image has (scored by what that has)",
     "edited": "answers that are not as the run wrote them (scored as they stand; eval asks them again)",
     "unsealed": "answers without the checksum that a run writes (scored as they stand; eval asks them again)",
     "unasked": "answers without the run's questions.jsonl, so that nobody can tell which are missing",

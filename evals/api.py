@@ -387,12 +387,13 @@ def score(
     where = str(answers) if isinstance(answers, str | os.PathLike) else "the answers"
     found = _answers(chosen, answers)
     asked = None
-    contradicted: tuple[str, ...] = ()
+    contradicted = chosen.contradicted(found)
     if questions is not None:
         asked = _questions(chosen, questions, found)
-        found, contradicted = join(chosen.matched(found, asked, where), asked, where)
+        found, by_question = join(chosen.matched(found, asked, where), asked, where)
+        contradicted += by_question
     usable, trouble = audit(found, asked)
-    trouble = replace(trouble, contradicted=contradicted)
+    trouble = replace(trouble, contradicted=tuple(dict.fromkeys(contradicted)))
     if not usable:
         raise EvalError(f"{where} has no answer that can be scored. {' '.join(trouble.sentences())}")
     return Scores(chosen, chosen.rows(usable), trouble)

@@ -254,6 +254,10 @@ class Evaluator(ABC):
         """
         return list(answers)
 
+    def contradicted(self, answers: Sequence[Answer]) -> tuple[str, ...]:
+        """Ids of answers whose own label differs from what this evaluator's files say, which it scores by."""
+        return ()
+
     def ready(self, questions: Sequence[Question]) -> None:
         """Raise EvalError where answers to these questions could not be scored, before a model is asked anything."""
         self.rows(Answer.to(question, "Yes.") for question in questions)

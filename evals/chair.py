@@ -37,6 +37,7 @@ from lvlm_decode.reading import (
     read_json,
     read_records,
     read_text,
+    repeated,
     shown,
 )
 
@@ -178,7 +179,11 @@ class Vocabulary:
         The official table has such words (" motor bike" with a leading blank, "iPhone"), and published numbers depend
         on them. `pairs` defaults to the published scorer's.
         """
-        category = {word: name for name, words in synonyms.items() for word in words}
+        category: dict[str, str] = {}
+        for name, words in synonyms.items():
+            for word in words:
+                if category.setdefault(word, name) != name:
+                    raise EvalError(f"Synonym {word!r} of {name!r} also means {category[word]!r}; give each word once.")
         return cls(category, DOUBLE_WORDS if pairs is None else dict(pairs))
 
     @classmethod
@@ -249,6 +254,8 @@ def vocabulary_file(path: Path) -> Vocabulary:
         lines = [line.split(", ") for line in text.split("\n") if line.strip()]
         if not lines or max(map(len, lines)) == 1:
             raise FileFormatError(f"{path}: expected JSON with 'synonyms', or lines of words separated by a comma.")
+        if twice := repeated(words[0] for words in lines):
+            raise FileFormatError(f"{path}: two lines are about {twice[0]!r}; give each object one line.")
         synonyms, pairs = {words[0]: words for words in lines}, None
     else:
         table = checked(_Synonyms, parse_json(text, str(path)), str(path))
@@ -259,7 +266,10 @@ def vocabulary_file(path: Path) -> Vocabulary:
                 f"{path}: object {name!r} has no word in lower case, and captions are read in lower case; write "
                 f"{words[0].lower()!r}."
             )
-    return Vocabulary.of(synonyms, pairs)
+    try:
+        return Vocabulary.of(synonyms, pairs)
+    except EvalError as error:
+        raise FileFormatError(f"{path}: {error}") from error
 
 
 class _Synonyms(Record):
@@ -518,8 +528,10 @@ class _ChairFile(Record):
     imgToEval: dict[str, _Scored]
 
 
-def _captions(path: Path, image_key_name: str | None, caption_name: str | None) -> list[Answer]:
-    """The captions of a file; the image as the file names it is the id."""
+def _captions(
+    path: Path, image_key_name: str | None, caption_name: str | None, known: Collection[str] = ()
+) -> list[Answer]:
+    """The captions of a file; the image as the file names it is the id. known: keys of images whose objects are known."""
     records = read_records(path)
     where, first = records[0]
     if image_key_name or caption_name:
@@ -534,14 +546,20 @@ def _captions(path: Path, image_key_name: str | None, caption_name: str | None) 
     if len(records) == 1 and "imgToEval" in first:
         scored = checked(_ChairFile, first, where).imgToEval
         return [Answer(line.image_id, line.caption) for line in scored.values()]
-    if len(records) == 1 and first and all(re.search(r"\d", name) for name in first):
+    images = first and (
+        all(re.search(r"\d", name) for name in first) or any(image_key(name) in known for name in first)
+    )
+    if len(records) == 1 and images:
         return [Answer(image, caption) for image, caption in checked(_Mapping, first, where).items()]
     lengths = [name for name in first if re.fullmatch(r"caption_\w+", name)]
     if "image_id" in first and "caption" not in first and lengths:
         raise FileFormatError(
             f"{where}: {len(lengths)} captions of an image ({', '.join(lengths)}); say which with -o caption_key={lengths[0]}."
         )
-    accepted = 'captions; also one object {"42": "A dog on a sofa."} or a _chair.json with imgToEval'
+    accepted = (
+        'captions; also one object {"42": "A dog on a sofa."}, whose names have digits or are in --objects, or a _chair.json '
+        "with imgToEval"
+    )
     return answers_of(records, _CAPTION_FORMS, accepted)
 
 
@@ -633,6 +651,7 @@ class Chair(Evaluator):
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Captions in any form of `_CAPTION_FORMS`, one JSON object of image id to caption, or a `_chair.json`."""
+        known = () if self.objects is None else _objects(str(self.objects), self.table())
         answers = [
             replace(
                 answer,
@@ -640,7 +659,7 @@ class Chair(Evaluator):
                 text=answer.text or self.prompt,
                 image=answer.image or str(answer.question_id),
             )
-            for answer in _captions(path, self.image_id_key, self.caption_key)
+            for answer in _captions(path, self.image_id_key, self.caption_key, known)
         ]
         truths = [self._truth(answer, f"{path}, ") for answer in answers]
         if answers and all(truth is None for truth in truths):
@@ -653,16 +672,28 @@ class Chair(Evaluator):
             for answer, truth in zip(answers, truths)
         ]
 
+    def contradicted(self, answers: Sequence[Answer]) -> tuple[str, ...]:
+        """Captions whose label names other objects than --objects, or the scene, has for their image."""
+        labelled = [
+            (answer, known) for answer in answers if answer.label is not None and (known := self._known(answer))
+        ]
+        return tuple(str(answer.question_id) for answer, known in labelled if set(map(str, answer.label)) != set(known))
+
     def _truth(self, answer: Answer, file: str = "") -> Sequence[str] | None:
         """What the image of an answer contains; None when nobody knows. file: begins messages."""
-        if self.objects is not None:
-            known = _objects(str(self.objects), self.table())
-            return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
-        if answer.label is None:
-            return _scene_objects().get(image_key(answer.question_id))
+        known = self._known(answer)
+        if known is not None or self.objects is not None or answer.label is None:
+            return known
         where = f"{file}image {answer.question_id}, field 'label'"
         named = checked(_Names, answer.label, where)
         return _known_objects(named, set(self.table().category.values()), where)
+
+    def _known(self, answer: Answer) -> Sequence[str] | None:
+        """What --objects says about the image of an answer; without that option, what is in the scene."""
+        if self.objects is None:
+            return _scene_objects().get(image_key(answer.question_id))
+        known = _objects(str(self.objects), self.table())
+        return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
 
     def ready(self, questions: Sequence[Question]) -> None:
         """Raise EvalError for images of which nobody says what they contain."""

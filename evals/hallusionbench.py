@@ -12,17 +12,18 @@ undecided answer is right where a question about a figure was asked without it, 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lvlm_decode.errors import EvalError
+from lvlm_decode.errors import EvalError, FileFormatError
 from lvlm_decode.reading import Identity, checked, read_records, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
-from .forms import ANSWER_FORMS, Form, Line, read_forms
+from .forms import ANSWER_FORMS, Form, Line, answers_of
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
 _GOLD = {"0": "no", "1": "yes"}
@@ -89,9 +90,18 @@ class HallusionBench(Evaluator):
         """The question file with the answer in `model_prediction`, as its authors want it, or JSON lines of answers.
 
         The authors' form may say "0", "1" or "2" for no, yes and undecided, and may leave out `gt_answer`; then the
-        question file is needed.
+        question file is needed. Where all are numbers, others than these three are refused: a judge's verdict is none.
         """
-        return read_forms(path, (*ANSWER_FORMS, _Predicted), "HallusionBench answers")
+        records = read_records(path)
+        coded = all(re.fullmatch(r"[+-]?\d+", str(record.get("model_prediction", "")).strip()) for _, record in records)
+        for where, record in records:
+            said = record.get("model_prediction")
+            if (coded or type(said) is int) and str(said).strip() not in _DIGITS:
+                raise FileFormatError(
+                    f"{where}: field 'model_prediction' is {shown(said)}; expected 0 (no), 1 (yes), 2 (undecided), or the "
+                    "answer's text."
+                )
+        return answers_of(records, (*ANSWER_FORMS, _Predicted), "HallusionBench answers")
 
     def row(self, answer: Answer) -> Row:
         label = answer.label.lower() if isinstance(answer.label, str) else answer.label
@@ -201,4 +211,4 @@ class _Predicted(_Placed, Form):
         gold = None if self.gt_answer is None else _GOLD[str(self.gt_answer)]
         question = _question(self.keys, self.question, self.picture, gold)
         said = "" if self.model_prediction is None else str(self.model_prediction)
-        return Answer.to(question, _DIGITS.get(said, said))
+        return Answer.to(question, _DIGITS.get(said.strip(), said))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lvlm_decode_data
 from lvlm_decode.errors import DependencyError, EvalError, MissingFileError, UnknownNameError
-from lvlm_decode_evals import amber, chair
+from lvlm_decode_evals import amber, api, chair
 from lvlm_decode_evals.amber import TYPES, Amber, Knowledge, nltk_nouns, pattern_nouns, score_nouns
 from lvlm_decode_evals.base import Answer
 
@@ -281,6 +281,29 @@ def test_recorded_degenerate_answers(recorded, word):
             ("f1", "f1_no"),
         ):
             assert 100 * summary[prefix + ours] == pytest.approx(expected[name], rel=1e-9), (category, ours)
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [({}, False), ({"label": "no"}, False), ({"label": "yes"}, True), ({"type": "discriminative-action"}, True),
+     ({"label": "yes", "type": "relation"}, True)],
+)  # fmt: skip
+def test_what_an_answer_says_of_its_item_never_overrides_the_annotations(official, tmp_path, own, named):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question_id": 2, "answer": "No", **own}) + "\n")
+    found = api.score(official, path)
+    (row,) = found.rows
+    assert row["correct"] and row["label"] == "no" and row["evidence"]["type"] == "relation"
+    assert found.audit.contradicted == (("2",) if named else ())
+
+
+def test_an_answer_about_another_image_than_its_query_is_refused(official, tmp_path):
+    queries = tmp_path / "query.json"
+    queries.write_text(json.dumps([{"id": 2, "image": "AMBER_2.jpg", "query": "Is there a tree?"}]))
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question_id": 2, "answer": "No", "image": "AMBER_9.jpg"}) + "\n")
+    with pytest.raises(EvalError, match=r"image 'AMBER_9\.jpg' was answered, 'AMBER_2\.jpg' is asked"):
+        api.score(official, path, queries)
 
 
 # Emoji scenes ------------------------------------------------------------------------------------------------------

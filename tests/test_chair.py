@@ -198,6 +198,13 @@ def test_synonym_files_in_both_forms(tmp_path):
     text.write_text('{"synonyms": {"Dog": ["Dog"], "cat": ["cat"]}}')
     with pytest.raises(FileFormatError, match=r"object 'Dog' has no word in lower case.* write 'dog'"):
         vocabulary_file(text)
+    for content in ("dog, puppy\ncat, puppy", '{"synonyms": {"dog": ["puppy"], "cat": ["cat", "puppy"]}}'):
+        text.write_text(content)
+        with pytest.raises(FileFormatError, match=r"synonyms\.txt: Synonym 'puppy' of 'cat' also means 'dog'"):
+            vocabulary_file(text)
+    text.write_text("dog, puppy, dog\ncat, kitten\ndog, hound")
+    with pytest.raises(FileFormatError, match=r"two lines are about 'dog'"):
+        vocabulary_file(text)
     for content, message in (
         ("{}", "'synonyms' is missing"),
         ('{"synonyms": {"dog": "dog"}}', "'dog'"),
@@ -636,6 +643,42 @@ def test_score_command_prints_counts_rates_and_what_is_wrong(files, tmp_path, co
     assert problems["failed"] == {"count": 1, "ids": ["99"]}
     assert problems["empty"]["ids"] == ["2"]
     assert "99" in result.stderr
+
+
+@pytest.mark.parametrize("known", ["objects", "scene"])
+def test_a_label_that_contradicts_what_is_known_of_the_image_is_named_and_never_wins(tmp_path, command, known):
+    scene = lvlm_decode_data.load_scenes()[0]
+    truth = sorted(scene.categories)
+    absent = next(name for name in lvlm_decode_data.synonyms() if name not in truth)
+    image, options = scene.image_id, ()
+    if known == "objects":
+        image = 7
+        (tmp_path / "o.json").write_text(json.dumps({"7": truth}))
+        options = ("--objects", tmp_path / "o.json")
+    captions = tmp_path / "captions.jsonl"
+    for label, status in ((truth, 0), (truth[::-1], 0), ([*truth, absent], 3), ([absent], 3), (["no such thing"], 3)):
+        captions.write_text(json.dumps({"image_id": image, "caption": f"A {absent}.", "label": label}))
+        done = command("score", "chair", captions, "--json", *options)
+        assert done.exit_code == status, done.output
+        report = json.loads(done.stdout)
+        assert report["hallucinated_words"] == 1 and report["gt_objects"] == len(truth)
+        assert ("contradicted" in report.get("problems", {})) == (status == 3)
+        assert ("another label than their question or image has" in done.stderr) == (status == 3)
+
+
+def test_images_of_any_name_are_scored_where_their_objects_are_known(tmp_path, command):
+    (tmp_path / "o.json").write_text('{"cat_photo": ["cat"], "garden": ["dog"]}')
+    captions = tmp_path / "captions.json"
+    captions.write_text('{"cat_photo": "A cat.", "garden": "A cat."}')
+    done = command("score", "chair", captions, "--objects", tmp_path / "o.json", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["hallucinated_words"] == 1
+    captions.write_text('{"cat_photo": "A cat.", "attic": "A cat."}')
+    done = command("score", "chair", captions, "--objects", tmp_path / "o.json", "--json")
+    assert done.exit_code == 3 and json.loads(done.stdout)["problems"]["failed"]["ids"] == ["attic"]
+    for options in ((), ("--objects", tmp_path / "p.json")):
+        (tmp_path / "p.json").write_text('{"other": ["cat"]}')
+        done = command("score", "chair", captions, *options)
+        assert done.exit_code == 1 and "whose names have digits or are in --objects" in done.stderr
 
 
 def test_score_command_on_scene_captions(tmp_path, command):

@@ -280,6 +280,15 @@ def test_hallusionbench_answers_without_gold_meet_their_questions(tmp_path):
     assert row.parsed == "other"
     with pytest.raises(EvalError, match="give --questions FILE"):
         scored("hallusionbench", answers)
+    for wrong in ((1, 7), (7, 1), ("1", "7"), (-1, 1), ("0", "3"), ("Yes.", 7), (1, "+1")):
+        write(answers, [s | {"model_prediction": w} for s, w in zip(said, wrong)], lines=False)
+        with pytest.raises(
+            FileFormatError, match=r"entry \d: field 'model_prediction' is .*expected 0 \(no\), 1 \(yes\)"
+        ):
+            scored("hallusionbench", answers, questions)
+    # A model may well answer with a number; beside answers in words it is one.
+    write(answers, [s | {"model_prediction": w} for s, w in zip(said, ("Yes.", "7"))], lines=False)
+    assert [row.parsed for row in scored("hallusionbench", answers, questions)] == ["yes", "other"]
 
 
 @pytest.mark.parametrize(

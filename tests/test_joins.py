@@ -157,7 +157,10 @@ def test_score_says_that_labels_contradict_and_scores_by_the_questions():
     folder = shared_path("cases/label-contradicts-questions")
     done = cli("score", "pope", folder / "a.jsonl", "--questions", folder / "q.json")
     assert done.exit_code == 3 and "Accuracy 50.0%" in done.output, done.output
-    assert "3 answers that carry another label than their question (scored by the question's): 2, 4, 6." in done.output
+    assert (
+        "3 answers that carry another label than their question or image has (scored by what that has): 2, 4, 6."
+        in done.output
+    )
 
 
 def test_score_refuses_answers_of_another_question_file(tmp_path):
