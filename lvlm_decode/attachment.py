@@ -142,7 +142,11 @@ class Attached:
         # The run alone holds it: it lets go of it as soon as it can.
         del kept
         strategy: Strategy | None = None if self.drafter is None else Speculative(self.drafter)
-        beside: dict[str, Any] = {"streamer": streamer, "assistant": assistant, "synced": bool(synced_gpus)}
+        beside: dict[str, Any] = {
+            "streamer": streamer,
+            "assistant": assistant,
+            "synced": hf.synced(run.module, synced_gpus),
+        }
         try:
             with conversation.going_on(run, cache):
                 return hf.generate(run.module, partial(decode, run, strategy=strategy), **beside, **text, **kwargs)

@@ -69,7 +69,7 @@ def custom_generate(method: Method, model: torch.nn.Module, call: Call, seed: in
             f"generate(custom_generate={method.name}) is given no assistant_model by transformers; use "
             "lvlm_decode.attach(model, method), or leave it out."
         )
-    call = dataclasses.replace(call, streamer=asked.get("streamer"), synced=bool(asked.get("synced_gpus")))
+    call = dataclasses.replace(call, streamer=asked.get("streamer"), synced=hf.synced(model, asked.get("synced_gpus")))
     if call.inputs.get("inputs_embeds") is not None:
         raise UnsupportedError(
             f"{method.name} got the embeddings of the language model inside an LVLM, in which the image is already mixed; "

@@ -240,7 +240,7 @@ class Run:
             numbers,
             kv=kv,
             patch=None if view is None else view.patch,
-            forward=None if module is None else module.forward,
+            forward=module,
             steps=self.steps if module is None else None,
             pad_token_id=self.family.pad_token_id,
             owner=self,

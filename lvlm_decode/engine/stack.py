@@ -76,7 +76,7 @@ class Lane:
         views: the number of each view, for instance (0, 1).
         kv: the caller's keys and values, or ``None`` for growing ones of its own.
         patch: changes the module around every forward of this lane.
-        forward: the module's own forward.
+        forward: runs in place of the module.
         steps: the same, compiled, for single further tokens on keys and values of fixed size.
         pad_token_id: what left padding is filled with.
         owner: the run this lane belongs to; see :func:`running_lane`.
@@ -103,7 +103,8 @@ class Lane:
         # Weak, because the owner holds its lanes: together they would outlive the call until a collection.
         self._owner, self.edits = None if owner is None else weakref.ref(owner), edits
         self._patch = patch or (lambda module: nullcontext())
-        self._forward = forward or self.module.forward
+        # Called as a module and not by its forward, so that what shards it or watches it (FSDP, hooks) is called too.
+        self._forward = self.module if forward is None else forward
         self._steps = None if self.kv.capacity is None else steps
         self._additive = hf.decoder.takes_additive(self.module)
         self._first = hf.first_forward(self.prepared, pad_token_id)

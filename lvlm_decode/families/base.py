@@ -175,6 +175,7 @@ class Family:
     def _encoded(self, kind: str, vision: dict[str, Tensor]) -> Any:
         kwargs: dict[str, Any] = {key: value for key, value in vision.items() if key in self._keys[kind]}
         kwargs[PIXELS[kind]] = kwargs[PIXELS[kind]].to(self.model.dtype)
+        hf.check_gathered(self.model, f"get_{kind}_features")
         with torch.no_grad():
             out = getattr(self.model, f"get_{kind}_features")(**kwargs, return_dict=True)
         self._templates[kind] = out

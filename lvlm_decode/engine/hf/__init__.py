@@ -26,8 +26,21 @@ from .kwargs import (
     with_images,
 )
 from .libraries import require, require_adapters, require_model
-from .loop import Call, Proxy, asked, check_mode, check_training, compiled, generate, given, named, prepare, run_loop
-from .places import device_for, unwrapped
+from .loop import (
+    Call,
+    Proxy,
+    asked,
+    check_mode,
+    check_training,
+    compiled,
+    generate,
+    given,
+    named,
+    prepare,
+    run_loop,
+    synced,
+)
+from .places import check_gathered, device_for, unwrapped
 from .vision import Encoded
 
 __all__ = [
@@ -41,6 +54,7 @@ __all__ = [
     "cache_among",
     "cache_in",
     "check_empty",
+    "check_gathered",
     "check_inputs",
     "check_mode",
     "check_own",
@@ -71,6 +85,7 @@ __all__ = [
     "require_model",
     "run",
     "run_loop",
+    "synced",
     "take_cache",
     "take_images",
     "unwrapped",

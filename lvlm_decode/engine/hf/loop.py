@@ -124,6 +124,16 @@ def named(args: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(known, args))
 
 
+def synced(module: Any, asked_for: bool | None) -> bool:
+    """Whether all processes of a group must run the same number of forwards.
+
+    Args:
+        asked_for: ``synced_gpus`` of the call; where it is ``None``, transformers decides (FSDP and DeepSpeed's ZeRO-3).
+    """
+    decided = GenerationMixin._extract_generation_mode_kwargs(module, None, {}, asked_for, None, None)
+    return bool(decided.get("synced_gpus"))
+
+
 def check_training(module: Any) -> None:
     """Raise for a model whose forwards keep no keys and values.
 

@@ -37,6 +37,20 @@ def unwrapped(model: Any) -> torch.nn.Module:
             return model
 
 
+def check_gathered(model: torch.nn.Module, name: str) -> None:
+    """Raise if method ``name`` of ``model`` would run on weights that are spread over processes.
+
+    Raises:
+        UnsupportedError: FSDP gathers the weights for the forward alone.
+    """
+    sharded = any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+    if sharded and name not in model.__dict__:
+        raise UnsupportedError(
+            f"FSDP gathers the weights of this model for its forward, and images are encoded before it; call "
+            f"torch.distributed.fsdp.register_fsdp_forward_method(model, {name!r}) once."
+        )
+
+
 def device_for(model: torch.nn.Module, inputs: Tensor) -> torch.device:
     """Where ``model`` takes token ids: where its embeddings run, which may be elsewhere than where they are kept.
 
