@@ -48,11 +48,12 @@ class Found:
     sha256: str | None = None
 
     def sentence(self) -> str:
-        pinned = f"sha256 {self.source.sha256}" if self.source.sha256 else "no pinned sha256"
-        size = f"{self.source.bytes} bytes, " if self.source.bytes else ""
+        pinned = f"sha256 {self.source.sha256}" if self.source.sha256 else "no sha256 is pinned"
+        size = f"{self.source.bytes:,} bytes, " if self.source.bytes else ""
         return {
             "ok": f"{self.path}: as pinned.",
-            "missing": f"{self.path}: missing; put {self.source.url} there ({size}{pinned}).",
+            # A line each for what is copied from it: where to, where from, and what it must be.
+            "missing": f"{self.path}: missing; put there\n  {self.source.url}\n  ({size}{pinned})",
             "wrong": f"{self.path}: sha256 is {self.sha256}, pinned is {self.source.sha256}; it is another version or "
             f"damaged. Move it away and fetch it again from {self.source.url}.",
             "unpinned": f"{self.path}: there, sha256 {self.sha256}; no checksum is pinned for this file.",
@@ -185,18 +186,18 @@ def get(
     result: list[Found] = []
     unreachable: set[str] = set()
     for source in chosen:
-        tell(f"{source.dataset}/{source.name}: {source.what}. Licence: {source.licence}. From {source.url}")
+        tell(f"{source.dataset}/{source.name}: {source.what}. Licence: {source.licence}.")
     for source in chosen:
         found = check(source, folder)
         host = address(source, mirror).split("/")[2]
         if found.state == "missing" and host not in unreachable:
             try:
                 found = fetch(source, folder, mirror, timeout)
-                tell(f"fetched {found.path}")
+                tell(f"{found.path}: fetched from {address(source, mirror)}")
             except urllib.error.HTTPError as error:
                 tell(f"{error.url} answered {error.code} {error.reason}")
             except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-                tell(f"{address(source, mirror)} cannot be fetched ({getattr(error, 'reason', error)})")
+                tell(f"{host or source.name} cannot be reached ({getattr(error, 'reason', error)}).")
                 # Without a network every further file of a host would only wait for the timeout.
                 if host:
                     unreachable.add(host)
@@ -209,5 +210,9 @@ def get(
         elif found.path.suffix == ".zip":
             unpack(found.path)
     if trouble:
-        raise EvalError("\n".join([f"{len(trouble)} of {len(chosen)} files are not there as pinned:", *trouble]))
+        first = (
+            f"{len(trouble)} of {len(chosen)} files are not there as pinned. Put them where they belong, or give the same "
+            "command where there is a network; what is there is kept."
+        )
+        raise EvalError("\n".join([first, *trouble]))
     return result

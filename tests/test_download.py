@@ -129,7 +129,7 @@ def test_fetched_verified_and_not_fetched_twice(server, tmp_path, table):
     said = []
     (found,) = get(["chair"], tmp_path / "data", tell=said.append)
     assert found.state == "ok" and found.path.read_bytes() == CONTENT
-    assert "Licence: BSD-2-Clause" in said[0] and base in said[0] and "fetched" in said[1]
+    assert "Licence: BSD-2-Clause" in said[0] and "fetched from" in said[1] and base in said[1]
     (folder / "synonyms.txt").unlink()
     (found,) = get(["chair"], tmp_path / "data", tell=said.append)
     assert found.state == "ok"
@@ -167,10 +167,10 @@ def test_offline_it_says_which_file_to_put_where(tmp_path, table):
         get(["chair"], tmp_path, tell=said.append, timeout=2)
     for entry in entries:
         where = tmp_path / "chair" / entry.name
-        expected = f"{where}: missing; put {entry.url} there ({len(CONTENT)} bytes, sha256 {SHA})"
+        expected = f"{where}: missing; put there\n  {entry.url}\n  ({len(CONTENT):,} bytes, sha256 {SHA})"
         assert expected in str(raised.value)
     # One unreachable host is tried once, not once per file.
-    assert sum("cannot be fetched" in line for line in said) == 1
+    assert sum("cannot be reached" in line for line in said) == 1
 
 
 def test_missing_on_the_server(server, tmp_path, table):
