@@ -26,7 +26,7 @@ from lvlm_decode.reading import Closed, nearest, read_yaml
 
 from . import evaluator
 from .base import Column, Evaluator
-from .loaders import Source, file_source, protocol_source, scene_source
+from .loaders import Source, data_source, protocol_source, scene_source
 from .metrics import REPLICATES, Interval, compare, intervals
 from .plan import Decoding, DecodingShape, Result, found_cells, read_cell, slug
 from .pope import STRATEGIES
@@ -355,22 +355,14 @@ def source_of(config: PaperTable, tiny: bool, images: Path | None, questions: Pa
 
     Raises MissingFileError saying what to fetch.
     """
-    from .download import data_folder
-
     if tiny:
         return scene_source(config.evaluator).only(config.splits)
     measured = config.protocol
     if questions is None and config.benchmark == "chair" and measured is not None and measured.list_key:
         return protocol_source(measured, config.evaluator, images)
-    asked = questions or data_folder() / config.benchmark
-    seen = images or data_folder() / "coco" / "val2014"
-    for path, option in ((asked, "--questions"), (seen, "--images")):
-        if not path.exists():
-            raise MissingFileError(
-                f"{path} is not there; run lvlm-decode data get {config.benchmark} coco, or give {option}. "
-                f"The table's images: {config.images}"
-            )
-    return file_source(config.evaluator, asked, seen).only(config.splits)
+    if questions is None and config.benchmark == "chair":
+        raise MissingFileError(f"which images the table is about is not known; give --questions. {config.images}")
+    return data_source(config.evaluator, config.splits, questions, images)
 
 
 # --- ours beside the published

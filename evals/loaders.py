@@ -222,6 +222,33 @@ def file_source(evaluator: Evaluator, questions: Path, images: Path | None, allo
     return Source(splits, found, {"questions": bare_name(Path(questions)), "questions_sha256": fingerprint(questions)})
 
 
+def data_source(evaluator: Evaluator, splits: Sequence[str], questions: Path | None, images: Path | None) -> Source:
+    """Some splits of a benchmark, its files by default where `lvlm-decode data get` and its notes say to put them.
+
+    Raises MissingFileError saying what to fetch, or which folder to put where.
+    """
+    from .download import data_folder
+
+    name = evaluator.name
+    folder = data_folder() / name
+    asked, seen = folder, data_folder() / "coco" / "val2014"
+    fetch = "run lvlm-decode data get coco --images"
+    if name == "mme":
+        # All tasks as its authors give them out, or the subset that can be fetched.
+        asked = folder if any(folder.glob("*.txt")) else folder / "mme_hallucination.jsonl"
+        seen, fetch = folder, "put a folder of images per task there (lvlm-decode data get mme says where they are)"
+    elif any(split.startswith("gqa") for split in splits):
+        seen, fetch = data_folder() / "gqa" / "images", "put GQA's images there"
+    asked, seen = questions or asked, images or seen
+    for path, remedy, option in (
+        (asked, f"run lvlm-decode data get {name}", "--questions"),
+        (seen, fetch, "--images"),
+    ):
+        if not path.exists():
+            raise MissingFileError(f"{path} is not there; {remedy}, or give {option}.")
+    return file_source(evaluator, asked, seen).only(splits)
+
+
 def protocol_source(protocol: Any, evaluator: Evaluator, images: Path | None) -> Source:
     """The questions of a published evaluation: its list of images, or its question files in the data folder.
 
@@ -229,9 +256,9 @@ def protocol_source(protocol: Any, evaluator: Evaluator, images: Path | None) ->
     """
     from .download import data_folder
 
-    seen = images or data_folder() / "coco" / "val2014"
     if protocol.benchmark != "chair":
-        return file_source(evaluator, data_folder() / protocol.benchmark, seen).only(protocol.splits)
+        return data_source(evaluator, protocol.splits, None, images)
+    seen = images or data_folder() / "coco" / "val2014"
     splits = protocol.questions(evaluator)
     if not seen.is_dir():
         raise MissingFileError(f"{seen} is not there; run lvlm-decode data get coco --images, or give --images FOLDER.")

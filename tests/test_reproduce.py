@@ -1,6 +1,7 @@
 """`lvlm-decode reproduce`: verdicts on printed values by the interval that decides, within a budget, stopped and continued."""
 
 import csv
+import gzip
 import json
 import shutil
 import time
@@ -9,14 +10,15 @@ from dataclasses import replace
 import pytest
 import typer
 import yaml
-from conftest import ROOT
+from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
+from lvlm_decode.errors import MissingFileError
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer, Column
 from lvlm_decode_evals.commands import add_to
-from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
+from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config, source_of
 from lvlm_decode_evals.metrics import Interval
 from lvlm_decode_evals.plan import TIMES, Decoding, Result
 from lvlm_decode_evals.reproduce import (
@@ -241,8 +243,6 @@ def test_stopped_and_continued_it_ends_as_if_it_had_never_stopped(command, tmp_p
 
 def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, monkeypatch):
     monkeypatch.setattr("lvlm_decode_evals.reproduce.FIRST_ROUND", 8)
-    from lvlm_decode_evals.configs import source_of
-
     table = on_scenes(read_config(small(tmp_path)))
     job = Job(table, source_of(table, True, None, None), tmp_path / "out", (0,), 96)
     said = []
@@ -265,7 +265,12 @@ def test_every_line_of_the_csv_says_how_it_was_measured_and_why_it_is_so():
     assert copied["DoLa"]["reason"].startswith("it was measured by protocol opera-512")
     assert copied["DeCo, beam"]["reason"] == "not asked yet" and copied["DeCo, beam"]["low"] == ""
     assert {line["notes"] for lines in made for line in lines} == {"Read this."}
-    assert own["VCD"]["judged"] == "value" and own["VCD"]["where"] == "" and own["VCD"]["published_gain"] == ""
+    assert (
+        own["VCD"]["published"] == "0.8133"
+        and own["VCD"]["judged"] == "value"
+        and own["VCD"]["where"] == ""
+        and own["VCD"]["published_gain"] == ""
+    )
     assert own["VCD"]["verdict"] == NOT_REPRODUCED and float(own["VCD"]["high"]) < float(own["VCD"]["published"])
 
 
@@ -339,6 +344,46 @@ def test_a_table_that_lacks_its_files_stops_no_other(command, tmp_path, photogra
     done = command(*arguments, "--samples", 4, "--seeds", 1, "--out", tmp_path / "out")
     assert done.exit_code == 3 and done.stderr.count("is not run: ") == 2
     assert "undecided: the interval does not exclude zero" in done.output
+
+
+def test_a_folder_with_none_of_the_images_is_no_folder_of_images(command, tmp_path, photographs):
+    data, model = photographs
+    for path in (data / "coco" / "val2014").glob("*.png"):
+        path.unlink()
+    done = command("reproduce", small(tmp_path), "--model", model, "--replicates", 100, "--out", tmp_path / "out")
+    assert done.exit_code == 3, done.output
+    assert "Not run: none of the first 3 images can be opened; the last, image " in done.stdout
+    assert not answered(tmp_path / "out")
+
+
+def test_questions_and_images_are_looked_for_where_data_get_puts_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(tmp_path))
+
+    def source(stem, **given):
+        return source_of(
+            read_config(ROOT / "configs" / f"{stem}.yaml"), False, given.get("images"), given.get("questions")
+        )
+
+    def refused(stem, sentence):
+        with pytest.raises(MissingFileError, match=sentence):
+            source(stem)
+
+    mme = tmp_path / "mme"
+    refused(
+        "mme-ritual-llava-1.5",
+        r"mme_hallucination\.jsonl is not there; run lvlm-decode data get mme, or give --questions",
+    )
+    mme.mkdir()
+    subset = gzip.decompress(shared_path("data/mme/mme_hallucination_questions.jsonl.gz").read_bytes())
+    (mme / "mme_hallucination.jsonl").write_bytes(subset)
+    found = source("mme-ritual-llava-1.5")
+    assert len(found.splits["all"]) == 240 and found.images.describe == str(mme)
+    (mme / "existence.txt").write_text("1.jpg\tIs there a dog?\tYes\n1.jpg\tIs there a cat?\tNo\n")
+    assert len(source("mme-ritual-llava-1.5").splits["all"]) == 2
+    shutil.copytree(shared_path("data/pope/questions"), tmp_path / "pope")
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    refused("pope-ritual-llava-1.5-gqa", "gqa/images is not there; put GQA's images there, or give --images")
+    refused("chair-vista-512-llava-1.5", "which images the table is about is not known; give --questions")
 
 
 def test_questions_that_could_not_be_asked_are_told(command, tmp_path, photographs):

@@ -332,7 +332,7 @@ def test_a_table_without_a_model_or_data_says_what_to_give(tmp_path, monkeypatch
     done = cli("table", ROOT / "configs" / "pope-vcd-qwen-vl.yaml")
     assert done.exit_code == 1 and "give one with --model" in done.output
     done = cli("table", ROOT / "configs" / "pope-vcd-llava-1.5.yaml", "--out", tmp_path / "x")
-    assert done.exit_code == 1 and "run lvlm-decode data get pope coco, or give --questions" in done.output
+    assert done.exit_code == 1 and "run lvlm-decode data get pope, or give --questions" in done.output
 
 
 def test_evaluators_name_columns_that_exist():
