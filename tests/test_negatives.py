@@ -308,6 +308,22 @@ def test_learned_methods_run_out_of_the_box(tiny_llava, triples, name):
     assert (seen[0] - seen[1]).abs().max() > 1e-2
 
 
+def test_at_strength_0_dcd_is_its_positive_projector_alone(tiny_llava, triples):
+    """What DCD must beat: the model with a projector that was trained further."""
+    model, processor = tiny_llava
+    other = copy.deepcopy(model)
+    state = load_file(lvlm_decode_data.HERE / "learned" / "tiny-llava" / "positive.safetensors")
+    family_of(other).projector().load_state_dict(state)
+    (seen,) = seen_by(model, DCD(alpha=0), processor, triples)
+    with torch.no_grad():
+        trained, own = (one(**rows(processor, triples)).logits[:, -1] for one in (other, model))
+    torch.testing.assert_close(seen, trained, atol=1e-4, rtol=1e-4)
+    assert (seen - own).abs().max() > 1e-2
+    negative = str(lvlm_decode_data.HERE / "learned" / "tiny-llava" / "negative.safetensors")
+    (seen,) = seen_by(model, DCD(negative=negative, alpha=0), processor, triples)
+    torch.testing.assert_close(seen, own, atol=1e-4, rtol=1e-4)
+
+
 def test_the_shipped_files_are_small_and_say_how_they_were_made():
     files = sorted((lvlm_decode_data.HERE / "learned" / "tiny-llava").glob("*.safetensors"))
     assert [path.stem for path in files] == sorted(PARTS)

@@ -43,7 +43,7 @@ class DCD(Contrast):
         negative: Projector trained on the rejected answers; ``None`` takes the one that ships for the model.
         positive: Projector trained on the preferred answers; ``None`` takes the model's own, or beside a shipped negative
             one the shipped one.
-        alpha: Contrast strength, at least 0.
+        alpha: Contrast strength, at least 0; at 0 the positive projector answers alone.
         beta: Plausibility threshold in (0, 1]; ``None`` applies no mask.
     """
 
@@ -64,6 +64,11 @@ class DCD(Contrast):
     @property
     def plausibility_beta(self) -> float | None:
         return self.beta
+
+    @property
+    def is_off(self) -> bool:
+        # At strength 0 a positive projector still answers in the place of the model's own.
+        return super().is_off and self.positive is None and self.negative is not None
 
     def check_model(self, family: Family) -> None:
         if self.negative is None and learned.shipped(family, "negative") is None:
@@ -96,6 +101,8 @@ class DCD(Contrast):
             yield outputs
 
     def views(self, sample: Sample, rng: torch.Generator) -> list[View]:
+        if not self.alpha:
+            return []
         if not sample.has_image:
             return [sample.as_view(weight=-self.alpha)]
         if not {"pixel_values", "pixel_values_videos"} & set(sample.vision):

@@ -63,7 +63,9 @@ class LOL(Method):
     paper: ClassVar[str] = "Lower Layer Matters (2024)"
     arxiv: ClassVar[str] = "2408.08769"
     costs: ClassVar[tuple[str, ...]] = ("text", "layers")
-    refuses: ClassVar[dict[str, str]] = {"processor": "one of its views has other weights, which a processor cannot give it."}
+    refuses: ClassVar[dict[str, str]] = {
+        "processor": "one of its views has other weights, which a processor cannot give it."
+    }
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "fusion": 0.0, "refocus": 0.0, "beta": None}
     owns: ClassVar[str | None] = "the choice of an early layer"
 
