@@ -83,6 +83,14 @@ def test_wheel_holds_data_and_licences(installed):
     assert len(tables) > 50 and tables <= names
 
 
+def test_wheel_holds_every_module(installed):
+    """Packages are listed by hand in pyproject.toml."""
+    inside = {str(path.relative_to(installed)) for path in installed.rglob("*.py")}
+    for folder, name in (("lvlm_decode", "lvlm_decode"), ("evals", "lvlm_decode_evals"), ("data", "lvlm_decode_data")):
+        modules = {f"{name}/{path.relative_to(ROOT / folder)}" for path in (ROOT / folder).rglob("*.py")}
+        assert modules and not modules - inside
+
+
 def test_wheel_takes_no_name_that_others_use(installed):
     """`evals` and `data` are other people's import names."""
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
