@@ -9,7 +9,8 @@ all those of the small models, which know emoji scenes alone; there it is about 
 baseline, and the verdict says so. Where nobody knows how a
 value was measured the verdict is *protocol unknown*, and what was not asked, or not often enough, is *not run*.
 
-No time is spent on rows whose verdict no answer can change, and a table that lacks its files costs the others nothing.
+No time is spent on rows whose verdict no answer can change, and a table that cannot be asked, for want of files or because a
+method refuses the model, costs the others nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError
+from lvlm_decode.errors import (
+    DependencyError,
+    EvalError,
+    FileFormatError,
+    LockedError,
+    LvlmDecodeError,
+    MissingFileError,
+    ParameterError,
+    SettingsError,
+    UnsupportedError,
+)
 from lvlm_decode.reading import read_records
 
 from .answers import write_whole
@@ -55,7 +66,7 @@ from .plan import TIMES, Result, found_cells, is_control, read_cell, slug, spoke
 from .tables import FEW_IMAGES, Block, Value, gather, render
 
 REPRODUCED, NOT_REPRODUCED, UNKNOWN, NOT_RUN = "reproduced", "not reproduced", "protocol unknown", "not run"
-NOT_ASKED, LACKING = "not asked yet", "what it needs is not here; the sentence below the table says what"
+NOT_ASKED, LACKING = "not asked yet", "it could not be asked; the sentence below the table says why"
 # An interval wider than this to either side, of the whole scale, decides nothing in a value's favour.
 WIDEST = 0.05
 # Questions of the first round, by which the time of the whole is measured, and how much longer every round is.
@@ -253,7 +264,7 @@ class OutOfTime(Exception):
 @dataclass(frozen=True)
 class Table:
     """One table of the command line. job: what it is run on; None where it is not, and `why` says so in a sentence.
-    lacking: whether that is for want of files, which somebody can mend.
+    lacking: whether somebody can mend that: files that are not here, a method that refuses the model.
     """
 
     config: PaperTable
@@ -314,42 +325,65 @@ def remaining(jobs: Sequence[Job], runs: Callable[[Job], Any]) -> float | None:
     return total if timed else None
 
 
+# What ends one table and none of the others: a method that refuses the model, answers of other settings in the folder,
+# a library or file that is not there. A lost device or a full disk ends them all.
+_OF_A_TABLE = (UnsupportedError, ParameterError, DependencyError, SettingsError, LockedError, MissingFileError,
+               FileFormatError)  # fmt: skip
+
+
 def execute(
-    jobs: Sequence[Job], model: str, tiny: bool, until: float | None, tell: Callable[[str], None], quiet: bool = False
-) -> None:
-    """Ask rows and controls of all tables in rounds. Raises OutOfTime when `until` (time.monotonic) has come."""
+    jobs: Sequence[Job], model: str, tiny: bool, hours: float | None, tell: Callable[[str], None], quiet: bool = False
+) -> dict[Path, str]:
+    """Ask rows and controls of all tables in rounds; returns the folders of tables that could not be asked, with the reason.
+
+    hours: the budget; None for none, 0 to ask the first questions alone and say how long the rest will take.
+    """
     from .runner import load
 
     loaded = load(model)
+    until = None if hours is None else time.monotonic() + 3600 * hours
+    asked = {job.out: replace(job.config, rows=deciding(job.config, model)) for job in jobs}
+    broken: dict[Path, str] = {}
 
     def stop() -> None:
         if until is not None and time.monotonic() >= until:
             raise OutOfTime
 
-    asked = {job.out: replace(job.config, rows=deciding(job.config, model)) for job in jobs}
+    def run(job: Job, limit: int | None = None, seeds: int | None = None) -> Any:
+        # Without a budget of its own the first round is asked whole: it tells the time.
+        cut = None if seeds and not hours else stop
+        chosen = job.seeds[:seeds]
+        return run_of(asked[job.out], loaded, job.source, job.out, chosen, limit, tiny, stop=cut, quiet=quiet)
 
-    def run(job: Job, limit: int | None = None) -> Any:
-        return run_of(asked[job.out], loaded, job.source, job.out, job.seeds, limit, tiny, stop=stop, quiet=quiet)
-
-    numbers = rounds(max(job.longest for job in jobs))
-    for place, number in enumerate(numbers):
+    def ask_all(number: int, seeds: int | None = None) -> None:
         for job in jobs:
-            if place == 0:
-                # The first round tells the time, so the budget does not cut it short.
-                run_of(asked[job.out], loaded, job.source, job.out, job.seeds[:1], min(number, job.longest), tiny,
-                       quiet=quiet).execute()  # fmt: skip
-            else:
-                run(job, min(number, job.longest)).execute()
-        if place == 0 and (left := remaining(jobs, run)):
+            if job.out not in broken:
+                try:
+                    run(job, min(number, job.longest), seeds).execute()
+                except _OF_A_TABLE as error:
+                    broken[job.out] = str(error)
+
+    def say(number: int) -> None:
+        if left := remaining([job for job in jobs if job.out not in broken], run):
             tell(
                 f"The rest will take about {spoken(left)}, by the first {number} questions of every row; stopped at any "
                 "moment, the same command goes on."
             )
-            stop()
-    if len(numbers) == 1:
-        # The one round there was asked the first seed only.
-        for job in jobs:
-            run(job, job.longest).execute()
+
+    numbers = rounds(max(job.longest for job in jobs))
+    try:
+        try:
+            ask_all(numbers[0], seeds=1)
+        finally:
+            # Also where the budget ends the first round.
+            say(numbers[0])
+        stop()
+        # The first round asked the first seed only; where it was the only round, the others are owed.
+        for number in numbers[1:] or numbers:
+            ask_all(number)
+    except OutOfTime:
+        tell("The time is spent; the same command goes on from here.")
+    return broken
 
 
 # --- what comes out
@@ -511,7 +545,7 @@ def reproduce_command(
 
     Stopped at any moment, by --hours or by hand, the same command continues. Writes verdicts.md, .tex, .csv and .html. Rows
     whose verdict no answer can change are not asked; `lvlm-decode table` runs them all the same. Exit status 3: finished, but
-    a table lacks files or some questions could not be asked; the output says which.
+    a table or some questions could not be asked (files that are missing, say); the output says which.
     """
     tables = [read_config(table_path(path)) for path in configs]
     models = {model or str(table.model) for table in tables if model or table.model}
@@ -527,16 +561,14 @@ def reproduce_command(
         tables = [on_scenes(table) for table in tables]
         samples, seeds = samples or TINY_SAMPLES, seeds or TINY_SEEDS
     planned = [plan(table, name, out, images, questions, seeds, samples) for table in tables]
+    jobs = [table.job for table in planned if table.job is not None]
+    broken = execute(jobs, name, tiny, hours, lambda said: typer.echo(said, err=True)) if jobs else {}
+    planned = [
+        replace(table, why=broken[table.out], lacking=True) if table.out in broken else table for table in planned
+    ]
     for table in planned:
         if table.lacking:
             typer.echo(f"warning: {table.config.title} is not run: {table.why}", err=True)
-    until = None if hours is None else time.monotonic() + 3600 * hours
-    jobs = [table.job for table in planned if table.job is not None]
-    try:
-        if jobs:
-            execute(jobs, name, tiny, until, lambda sentence: typer.echo(sentence, err=True))
-    except OutOfTime:
-        typer.echo("The time is spent; the same command goes on from here.", err=True)
     if report(planned, name, out, replicates) or any(table.lacking for table in planned):
         raise typer.Exit(FINISHED_WITH_FAILURES)
 

@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
@@ -27,7 +26,6 @@ from lvlm_decode_evals.reproduce import (
     REPRODUCED,
     UNKNOWN,
     Job,
-    OutOfTime,
     block_of,
     deciding,
     execute,
@@ -246,10 +244,29 @@ def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, 
     table = on_scenes(read_config(small(tmp_path)))
     job = Job(table, source_of(table, True, None, None), tmp_path / "out", (0,), 96)
     said = []
-    with pytest.raises(OutOfTime):
-        execute([job], "tiny", True, time.monotonic() - 1, said.append, quiet=True)
-    assert len(said) == 1
+    # A budget cuts the first round too; without one, that is with 0, it is asked whole.
+    assert execute([job], "tiny", True, 1e-9, said.append, quiet=True) == {}
+    assert said == ["The time is spent; the same command goes on from here."] and not answered(tmp_path / "out")
+    assert execute([job], "tiny", True, 0, said.append, quiet=True) == {}
+    assert said[1].startswith("The rest will take about ") and said[2] == said[0]
     assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {8}
+
+
+@pytest.mark.full
+def test_a_table_that_cannot_be_asked_stops_no_other(command, tmp_path):
+    (tmp_path / "other").mkdir()
+    tables = (small(tmp_path / "other").rename(tmp_path / "other.yaml"), small(tmp_path))
+    arguments = ("reproduce", *tables, "--model", "tiny", "--replicates", 100, "--out", tmp_path / "out", "--samples")
+    assert command(*arguments, 4).exit_code == 0
+    for path in (tmp_path / "out" / "other-tiny").rglob("settings.json"):
+        path.write_text(path.read_text().replace('"suffix": ""', '"suffix": " In one word."'))
+    done = command(*arguments, 6)
+    assert done.exit_code == 3, done.output
+    assert "holds answers made with other settings (suffix was ' In one word.', is '')" in done.stderr
+    assert done.stdout.count("Not run: ") == 1
+    counts = {name: {content.count(b"\n") for content in answered(tmp_path / "out" / f"{name}-tiny").values()}
+              for name in ("other", "small")}  # fmt: skip
+    assert counts == {"other": {4}, "small": {6}}
 
 
 def test_every_line_of_the_csv_says_how_it_was_measured_and_why_it_is_so():
@@ -336,7 +353,7 @@ def test_a_table_that_lacks_its_files_stops_no_other(command, tmp_path, photogra
     assert f"warning: OPERA, Table 1: CHAIR at 512 tokens, LLaVA-1.5-7B is not run: {lacking}" in done.stderr
     for name in ("verdicts.md", "verdicts.html"):
         shown = (tmp_path / "out" / name).read_text()
-        assert f"Not run: {lacking}" in shown and "not run: what it needs is not here" in shown
+        assert f"Not run: {lacking}" in shown and "not run: it could not be asked; the sentence below" in shown
         assert "undecided: the interval does not exclude zero" in shown
     assert len(answered(tmp_path / "out")) == 4
     # What is there goes on to be judged when files are lost.
