@@ -693,7 +693,13 @@ class Chair(Evaluator):
         if self.objects is None:
             return _scene_objects().get(image_key(answer.question_id))
         known = _objects(str(self.objects), self.table())
-        return known.get(image_key(answer.question_id), known.get(image_key(answer.image)))
+        by_id, by_image = (known.get(image_key(name)) for name in (answer.question_id, answer.image))
+        if by_id is not None and by_image is not None and by_id != by_image:
+            raise EvalError(
+                f"caption {answer.question_id} is about image {answer.image}, and --objects has both with other objects; name "
+                "the image in `image_id` alone."
+            )
+        return by_image if by_id is None else by_id
 
     def ready(self, questions: Sequence[Question]) -> None:
         """Raise EvalError for images of which nobody says what they contain."""

@@ -23,7 +23,18 @@ from .base import Answer, Question
 from .joins import same_text
 
 # Other repositories' names of the fields of an answer, which count where this project's own is not there.
-_ALIASES = {"answer": ("prediction",), "text": ("question", "query"), "image": ("image_source",)}
+_ALIASES = {"answer": ("prediction",), "text": ("question", "query", "prompt"), "image": ("image_source", "image_id")}
+# What other scripts call a model's words. Beside `answer`, which some of them call the gold answer, nobody can tell.
+_SAID = (
+    "prediction",
+    "response",
+    "output",
+    "model_answer",
+    "model_prediction",
+    "model_output",
+    "pred",
+    "generated_text",
+)
 # The key in `meta` of answers whose id is only their place in the file.
 BY_PLACE = "by_place"
 
@@ -62,7 +73,29 @@ class Form(Line, ABC):
         """The answer. number: of the record in its file, from 1."""
 
 
-class Own(Form):
+class _Answered(Form):
+    """A form whose `answer` must be the model's: a file that also has the model's words by another name is refused."""
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> _Answered:
+        fields = {**self.__dict__, **(self.model_extra or {})}
+        if "answer" in self.model_fields_set and (both := [name for name in _SAID if fields.get(name) is not None]):
+            raise PydanticCustomError(
+                "ambiguous",
+                f"field 'answer' and field {both[0]!r} are both there, and nobody can tell which the model said; keep the "
+                "model's as 'answer' and the gold answer as 'label'",
+            )
+        texts = [fields[name] for name in ("text", "question", "query", "prompt") if isinstance(fields.get(name), str)]
+        if other := [text for text in texts[1:] if not same_text(text, texts[0])]:
+            raise PydanticCustomError(
+                "ambiguous",
+                f"two fields say different things about what was asked ({shown(texts[0])}, {shown(other[0])}); keep the "
+                "question as 'text' and what the model said as 'answer'",
+            )
+        return self
+
+
+class Own(_Answered):
     """A line of this project: `question_id` and `answer` (or `prediction`); a sentence in `error` instead of an answer."""
 
     by = "this project"
@@ -74,8 +107,10 @@ class Own(Form):
     text: str | None = None
     question: str | None = None
     query: str | None = None
+    prompt: str | None = None
     image: Identity | None = None
     image_source: Identity | None = None
+    image_id: Identity | None = None
     label: Any = None
     cluster: str | None = None
     tokens: Count | None = None
@@ -167,7 +202,7 @@ class TextOnly(Form):
         return Answer(self.question_id, self.text or "", meta=self.other())
 
 
-class PopesOwn(Form):
+class PopesOwn(_Answered):
     """No id: the line's place in the file says which question it answers."""
 
     by = "POPE"

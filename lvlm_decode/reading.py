@@ -384,7 +384,7 @@ def _first(errors: Sequence[Mapping[str, Any]], value: Any) -> tuple[list[str | 
         return place, f"{said}; found {found or 'no field'}"
     if kind == "unknown_field":
         return [*place, first["ctx"]["name"]], f"is unknown{first['ctx']['meant']}"
-    if kind == "lacking":
+    if kind in ("lacking", "ambiguous"):
         return place, first["msg"]
     same = [error for where, error in walked if where == place]
     words = list(dict.fromkeys(_expected(error) for error in same))

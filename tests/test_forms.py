@@ -257,6 +257,61 @@ def test_labels_are_lists_of_known_objects(tmp_path):
     assert scored("chair", path)[0].correct
 
 
+def test_a_caption_of_two_images_is_refused(tmp_path, truth):
+    """The id may be the place in a list, and then the objects of another image would be its truth."""
+    (tmp_path / "objects.json").write_text('{"42": ["dog"], "99": ["couch"]}')
+    path = write(
+        tmp_path / "c.jsonl", [{"question_id": 42, "image": "COCO_val2014_000000000099.jpg", "answer": CAPTION}]
+    )
+    with pytest.raises(
+        EvalError, match=r"caption 42 is about image COCO_val2014_000000000099\.jpg, and --objects has both"
+    ):
+        scored("chair", path, **truth)
+    write(path, [{"question_id": 7, "image": "COCO_val2014_000000000099.jpg", "answer": CAPTION}])
+    assert scored("chair", path, **truth)[0].evidence["truth"] == ["couch"]
+
+
+@pytest.mark.parametrize("name", ["prediction", "response", "output", "model_answer", "pred", "generated_text"])
+def test_a_gold_answer_is_never_taken_for_the_models(tmp_path, name):
+    """Some scripts call the gold answer `answer`: scored, it would be right everywhere."""
+    lines = [
+        {"question_id": i, "answer": q["label"], name: "No", "label": q["label"]} for i, q in enumerate(QUESTIONS, 1)
+    ]
+    unnumbered = [{"question": q["text"], "answer": q["label"], name: "No"} for q in QUESTIONS]
+    for records in (lines, unnumbered):
+        with pytest.raises(FileFormatError, match=f"line 1: field 'answer' and field '{name}' are both there"):
+            scored("pope", write(tmp_path / "a.jsonl", records), write(tmp_path / "q.json", QUESTIONS))
+    lines = [{"question_id": i, name: "No"} for i in (1, 2, 3)]
+    if name == "prediction":
+        path = write(tmp_path / "a.jsonl", [line | {"answer": None} for line in lines])
+        with pytest.raises(FileFormatError, match="both there"):
+            scored("pope", path, write(tmp_path / "q.json", QUESTIONS))
+        assert len(scored("pope", write(tmp_path / "a.jsonl", lines), tmp_path / "q.json")) == 3
+
+
+def test_a_line_that_says_two_things_were_asked_is_refused(tmp_path):
+    """LLaVA's own `text` is the answer, and a gold answer beside it makes it look like a question."""
+    lines = [
+        {"question_id": i, "prompt": t, "text": "No", "answer": "yes", "label": "yes"} for i, t in enumerate(TEXTS)
+    ]
+    with pytest.raises(
+        FileFormatError, match=r"two fields say different things about what was asked \('No', 'Is there"
+    ):
+        scored("pope", write(tmp_path / "a.jsonl", lines))
+    lines = [{"question_id": i, "prompt": f"USER: {t} ASSISTANT:", "text": t, "answer": "No", "label": "no"}
+             for i, t in enumerate(TEXTS)]  # fmt: skip
+    assert all(row.correct for row in scored("pope", write(tmp_path / "a.jsonl", lines)))
+
+
+@pytest.mark.parametrize(
+    "field", [{"prompt": "Is there a cow in the image?"}, {"question": "Is there a cow?"}, {"image_id": 9}, {"image": "9.jpg"},
+              {"image_source": "COCO_val2014_000000000009"}])  # fmt: skip
+def test_whatever_a_line_calls_them_its_question_and_image_are_compared(tmp_path, field):
+    lines = [{"question_id": i, "answer": "No", **field} for i in (1, 2, 3)]
+    with pytest.raises(EvalError, match="3 of 3 answers are about something else"):
+        scored("pope", write(tmp_path / "a.jsonl", lines), write(tmp_path / "q.json", QUESTIONS))
+
+
 def test_hallusionbench_answers_without_gold_meet_their_questions(tmp_path):
     place = {"category": "VD", "subcategory": "chart", "set_id": "0", "visual_input": "1", "question_id": "0"}
     asked = [

@@ -126,6 +126,7 @@ SETTINGS = {
     "data": {"questions": "q", "split_hash": "0"},
     "scoring": {"rule": "vcd"},
     "environment": {"versions": {}},
+    "asked": {"questions": 3, "hash": "0123456789abcdef"},
 }
 CELL = "run/pope/random/plain/greedy/seed-0"
 RUN = {
@@ -139,6 +140,7 @@ RUN = {
                 "label": q["label"],
                 "answer": a,
                 "tokens": 2,
+                "checksum": "0123456789abcdef",
             }
             for q, a in zip(POPE, SAID)
         )
