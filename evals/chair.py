@@ -251,6 +251,8 @@ def vocabulary_file(path: Path) -> Vocabulary:
     path = Path(path)
     text = read_text(path)
     if not text.lstrip().startswith("{"):
+        # A file saved on Windows: a word that ends with a carriage return would stand in no caption.
+        text = text.replace("\r\n", "\n")
         lines = [line.split(", ") for line in text.split("\n") if line.strip()]
         if not lines or max(map(len, lines)) == 1:
             raise FileFormatError(f"{path}: expected JSON with 'synonyms', or lines of words separated by a comma.")
@@ -545,6 +547,12 @@ def _captions(
         return answers_of(renamed, (_Caption,), "captions")
     if len(records) == 1 and "imgToEval" in first:
         scored = checked(_ChairFile, first, where).imgToEval
+        for name, line in scored.items():
+            if image_key(name) != image_key(line.image_id):
+                raise FileFormatError(
+                    f"{where}: field 'imgToEval', field {shown(name)} is about image {shown(line.image_id)}; the two must be the "
+                    "same image."
+                )
         return [Answer(line.image_id, line.caption) for line in scored.values()]
     images = first and (
         all(re.search(r"\d", name) for name in first) or any(image_key(name) in known for name in first)

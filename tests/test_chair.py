@@ -192,6 +192,8 @@ def test_synonym_files_in_both_forms(tmp_path):
     table = vocabulary_file(text)
     # Two blanks leave a key with a leading one, which no caption can contain: kept as published.
     assert table.category == {"dog": "dog", "puppy": "dog", "motorcycle": "motorcycle", " motor bike": "motorcycle"}
+    text.write_bytes(b"dog, puppy\r\nmotorcycle,  motor bike\r\n")
+    assert vocabulary_file(text).category == table.category
     packed = tmp_path / "table.json.gz"
     packed.write_bytes(gzip.compress(json.dumps({"synonyms": {"dog": ["dog"]}, "double_words": {"a b": "c"}}).encode()))
     assert vocabulary_file(packed).pairs == {"a b": "c"}

@@ -257,6 +257,14 @@ def test_labels_are_lists_of_known_objects(tmp_path):
     assert scored("chair", path)[0].correct
 
 
+def test_a_chair_file_whose_keys_are_other_images_is_refused(tmp_path, truth):
+    path = write(tmp_path / "c.json", {"imgToEval": {"0": {"image_id": 42, "caption": CAPTION}}}, lines=False)
+    with pytest.raises(
+        FileFormatError, match="field 'imgToEval', field '0' is about image 42; the two must be the same"
+    ):
+        scored("chair", path, **truth)
+
+
 def test_a_caption_of_two_images_is_refused(tmp_path, truth):
     """The id may be the place in a list, and then the objects of another image would be its truth."""
     (tmp_path / "objects.json").write_text('{"42": ["dog"], "99": ["couch"]}')
