@@ -26,7 +26,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from pydantic_core import PydanticCustomError
 
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError, UnknownNameError
-from lvlm_decode.reading import Identity, Record, checked, read_json, read_records, read_text, shown
+from lvlm_decode.reading import Identity, Record, checked, read_json, read_records, read_text, repeated, shown
 
 from . import chair, parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
@@ -146,6 +146,8 @@ def knowledge(folder: str) -> Knowledge:
     """AMBER's `data` folder: annotations.json, relation.json and safe_words.txt, each gzip or not."""
     place = _find(folder, "annotations.json")
     annotations = checked(_Annotations, read_json(place), str(place))
+    if twice := repeated(str(item.id) for item in annotations):
+        raise FileFormatError(f"{place}: id {twice[0]} is there twice; keep one.")
     place = _find(folder, "relation.json")
     relation = checked(_Relation, read_json(place), str(place))
     safe = read_text(_find(folder, "safe_words.txt")).split()
@@ -192,9 +194,13 @@ class _Response(Form):
 
     id: Identity
     response: str | None
+    query: str | None = None
+    image: Identity | None = None
+    truth: list[str] | str | None = None
 
     def to_answer(self, number: int) -> Answer:
-        return Answer(self.id, self.response or "")
+        image = None if self.image is None else str(self.image)
+        return Answer(self.id, self.response or "", self.query or "", image, self.truth)
 
 
 def _find(folder: str, name: str) -> Path:

@@ -167,12 +167,12 @@ def _question(keys: Sequence[str], text: str, image: str | None, label: str | No
 class _Placed(Line):
     """Where a question stands in the benchmark."""
 
-    category: str
+    category: Literal["VD", "VS"]
     subcategory: str
     set_id: Identity
     figure_id: Identity
     question_id: Identity
-    visual_input: Identity
+    visual_input: Literal["0", "1", "2", 0, 1, 2]
     filename: str | None = None
 
     @property

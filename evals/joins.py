@@ -30,9 +30,9 @@ def join(answers: Sequence[Answer], questions: Sequence[Question], where: str) -
     asked = {str(question.id): question for question in questions}
     if len(asked) < len(questions):
         raise FileFormatError("The question files share ids, so answers cannot be told apart; give one file.")
-    # A text that all questions share ("Please describe this image") tells none of them apart.
+    # A prompt that all share ("Please describe this image") asks the same in other words; a question does not.
     texts = {_plain_text(question.text) for question in questions}
-    telling = len(questions) == 1 or len(texts) > 1
+    telling = len(questions) == 1 or len(texts) > 1 or any(mark in text for text in texts for mark in "?？")
     joined, differing, contradicted = [], [], []
     for answer in answers:
         question = asked.get(str(answer.question_id))

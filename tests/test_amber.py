@@ -297,6 +297,29 @@ def test_what_an_answer_says_of_its_item_never_overrides_the_annotations(officia
     assert found.audit.contradicted == (("2",) if named else ())
 
 
+def test_ambers_own_lines_are_compared_as_well(official, tmp_path):
+    queries, path = tmp_path / "query.json", tmp_path / "a.json"
+    queries.write_text(json.dumps([{"id": 2, "image": "AMBER_2.jpg", "query": "Is there a tree?"}]))
+    line = {"id": 2, "response": "No"}
+    for more in ({"truth": "yes"}, {"query": "Is there a dog?"}, {"image": "AMBER_9.jpg"}):
+        path.write_text(json.dumps([line | more]))
+        if "truth" in more:
+            assert api.score(official, path, queries).audit.contradicted == ("2",)
+        else:
+            with pytest.raises(EvalError, match="1 of 1 answers are about something else"):
+                api.score(official, path, queries)
+    path.write_text(json.dumps([line | {"truth": "no", "query": "Is there a tree?", "image": "AMBER_2.jpg"}]))
+    assert not api.score(official, path, queries).audit
+
+
+def test_an_item_annotated_twice_is_refused(official, tmp_path):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([*json.loads(path.read_text()), {"id": 2, "type": "relation", "truth": "yes"}]))
+    amber.knowledge.cache_clear()
+    with pytest.raises(EvalError, match="id 2 is there twice"):
+        official.tables()
+
+
 def test_an_answer_about_another_image_than_its_query_is_refused(official, tmp_path):
     queries = tmp_path / "query.json"
     queries.write_text(json.dumps([{"id": 2, "image": "AMBER_2.jpg", "query": "Is there a tree?"}]))

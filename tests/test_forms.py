@@ -343,6 +343,10 @@ def test_hallusionbench_answers_without_gold_meet_their_questions(tmp_path):
     assert row.parsed == "other"
     with pytest.raises(EvalError, match="give --questions FILE"):
         scored("hallusionbench", answers)
+    for name, value in (("category", "VX"), ("visual_input", "3"), ("visual_input", 7)):
+        write(answers, [s | {"model_prediction": "Yes", name: value} for s in said], lines=False)
+        with pytest.raises(FileFormatError, match=f"entry 1: field '{name}' must be one of"):
+            scored("hallusionbench", answers, questions)
     for wrong in ((1, 7), (7, 1), ("1", "7"), (-1, 1), ("0", "3"), ("Yes.", 7), (1, "+1")):
         write(answers, [s | {"model_prediction": w} for s, w in zip(said, wrong)], lines=False)
         with pytest.raises(

@@ -137,6 +137,12 @@ def test_a_text_that_all_questions_share_tells_nothing():
     assert len(join(answers, asked, "a.jsonl")[0]) == 3
 
 
+def test_a_question_that_all_share_is_compared():
+    asked = [Question(i, "Is it the same?", f"{i}.jpg", "yes") for i in range(3)]
+    with pytest.raises(EvalError, match=r"3 of 3 answers .*0: 'Is that\?' was answered, 'Is it the same\?' is asked"):
+        join([Answer(i, "Yes", text="Is that?") for i in range(3)], asked, "a.jsonl")
+
+
 def test_a_label_in_an_answer_never_wins():
     asked = questions_about()
     answers = [Answer(q.id, "Yes", label="Yes ") for q in asked]
