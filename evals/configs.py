@@ -19,6 +19,7 @@ from lvlm_decode.errors import (
     FileFormatError,
     LvlmDecodeError,
     MissingFileError,
+    SettingsError,
     UnknownNameError,
     suggestion,
 )
@@ -306,7 +307,8 @@ def _run(
     from .runner import load
 
     source = source_of(config, tiny, images, questions)
-    run_of(config, load(model), source, out, seeds, limit, tiny).execute()
+    loaded = load(model, dtype=None if tiny else dtype_of([config]))
+    run_of(config, loaded, source, out, seeds, limit, tiny).execute()
 
 
 def run_of(
@@ -328,6 +330,18 @@ def run_of(
     tokens = None if tiny else config.max_new_tokens
     options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template, times=bool(how))
     return EvaluationRun(config.evaluator, source, loaded, out, list(methods), seeds, limit, options, **how)
+
+
+def dtype_of(tables: Sequence[PaperTable]) -> str | None:
+    """The type that the protocols of some tables run in; None where they leave it to the checkpoint.
+
+    Raises SettingsError where they differ: one model is loaded for all of them.
+    """
+    wanted = {table.path.stem: table.protocol.dtype if table.protocol else None for table in tables}
+    if len(set(wanted.values())) > 1:
+        said = ", ".join(f"{name}: {dtype or 'as the checkpoint'}" for name, dtype in wanted.items())
+        raise SettingsError(f"the tables' protocols run in different types ({said}); reproduce those of one at a time.")
+    return next(iter(wanted.values()), None)
 
 
 def with_truth(config: PaperTable) -> PaperTable:

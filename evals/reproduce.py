@@ -48,6 +48,7 @@ from .configs import (
     TINY_SEEDS,
     PaperRow,
     PaperTable,
+    dtype_of,
     is_tiny,
     measured_by,
     on_scenes,
@@ -153,6 +154,7 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
     groups = gather(results)
     found = {s: {m.pair: m for m in groups.get((config.benchmark, s), [])} for s in config.splits}
     base = next((row for row in config.rows if row.name == config.baseline), None)
+    other = _other_images(config, results)
     made = []
     for row in config.rows:
         for split, values in row.published.values.items():
@@ -170,12 +172,20 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
                 images = min((len({r.cluster for r in rows}) for rows in _rows_of(found, row, split)), default=0)
                 if word in (REPRODUCED, NOT_REPRODUCED) and images < FEW_IMAGES:
                     word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
+                elif word in (REPRODUCED, NOT_REPRODUCED) and other and not gains:
+                    word, why = NOT_RUN, "other images were asked about than the protocol's list"
                 target = 0.0 if gains else printed / unit
                 told = None
                 if gains and gain is not None and row is not base:
                     told = Value(round(gain, 4) / unit, column.kind, signed=True, digits=2)
                 made.append(Verdict(config.title, row, split, column, shown, interval, word, why, target, told))
     return made
+
+
+def _other_images(config: PaperTable, results: Sequence[Result]) -> bool:
+    """Whether answers are about other images than the list of the table's protocol, as --questions allows."""
+    key = config.protocol and config.protocol.list_key
+    return key is not None and any((r.settings.get("data") or {}).get("questions_sha256") != key for r in results)
 
 
 def _rows_of(found: Any, row: PaperRow, split: str) -> list:
@@ -340,7 +350,7 @@ def execute(
     """
     from .runner import load
 
-    loaded = load(model)
+    loaded = load(model, dtype=None if tiny else dtype_of([job.config for job in jobs]))
     until = None if hours is None else time.monotonic() + 3600 * hours
     asked = {job.out: replace(job.config, rows=deciding(job.config, model)) for job in jobs}
     broken: dict[Path, str] = {}

@@ -12,12 +12,12 @@ import yaml
 from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
-from lvlm_decode.errors import MissingFileError
+from lvlm_decode.errors import MissingFileError, SettingsError
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer, Column
 from lvlm_decode_evals.commands import add_to
-from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config, source_of
+from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config, run_config, source_of
 from lvlm_decode_evals.metrics import Interval
 from lvlm_decode_evals.plan import TIMES, Decoding, Result
 from lvlm_decode_evals.reproduce import (
@@ -122,6 +122,47 @@ def test_verdicts_on_the_papers_model_are_about_values(tmp_path):
     assert {v.word for v in verdicts(config, [], LLAVA, 400)} == {NOT_RUN}
     few = verdicts(config, results_of(config, {"Regular": 8, "VCD": 2}, images=20), LLAVA, 400)
     assert {v.word for v in few} == {NOT_RUN}
+
+
+def test_answers_about_other_images_are_no_verdict_on_a_list():
+    config = read_config(ROOT / "configs" / "chair-opera-512-llava-1.5.yaml")
+    config = replace(config, options={"parser": "pattern"})
+    scorer = evaluator("chair")
+    row = config.rows[0]
+
+    def word(key):
+        rows = scorer.rows(Answer(i, "A dog.", image=str(i), label=["dog"]) for i in range(60))
+        settings = {"model": {"name": LLAVA}, "data": {"questions_sha256": key}}
+        result = Result(scorer, "captions", row.method, row.decoding, 0, rows, Audit(), settings, ROOT / "nowhere")
+        found = next(v for v in verdicts(config, [result], LLAVA, 400) if v.row is row)
+        return found.word, found.why
+
+    assert word(config.protocol.list_key) == (NOT_REPRODUCED, "")
+    assert word("of a file") == (NOT_RUN, "other images were asked about than the protocol's list")
+
+
+def test_the_model_is_loaded_in_the_type_of_the_protocol(tmp_path, photographs, monkeypatch):
+    _, model = photographs
+    loaded = []
+    monkeypatch.setattr("lvlm_decode_evals.runner.load", lambda name, **how: loaded.append(how) or exit_now())
+
+    def exit_now():
+        raise MissingFileError("no model is needed here")
+
+    table = replace(
+        read_config(small(tmp_path)), protocol=read_config(ROOT / "configs" / "pope-damro-llava-1.5.yaml").protocol
+    )
+    job = Job(table, source_of(table, False, None, None), tmp_path / "out", (0,), 4)
+    with pytest.raises(MissingFileError):
+        execute([job], str(model), False, None, print)
+    with pytest.raises(MissingFileError):
+        run_config(table, model=str(model), out=tmp_path / "out")
+    assert loaded == [{"dtype": "float32"}] * 2
+    other = replace(job, config=replace(read_config(small(tmp_path)), path=tmp_path / "other.yaml"))
+    with pytest.raises(
+        SettingsError, match=r"in different types \(small: float32, other: as the checkpoint\); reproduce"
+    ):
+        execute([job, other], str(model), False, None, print)
 
 
 def test_verdicts_in_miniature_are_about_gains():
