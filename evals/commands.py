@@ -428,6 +428,9 @@ def table_command(
     else:
         given = _options(option, rule=rule, parser=parser, objects=objects, vocabulary=vocabulary)
         results = read_run(target, **given).results
+    if any(result.audit.incomplete for result in results):
+        status = FINISHED_WITH_FAILURES
+    unscored = [result for result in results if not result.rows]
     results = [result for result in results if result.rows]
     if not results:
         raise EvalError(f"{target} has no scored answer yet; start the evaluation again to finish it.")
@@ -437,8 +440,10 @@ def table_command(
         show(text)
     else:
         typer.echo(text, nl=False)
-    if any(result.audit.incomplete for result in results):
-        status = FINISHED_WITH_FAILURES
+    # What has no line in the table has no note below it either.
+    for result in unscored:
+        for sentence in result.audit.sentences():
+            typer.echo(f"warning: {result.name}: {sentence}", err=True)
     if plot is not None:
         from .plots import write_pictures
 

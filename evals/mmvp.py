@@ -21,6 +21,7 @@ from lvlm_decode.reading import read_records
 
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, text_field, whole_number
+from .joins import same_text
 
 # Index (from 1) -> the authors' label; the corrected one is the other letter.
 OFFICIAL = {99: "A", 100: "B", 279: "A", 280: "B"}
@@ -117,6 +118,16 @@ class MMVP(Evaluator):
             for where, record in records
         ]
 
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """The authors ask "Question (a) x (b) y": the question and options that are lettered anew here."""
+        asked = {str(question.id): question.text for question in questions}
+        found = []
+        for answer in answers:
+            text = asked.get(str(answer.question_id), "")
+            same = answer.text and text and same_text(_unlettered(answer.text), _unlettered(text.removesuffix(SUFFIX)))
+            found.append(replace(answer, text=text) if same else answer)
+        return found
+
     def label(self, answer: Answer) -> str:
         """The gold letter in use; the four disputed ones by `labels`, whichever of the two the file has."""
         where = f"question {answer.question_id}"
@@ -175,6 +186,11 @@ class MMVP(Evaluator):
 def _pair(index: int) -> int:
     """Number of the pair, from 1; indices count from 1."""
     return (index + 1) // 2
+
+
+def _unlettered(text: str) -> str:
+    """A question with its options one a line, whatever letters stand before them."""
+    return re.sub(r"\s*(?:\(([ab])\)|^([AB])\.)\s*", "\n", text, flags=re.MULTILINE)
 
 
 def _options(value: Any, where: str) -> list[str]:

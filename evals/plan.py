@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
-from lvlm_decode.reading import Closed, Count, Identity, Record, checked, read_json, read_records
+from lvlm_decode.reading import Closed, Count, Identity, Record, checked, read_json, read_records, repeated
 
 from .answers import Audit, audit, line_of, resume_answers, write_json, write_rows, write_whole
 from .base import Answer, Evaluator, Question, Row
@@ -344,6 +344,10 @@ def read_questions(folder: Path) -> list[Question] | None:
     if not path.exists():
         return None
     found = [checked(_QuestionShape, record, where) for where, record in read_records(path)]
+    if twice := repeated(str(line.id) for line in found):
+        raise FileFormatError(
+            f"{path}: question {twice[0]} is there twice; start eval again, which writes the file anew."
+        )
     return [Question(**{name: getattr(line, name) for name in _QuestionShape.model_fields}) for line in found]
 
 
@@ -382,13 +386,22 @@ class Result:
 
 
 def found_cells(out: Path) -> list[Path]:
-    """Folders below `out` that hold settings and answers. Raises MissingFileError when there is none."""
+    """Folders below `out` that hold settings and answers.
+
+    Raises MissingFileError when there is none, or answers of which no settings say how they were made.
+    """
     out = Path(out)
     if not out.is_dir():
         raise MissingFileError(f"{out} is not a folder; give the --out of an evaluation.")
     found = sorted(path.parent for path in out.rglob("settings.json"))
     if not found:
         raise MissingFileError(f"{out} holds no evaluation (no settings.json); give the --out of lvlm-decode eval.")
+    for path in sorted(out.rglob("answers.jsonl")):
+        if path.parent not in found:
+            raise MissingFileError(
+                f"{path} lies there without its settings.json, so nobody can tell what made these answers; move it away, or "
+                "start eval again."
+            )
     return found
 
 
@@ -442,7 +455,8 @@ def split_folder(folder: Path) -> Path:
 
 def cell_answers(folder: Path) -> list[Answer]:
     """The answers of a cell: the finished file, and parts of an unfinished run."""
-    return [answer for path in sorted(Path(folder).glob("answers*.jsonl")) for answer in resume_answers(path)]
+    parts = sorted(Path(folder).glob("answers.part-*-of-*.jsonl"))
+    return [answer for path in (Path(folder) / "answers.jsonl", *parts) for answer in resume_answers(path)]
 
 
 def spoken(seconds: float) -> str:

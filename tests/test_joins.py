@@ -276,6 +276,36 @@ def test_a_changed_file_of_questions_is_seen(tmp_path, change, found, answers):
         assert done.exit_code == 3 and "1 files of questions that are not as the run wrote them" in done.output
 
 
+@pytest.mark.parametrize("what", ["gone", "empty"])
+def test_a_cell_without_answers_is_named_by_tables_too(tmp_path, what):
+    make_run(tmp_path)
+    answers = next(folder for folder in found_cells(tmp_path) if "vcd" in str(folder)) / "answers.jsonl"
+    answers.unlink() if what == "gone" else answers.write_text("")
+    for command in ("score", "table"):
+        done = cli(command, tmp_path)
+        assert done.exit_code == 3 and "vcd, sample, random, seed 0: 120 questions without an answer" in done.stderr
+
+
+def test_only_what_a_run_writes_is_read_as_its_answers(tmp_path):
+    folder = one_cell(tmp_path)
+    text = (folder / "answers.jsonl").read_text()
+    for name in ("answers-old.jsonl", "answers (copy).jsonl", "answers.bak.jsonl"):
+        (folder / name).write_text(text.replace('"Yes"', '"No"'))
+    assert not read_cell(folder).audit
+    (folder / "settings.json").unlink()
+    make_run(tmp_path / "other")
+    for command in ("score", "table"):
+        done = cli(command, tmp_path)
+        assert done.exit_code == 1 and f"{folder / 'answers.jsonl'} lies there without its settings.json" in done.stderr
+
+
+def test_a_question_that_a_run_has_twice_is_named_with_its_file(tmp_path):
+    path = one_cell(tmp_path).parents[2] / "questions.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[3])
+    done = cli("score", tmp_path)
+    assert done.exit_code == 1 and f"{path}: question 3 is there twice" in done.stderr
+
+
 def test_a_record_of_what_was_asked_that_is_gone_is_seen(tmp_path):
     folder = one_cell(tmp_path)
     settings = json.loads((folder / "settings.json").read_text())

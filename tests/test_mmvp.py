@@ -5,7 +5,8 @@ import json
 import pytest
 
 import lvlm_decode_data
-from lvlm_decode.errors import FileFormatError, UnknownNameError
+from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
+from lvlm_decode_evals import score
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.joins import join
 from lvlm_decode_evals.mmvp import MMVP, answer_letter
@@ -87,6 +88,30 @@ def test_in_the_authors_file_answer_is_the_gold_letter(tmp_path):
     (questions,) = OFFICIAL.file_questions(sheet(tmp_path)).values()
     plain = join([Answer(1, "A"), Answer(2, "B")], questions, "answers")[0]
     assert OFFICIAL.summary(OFFICIAL.rows(plain))["pair_accuracy"] == 1
+
+
+def test_the_authors_prompts_are_those_of_their_question_file(tmp_path):
+    path, questions = tmp_path / "answers.jsonl", tmp_path / "Questions.csv"
+    options = "(a) The left (b) The right"
+    rows = [(1, "Where does the dog look?", options, "(a)"), (2, "Where does the dog look?", options, "(b)")]
+    questions.write_text(
+        "Index,Question,Options,Correct Answer\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
+    )
+
+    def lines(prompt):
+        return "".join(
+            json.dumps({"question_id": i, "prompt": prompt, "answer": gold, "response": gold}) + "\n"
+            for i, _, _, gold in rows
+        )
+
+    for prompt in (f"Where does the dog look? {options}", f"<image>\nWhere does the dog look?\n{options}\nOne letter."):
+        path.write_text(lines(prompt))
+        found = score(MMVP(), path, questions)
+        assert found.rates["pair_accuracy"] == 1 and not found.audit
+    for prompt in (f"Where does the cat look? {options}", "Where does the dog look? (a) The left (b) Away", "look"):
+        path.write_text(lines(prompt))
+        with pytest.raises(EvalError, match="2 of 2 answers are about something else"):
+            score(MMVP(), path, questions)
 
 
 def test_scenes_have_opposite_answers_in_words():

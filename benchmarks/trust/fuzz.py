@@ -329,7 +329,7 @@ def readers() -> dict[str, Callable[[], Reader]]:
         )
     ]
     natural = {"Index": 0, "Question_0": "Is it?", "Question_1": "Is that?", "Question_Type": "yes_no"}
-    sheet = b"Index,Question,Options,Correct Answer\n1,What?,(a) x (b) y,(a)\n2,What?,(a) x (b) y,(b)\n"
+    sheet = b"Index,Question,Options,Correct Answer\n1,What is it?,(a) x (b) y,(a)\n2,What is it?,(a) x (b) y,(b)\n"
     made: dict[str, Callable[[], Reader]] = {
         "answers": lambda: Reader({"a.jsonl": lines(*own)}, command(*pope, "--rows", "{}/rows.jsonl", "--json")),
         "pope-llava": lambda: Reader(
@@ -477,7 +477,10 @@ def readers() -> dict[str, Callable[[], Reader]]:
         "mmvp": lambda: Reader(
             {
                 "a.jsonl": lines(
-                    *({"question_id": i, "prompt": "What?", "answer": "(a)", "response": "(a)"} for i in (1, 2))
+                    *(
+                        {"question_id": i, "prompt": "What is it? (a) x (b) y", "answer": "(a)", "response": "(a)"}
+                        for i in (1, 2)
+                    )
                 ),
                 "q.csv": sheet,
             },
