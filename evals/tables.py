@@ -518,13 +518,27 @@ def tidy_csv(made: Sequence[Block]) -> str:
 
 
 _LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$", "Δ": r"$\Delta$", "↑": r"$\uparrow$"}
-_LATEX |= {"↓": r"$\downarrow$", "–": "--", "<": "$<$", "*": r"$^{*}$", "+": "$+$", "~": r"\textasciitilde{}"}
+_LATEX |= {"{": r"\{", "}": r"\}", "$": r"\$", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+_LATEX |= {
+    "†": r"$\dagger$",
+    "↓": r"$\downarrow$",
+    "–": "--",
+    "<": "$<$",
+    "*": r"$^{*}$",
+    "+": "$+$",
+    "~": r"\textasciitilde{}",
+}
 
 
 def _latex(value: str | Value) -> str:
-    text = "".join(_LATEX.get(letter, letter) for letter in _text(value))
-    # A minus sign, where a hyphen in a name stays one.
-    return text.replace("-", "$-$") if isinstance(value, Value) else text
+    def escaped(text: str) -> str:
+        return "".join(_LATEX.get(letter, letter) for letter in text)
+
+    if not isinstance(value, Value):
+        return escaped(value)
+    # A minus sign in the number, where a hyphen in a name stays one.
+    number = value.text().removesuffix(value.mark)
+    return escaped(number).replace("-", "$-$") + escaped(value.mark)
 
 
 def latex(made: Sequence[Block]) -> str:

@@ -22,7 +22,7 @@ from lvlm_decode_evals.plan import (
 )
 from lvlm_decode_evals.plots import dots, write_pictures
 from lvlm_decode_evals.pope import Pope
-from lvlm_decode_evals.tables import Value, blocks, gather, markdown, render
+from lvlm_decode_evals.tables import Block, Value, blocks, gather, markdown, render
 
 # Printed F1 that does not follow from the printed precision and recall; the files say so in their notes.
 SLIPS = {("pope-avisc-instructblip", "VCD", "coco-random"), ("pope-icd-instructblip", "ICD", "coco-random")}
@@ -304,6 +304,14 @@ def test_ours_beside_the_published_values(tmp_path):
     assert "miniature" not in " ".join(paper_blocks(config, results, config.model, 200)[0].notes)
 
 
+def test_a_hyphen_in_a_mark_is_no_minus_sign():
+    value = Value(-0.072, "percent", signed=True, mark=" (protocol deco-512 minus opera-512)†")
+    tex = render([Block("t", ("x",), ((value,),))], "latex")
+    assert r"$-$7.2 (protocol deco-512 minus opera-512)$\dagger$" in tex
+    tex = render([Block("t", ("x",), (("a\\b^$ {c}",),))], "latex")
+    assert r"a\textbackslash{}b\textasciicircum{}\$ \{c\}" in tex
+
+
 def test_unverified_values_and_means_are_marked(tmp_path):
     config = on_scenes(read_config(ROOT / "configs" / "pope-damro-llava-1.5.yaml"))
     for split in ("random", "popular", "adversarial"):
@@ -311,6 +319,8 @@ def test_unverified_values_and_means_are_marked(tmp_path):
     table = paper_blocks(config, results_of(tmp_path), "tiny", 200)[0]
     (line,) = [row for row in table.lines if row[0] == "Original" and row[3:5] == (MEAN, "Accuracy")]
     assert line[6].text() == "82.08†" and line[5].low is None
+    tex = render([table], "latex")
+    assert r"82.08$\dagger$" in tex and "†" not in tex
     marks = {e["mark"] for e in csv.DictReader(io.StringIO(render([table], "csv"))) if e["column"] == "Published"}
     assert marks == {"†"}
     accuracies = [Pope().summary(r.rows)["accuracy"] for r in results_of(tmp_path)]
