@@ -253,10 +253,8 @@ def on_scenes(config: PaperTable) -> PaperTable:
         for row in config.rows
     )
     splits = tuple(dict.fromkeys(rename[split] for split in config.splits))
-    # Options that point at files of the real benchmark say nothing about scenes.
-    options = {
-        name: value for name, value in config.options.items() if name in ("rule", "parser", "unfinished", "prompt")
-    }
+    # Options that point at files of the real benchmark say nothing about scenes, and the small models know one prompt.
+    options = {name: value for name, value in config.options.items() if name in ("rule", "parser", "unfinished")}
     if options.get("parser") == "wordnet-pos":
         options["parser"] = "pattern"
     return replace(config, rows=rows, splits=splits, template=None, suffix="", options=options)

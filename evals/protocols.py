@@ -158,8 +158,11 @@ class Protocol:
         return dict(self.options) | ({"prompt": self.prompt} if self.prompt else {})
 
     def on_scenes(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The same options for the emoji scenes, whose truth and words need no other parser."""
-        return {**options, "parser": "pattern"} if options.get("parser") == "wordnet-pos" else dict(options)
+        """The same options for the emoji scenes, whose truth and words need no other parser. The small models know one
+        prompt; to another ("Generate a short caption of this image.") they answer yes or no.
+        """
+        parser = {"parser": "pattern"} if options.get("parser") == "wordnet-pos" else {}
+        return {name: value for name, value in options.items() if name != "prompt"} | parser
 
     def questions(self, chosen: Evaluator) -> dict[str, list[Question]]:
         """The questions about exactly the images of this protocol. Raises SettingsError where nobody knows them."""

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
 from lvlm_decode_evals import evaluator, protocols
+from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.commands import add_to
 from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
 from lvlm_decode_evals.protocols import LISTS, key_of, names, protocol, read_ids, read_protocol, setup
@@ -157,18 +158,30 @@ def test_a_run_by_protocol_on_the_small_model_says_so(command, tmp_path):
         assert done.exit_code == 1 and sentence in done.output
 
 
-def test_a_protocol_of_ones_own_may_ask_anything(command, tmp_path):
-    raw = yaml.safe_load((ROOT / "configs" / "protocols" / "marine-short.yaml").read_text())
-    raw |= {"prompt": "Task: describe, {briefly}.", "max_new_tokens": 4}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
-    done = command("eval", "chair", "--protocol", tmp_path / "mine.yaml", "--limit", 2, "--out", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    (asked,) = (tmp_path / "out").rglob("questions.jsonl")
-    assert {json.loads(line)["text"] for line in asked.open()} == {"Task: describe, {briefly}."}
-    assert "Protocol: mine on emoji scenes." in done.output
+def test_a_protocol_of_ones_own_may_ask_anything(tmp_path):
+    from lvlm_decode_evals.runner import Options, prompt_of
+
+    raw = yaml.safe_load((ROOT / "configs" / "protocols" / "opera-512.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw | {"prompt": "Task: describe, {briefly}."}))
+    fixed = setup(protocol(str(tmp_path / "mine.yaml")), "chair", LLAVA, False, {})
+    chosen = evaluator("chair", **fixed.options)
+    question = Question(1, chosen.prompt, "1.jpg")
+    assert prompt_of(None, question, Options(template=fixed.template)).endswith(
+        "USER: <image> Task: describe, {briefly}. ASSISTANT:"
+    )
 
 
-@pytest.mark.full
+def test_the_small_models_are_asked_for_captions_in_words_they_know(command, tmp_path):
+    """To DAMRO's "Generate a short caption of this image." they answer yes or no."""
+    own = evaluator("chair").options()["prompt"]
+    done = command("eval", "chair", "--protocol", "damro-1024", "--limit", 2, "--out", tmp_path)
+    assert done.exit_code == 0 and "Protocol: damro-1024 on emoji scenes." in done.output
+    (asked,) = tmp_path.rglob("questions.jsonl")
+    assert {json.loads(line)["text"] for line in asked.open()} == {own}
+    table = on_scenes(read_config(ROOT / "configs" / "chair-damro-llava-1.5.yaml"))
+    assert table.evaluator.options()["prompt"] == own
+
+
 def test_two_protocols_in_one_table_are_told_apart(command, tmp_path):
     for name in ("sid-512", "pai-512"):
         out = tmp_path / name
@@ -176,7 +189,7 @@ def test_two_protocols_in_one_table_are_told_apart(command, tmp_path):
         assert done.exit_code == 0, done.output
     shown = command("table", tmp_path)
     assert shown.exit_code == 0, shown.output
-    # Under different prompts, and under the same one, these are tables of their own that say which they are.
+    # These are tables of their own that say which they are.
     assert shown.output.count("Protocol: ") == 2
     done = command("eval", "chair", "--protocol", "halc-64", "--limit", 2, "--out", tmp_path / "halc")
     shown = command("table", tmp_path)
