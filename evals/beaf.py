@@ -108,7 +108,7 @@ class BEAF(Evaluator):
         if "id" not in records[0][1]:
             return super().read_answers(path)
         said = [checked(_Said, record, where) for where, record in records]
-        return [Answer(answer.id, answer.answer) for answer in said]
+        return [Answer(line.id, line.answer, line.question, line.image, line.gt) for line in said]
 
     def row(self, answer: Answer) -> Row:
         label = str(answer.label).lower()
@@ -181,6 +181,9 @@ class _Said(Record):
 
     id: Identity
     answer: str
+    question: str = ""
+    image: str | None = None
+    gt: str | None = None
 
 
 def _question_of(record: Mapping[str, Any], where: str) -> Question:

@@ -73,18 +73,24 @@ class Form(Line, ABC):
         """The answer. number: of the record in its file, from 1."""
 
 
+def _one_of(said: str, others: Sequence[str], fields: dict[str, Any]) -> None:
+    """Refuse a line that has the model's words by two names: one of them may well be the gold answer."""
+    if said in fields and (both := [name for name in others if name != said and fields.get(name) is not None]):
+        raise PydanticCustomError(
+            "ambiguous",
+            f"field {said!r} and field {both[0]!r} are both there, and nobody can tell which the model said; keep the model's "
+            f"as {said!r} and the gold answer as 'label'",
+        )
+
+
 class _Answered(Form):
     """A form whose `answer` must be the model's: a file that also has the model's words by another name is refused."""
 
     @model_validator(mode="after")
     def _one_answer(self) -> _Answered:
         fields = {**self.__dict__, **(self.model_extra or {})}
-        if "answer" in self.model_fields_set and (both := [name for name in _SAID if fields.get(name) is not None]):
-            raise PydanticCustomError(
-                "ambiguous",
-                f"field 'answer' and field {both[0]!r} are both there, and nobody can tell which the model said; keep the "
-                "model's as 'answer' and the gold answer as 'label'",
-            )
+        if "answer" in self.model_fields_set:
+            _one_of("answer", _SAID, fields)
         texts = [fields[name] for name in ("text", "question", "query", "prompt") if isinstance(fields.get(name), str)]
         if other := [text for text in texts[1:] if not same_text(text, texts[0])]:
             raise PydanticCustomError(
@@ -162,6 +168,11 @@ class Llava(Form):
     text: str | None
     image: Identity | None = None
     label: Any = None
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Llava:
+        _one_of("text", _SAID, {**self.__dict__, **(self.model_extra or {})})
+        return self
 
     def to_answer(self, number: int) -> Answer:
         image = None if self.image is None else str(self.image)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lvlm_decode.errors import FileFormatError
+from lvlm_decode.errors import FileFormatError, UnknownNameError
 
 from .base import Answer, Column, Evaluator, Question, Row, need, ratio
 from .choices import (
@@ -123,6 +123,8 @@ class MMStar(Evaluator):
         named = named_choice(answer.answer, choices) if choices else None
         found = ({named} if named else set()) if choices else answer_letters(answer.answer)
         category = str(field(answer.meta, f"{where} (give --questions FILE)", "category"))
+        if not choices and category not in CATEGORIES:
+            raise UnknownNameError.of(f"{where}: category of MMStar", category, CATEGORIES)
         return Row.of(
             replace(answer, label=label),
             parsed="".join(sorted(found)) or "other",

@@ -24,6 +24,7 @@ from lvlm_decode.reading import read_json, read_text, shown
 
 from .base import Answer, Column, Evaluator, Question, Row, ratio
 from .choices import TASKS, read_sheet, scene_contrasts, text_field, whole_number, yes_no_questions
+from .forms import BY_PLACE, in_order
 
 # Words that mean 1 and 0, by type of question.
 _WORDS = {"yes_no": ("yes", "no"), "multiple_choice": ("A", "B")}
@@ -107,8 +108,15 @@ class NaturalBench(Evaluator):
             listed = read_json(path)
             # A list of objects is the other form; it is of that which most of its entries are.
             if sum(isinstance(entry, str) for entry in listed) > sum(isinstance(entry, dict) for entry in listed):
-                return [Answer(question_id=index, answer=_said(path, index, text)) for index, text in enumerate(listed)]
+                return [
+                    Answer(question_id=index, answer=_said(path, index, text), meta={BY_PLACE: True})
+                    for index, text in enumerate(listed)
+                ]
         return super().read_answers(path)
+
+    def matched(self, answers: Sequence[Answer], questions: Sequence[Question], where: str) -> list[Answer]:
+        """A list in the order of the calls takes the ids of the questions in their order; lengths must agree."""
+        return in_order(answers, questions, where)
 
     def row(self, answer: Answer) -> Row:
         where = f"question {answer.question_id}"

@@ -171,6 +171,7 @@ def _label(label: Any, where: str) -> str:
 class _RepopeAnswer(Record):
     """An answer in RePOPE's own file, {split: {id: this}}."""
 
+    question_id: Identity | None = None
     label: str
     response: str | None
     text: str = ""
@@ -248,6 +249,13 @@ class Pope(Evaluator):
         if len(records) > 1 or not _is_repope(first):
             return answers_of(records, _FORMS, "POPE answers")
         splits = checked(_Repope, first, where)
+        for split, answers in splits.items():
+            for identity, said in answers.items():
+                if said.question_id is not None and str(said.question_id) != identity:
+                    raise FileFormatError(
+                        f"{where}: field {split!r}, field {identity!r} is about question {said.question_id}; the two must be the "
+                        "same."
+                    )
         return [
             Answer(
                 question_id=identity if len(splits) == 1 else f"{split}/{identity}",

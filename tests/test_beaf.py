@@ -8,6 +8,7 @@ from conftest import shared_path
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode_evals import score
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.beaf import BEAF
 from lvlm_decode_evals.joins import join
@@ -110,3 +111,25 @@ def test_broken_files(tmp_path):
             BENCH.file_questions(tmp_path / "qna.json")
     with pytest.raises(EvalError, match="give --questions FILE"):
         BENCH.row(Answer(1, "Yes"))
+
+
+def test_the_authors_lines_are_compared_with_their_questions(tmp_path):
+    asked = [
+        {"id": i, "image": name, "question": "Is there a dog in the image?", "gt": gt, "orig_img": o, "removed_q": True}
+        for i, (name, gt, o) in enumerate(
+            (("COCO_val2014_000000000042.jpg", "yes", True), ("COCO_val2014_000000000042_01.png", "no", False))
+        )
+    ]
+    questions, path = tmp_path / "beaf_qna.json", tmp_path / "answers.json"
+    questions.write_text(json.dumps(asked))
+
+    def scored(**more):
+        path.write_text(json.dumps([{"id": 0, "answer": "Yes."} | more, {"id": 1, "answer": "No."}]))
+        return score("beaf", path, questions)
+
+    assert scored().rates["accuracy"] == 1
+    assert not scored(**{name: asked[0][name] for name in ("image", "question", "gt")}).audit
+    assert scored(gt="no").audit.contradicted == ("0",)
+    for more in ({"image": "COCO_val2014_000000000043.jpg"}, {"question": "Is there a cat in the image?"}):
+        with pytest.raises(EvalError, match="1 of 2 answers are about something else"):
+            scored(**more)

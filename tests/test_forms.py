@@ -88,6 +88,9 @@ def test_repopes_nested_answers(tmp_path):
     assert [row.id for row in scored("pope", path, write(tmp_path / "q.json", QUESTIONS))] == ["1", "2", "3"]
     path.write_text(json.dumps({"random": nested, "popular": nested}, indent=1))
     assert len({row.id for row in scored("pope", path)}) == 6
+    path.write_text(json.dumps({"random": nested | {"2": nested["2"] | {"question_id": 3}}}))
+    with pytest.raises(FileFormatError, match="field 'random', field '2' is about question 3"):
+        scored("pope", path)
     del nested["2"]["response"]
     path.write_text(json.dumps({"random": nested}))
     with pytest.raises(FileFormatError, match="field 'random', field '2' has no field 'response'"):
@@ -295,6 +298,13 @@ def test_a_gold_answer_is_never_taken_for_the_models(tmp_path, name):
         with pytest.raises(FileFormatError, match="both there"):
             scored("pope", path, write(tmp_path / "q.json", QUESTIONS))
         assert len(scored("pope", write(tmp_path / "a.jsonl", lines), tmp_path / "q.json")) == 3
+
+
+@pytest.mark.parametrize("name", ["output", "response", "pred"])
+def test_llavas_text_beside_other_words_of_the_model_is_refused(tmp_path, name):
+    lines = [{"question_id": i, "prompt": t, "text": "Yes", name: "No", "label": "yes"} for i, t in enumerate(TEXTS)]
+    with pytest.raises(FileFormatError, match=f"line 1: field 'text' and field '{name}' are both there"):
+        scored("pope", write(tmp_path / "a.jsonl", lines))
 
 
 def test_a_line_that_says_two_things_were_asked_is_refused(tmp_path):

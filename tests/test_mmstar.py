@@ -6,7 +6,7 @@ import pytest
 from conftest import shared_path
 
 import lvlm_decode_data
-from lvlm_decode.errors import FileFormatError
+from lvlm_decode.errors import FileFormatError, UnknownNameError
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.mmstar import MMStar, answer_letters
 
@@ -89,3 +89,8 @@ def test_broken_sheets(tmp_path):
         BENCH.file_questions(tmp_path / "q.csv")
     with pytest.raises(FileFormatError, match="has no label"):
         BENCH.row(Answer(1, "A", meta={"category": "math"}))
+
+
+def test_an_unknown_category_is_named_with_the_nearest():
+    with pytest.raises(UnknownNameError, match=r"question 1: category of MMStar 'maths' is unknown.*nearest is 'math'"):
+        BENCH.row(Answer(1, "A", label="A", meta={"category": "maths"}))

@@ -6,7 +6,8 @@ import json
 import pytest
 
 import lvlm_decode_data
-from lvlm_decode.errors import FileFormatError
+from lvlm_decode.errors import EvalError, FileFormatError
+from lvlm_decode_evals import score
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.joins import join
 from lvlm_decode_evals.naturalbench import NaturalBench, verdict
@@ -166,3 +167,16 @@ def test_broken_files_say_what_is_wrong(tmp_path):
         BENCH.file_questions(path)
     with pytest.raises(FileFormatError, match="give --questions FILE"):
         BENCH.row(Answer(0, "Yes"))
+
+
+@pytest.mark.parametrize("number", [3, 5, 8])
+def test_a_list_of_another_length_than_its_questions_is_refused(tmp_path, number):
+    """Its order is all that says what was answered."""
+    group = {"Index": 7, "Question_0": "Is it?", "Question_1": "Is that?", "Question_Type": "yes_no"}
+    questions, path = tmp_path / "q.json", tmp_path / "a.json"
+    questions.write_text(json.dumps([group]))
+    path.write_text(json.dumps(["Yes", "No", "No", "Yes", "Yes", "No", "No", "Yes"][:number]))
+    with pytest.raises(EvalError, match=f"{number} answers without ids and 4 questions"):
+        score("naturalbench", path, questions)
+    path.write_text(json.dumps(["Yes", "No", "No", "Yes"]))
+    assert score("naturalbench", path, questions).rates["g_acc"] == 1
