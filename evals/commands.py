@@ -166,7 +166,7 @@ def eval_command(
     # Before torch is imported, which takes seconds.
     check_limit(limit)
     from .api import Evaluation, prepare
-    from .plan import Decoding
+    from .plan import Decoding, check_seeds
     from .runner import Options, Share, failures, load, processes
     from .tables import render
 
@@ -205,13 +205,16 @@ def eval_command(
                 "--batch-size auto may differ between shards, which then cut other batches; give a number."
             )
 
+    check_seeds(seed or [0])
     wanted = None
     sampling = (temperature, top_p, top_k)
     if do_sample is False and any(value is not None for value in sampling):
         raise SettingsError("--temperature, --top-p and --top-k need sampling; leave out --no-do-sample.")
     if do_sample is not None or num_beams is not None or any(value is not None for value in sampling):
         drawn = do_sample if do_sample is not None else any(value is not None for value in sampling)
-        wanted = Decoding(drawn, 1.0 if temperature is None else temperature, top_p, top_k, num_beams or 1)
+        wanted = Decoding(
+            drawn, 1.0 if temperature is None else temperature, top_p, top_k, 1 if num_beams is None else num_beams
+        )
     if shown is not None and shown.decoding is not None:
         wanted = shown.decoding
     source = protocol_source(shown, chosen, images) if shown is not None and not is_tiny(model) else None

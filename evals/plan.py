@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -48,9 +49,9 @@ class Decoding:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        if self.do_sample and not self.temperature > 0:
+        if self.do_sample and not 0 < self.temperature < math.inf:
             raise SettingsError(
-                f"temperature is {self.temperature}; sampling needs one above 0 (greedy: --no-do-sample)."
+                f"temperature is {self.temperature}; sampling needs a finite one above 0 (greedy: --no-do-sample)."
             )
         if self.num_beams < 1:
             raise SettingsError(f"num_beams is {self.num_beams}; it must be at least 1.")
@@ -61,6 +62,8 @@ class Decoding:
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise SettingsError(f"top_p is {self.top_p}; it must lie in (0, 1].")
+        if self.top_k is not None and self.top_k < 0:
+            raise SettingsError(f"top_k is {self.top_k}; it must be at least 1, or left out for all tokens.")
         if not self.do_sample:
             # Nothing is drawn, so what draws would follow makes no other decoding.
             for name, default in (("temperature", 1.0), ("top_p", None), ("top_k", None)):
@@ -215,6 +218,14 @@ def is_control(method: str) -> bool:
     return method.partition("(")[0] in CONTROLS
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise SettingsError for a seed that is given twice, or that no file of settings can hold."""
+    if twice := repeated(map(str, seeds)):
+        raise SettingsError(f"seed {twice[0]} is given twice, and would give the same answers again; leave one out.")
+    if long := [seed for seed in seeds if not -(2**63) <= seed < 2**63]:
+        raise SettingsError(f"seed {long[0]} has more than 64 bits; give a smaller one.")
+
+
 def cells(
     splits: Sequence[str],
     methods: Sequence[tuple[str, Decoding]],
@@ -223,8 +234,9 @@ def cells(
 ) -> list[Cell]:
     """Every cell of a run, controls first. The plain model under greedy or beams draws nothing, so it has one seed.
 
-    without: controls to leave out, as `check_without` takes them.
+    without: controls to leave out, as `check_without` takes them. Raises SettingsError as `check_seeds` does.
     """
+    check_seeds(seeds)
     wanted = [pair for method in methods for pair in controls(*method)]
     pairs = dict.fromkeys([pair for pair in wanted if not _names(pair) & set(without)] + list(methods))
     return [

@@ -269,6 +269,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.template is not None and "{question}" not in self.template:
             raise SettingsError(f"template {self.template!r} has no {{question}}; put it where the question belongs.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise SettingsError(f"max_new_tokens is {self.max_new_tokens}; give at least 1, or leave it out.")
         if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise SettingsError(f"batch size is {self.batch_size!r}; give a positive number or auto.")
 

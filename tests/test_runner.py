@@ -443,6 +443,29 @@ def test_wrong_command_lines_get_one_sentence(arguments, sentence, monkeypatch):
     assert sentence in done.output and len(done.output.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--num-beams", "0"), "num_beams is 0; it must be at least 1"),
+        (("--num-beams", "-2"), "num_beams is -2"),
+        (("--max-new-tokens", "0"), "max_new_tokens is 0; give at least 1"),
+        (("--max-new-tokens", "-3"), "max_new_tokens is -3"),
+        (("--top-k", "-1"), "top_k is -1"),
+        (("--top-p", "0"), "top_p is 0.0"),
+        (("--temperature", "0"), "temperature is 0.0"),
+        (("--temperature", "inf"), "temperature is inf; sampling needs a finite one"),
+        (("--temperature", "nan"), "temperature is nan"),
+        (("--seed", "1", "--seed", "1"), "seed 1 is given twice"),
+        (("--seed", "1" * 20), "has more than 64 bits"),
+    ],
+)
+def test_numbers_that_no_run_can_use_are_refused_before_a_model_is_loaded(arguments, sentence, monkeypatch, tmp_path):
+    monkeypatch.setattr("lvlm_decode_evals.runner.load", lambda *a, **k: pytest.fail("a model was loaded"))
+    done = cli("eval", "pope", *arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 1 and sentence in done.output and len(done.output.strip().splitlines()) == 1, done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_scoring_and_tables_of_a_run_from_the_command_line(finished, tmp_path):
     done = cli("score", finished, "--json")
     assert done.exit_code == 0, done.output
