@@ -640,7 +640,7 @@ class Model:
         self.recorder.on = True
         self.rows.look(tokens.flatten(0, 1))
         self.recorder.on = False
-        return self._attention(self.recorder.take(), c)
+        return self._attention(self.recorder.take().to(self.rows.device), c)
 
     def rewind(self, prefixes: dict[int, Tensor]) -> dict[int, Tensor]:
         """Go back in some samples to tokens (beams, t'), in one forward over these alone; their logits (beams, N)."""
@@ -688,7 +688,7 @@ class Model:
         self.recorder.on = True
         appended = self.rows.extend(tokens, counts)
         self.recorder.on = False
-        _, response = self._attention(self.recorder.take(), 1, before)
+        _, response = self._attention(self.recorder.take().to(self.rows.device), 1, before)
         if logits is None:
             logits = appended
         else:

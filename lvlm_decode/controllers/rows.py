@@ -74,7 +74,9 @@ class Rows:
         self._looked: _Looked | None = None
         head = decoder.head(self.module)
         # Some families scale or cap what their head says; the head alone then does not give the logits.
-        plain = head is not None and torch.allclose(head(hidden[:, -1]).float(), self.first, atol=1e-4, rtol=1e-3)
+        plain = head is not None and torch.allclose(
+            head(hidden[:, -1]).float().to(self.first.device), self.first, atol=1e-4, rtol=1e-3
+        )
         self._head = head if plain else None
 
     def __len__(self) -> int:
@@ -113,7 +115,8 @@ class Rows:
             mask = self._mask(own, torch.arange(q, device=self.device))
         # The head is the widest matrix there is: only the positions after which some row ends go through it.
         ends = sorted({max(count - 1, 0) for count in counts})
-        keep = 1 if even else torch.tensor(ends, device=self.device)
+        # Indices of the host go into states of any device.
+        keep = 1 if even else torch.tensor(ends)
         out = self._forward(tokens, torch.arange(q, device=self.device), mask, keep)
         last = torch.tensor([ends.index(max(count - 1, 0)) for count in counts], device=self.device)
         logits = out.logits[torch.arange(len(self), device=self.device), last].float()
@@ -135,9 +138,10 @@ class Rows:
             self._looked = _Looked(c, out.logits, None)
             return
         # The head runs later, for the alternatives that are chosen.
-        none = torch.empty(0, dtype=torch.long, device=self.device)
+        none = torch.empty(0, dtype=torch.long)
         hidden, _ = _with_hidden(self.module, lambda: self._forward(tokens, depth, mask, none))
-        self._looked = _Looked(c, hidden, self._head)
+        # The last layer may live on another device than the prompts.
+        self._looked = _Looked(c, hidden.to(self.device), self._head)
 
     def take(self, parents: Sequence[int], columns: Sequence[int]) -> Tensor | None:
         """Row i becomes what row ``parents[i]`` was plus its alternative ``columns[i]``; -1 appends nothing.
@@ -159,7 +163,7 @@ class Rows:
             # Only an alternative that was looked at can be taken.
             assert looked is not None
             chosen = looked.states[source, column]
-            logits = sampling.numbers((chosen if looked.head is None else looked.head(chosen)).float())
+            logits = sampling.numbers((chosen if looked.head is None else looked.head(chosen)).float().to(self.device))
             if len(taken) < len(parents):
                 logits = logits.new_empty(len(parents), logits.shape[-1]).index_copy_(0, rows, logits)
         # Rows that stay among those of their prompt need not move its slots, which are most of the cache.

@@ -127,17 +127,22 @@ def weighted(attention: Tensor, value: Tensor) -> Tensor:
     return (folded @ value).reshape(rows, heads, count, -1).transpose(1, 2)
 
 
-def image_slots(lane: Lane, family: Family) -> Tensor:
-    """(V*B, length) bool: slots of the cache that hold tokens of images and videos, in all rows of a lane."""
-    prompts = torch.cat([left_pad(family.is_placeholder(p.input_ids), lane.width, False) for p in lane.prepared])
-    return torch.nn.functional.pad(prompts, (0, lane.length - lane.width))
+def image_slots(lane: Lane, family: Family, device: torch.device | None = None) -> Tensor:
+    """(V*B, length) bool: slots of the cache that hold tokens of images and videos, in all rows of a lane.
 
-
-def to_layer(slots: Tensor, lane: Lane, size: int) -> Tensor:
-    """Values per slot of the cache (..., length) as a layer with ``size`` key slots sees them.
-
-    A sliding layer has dropped the oldest slots, a static one has empty ones at its end.
+    Args:
+        device: of the layer that asks, where that is not the prompt's: layers may live on devices of their own.
     """
+    prompts = torch.cat([left_pad(family.is_placeholder(p.input_ids), lane.width, False) for p in lane.prepared])
+    return torch.nn.functional.pad(prompts.to(device), (0, lane.length - lane.width))
+
+
+def to_layer(slots: Tensor, lane: Lane, states: Tensor) -> Tensor:
+    """Values per slot of the cache (..., length) as the layer with keys or values ``states`` (R, G, S, width) sees them.
+
+    A sliding layer has dropped the oldest slots, a static one has empty ones at its end, and each may have its device.
+    """
+    size, slots = states.shape[2], slots.to(states.device)
     if size < lane.length:
         return slots[..., lane.length - size :]
     return torch.nn.functional.pad(slots, (0, size - lane.length))
@@ -169,7 +174,7 @@ class Rescored(Edit):
         if rows is None or layer not in self.layers or (lane.prefilling and not self.first):
             return out
         queries = choosing(lane)
-        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key.shape[2])[:, None, None]
+        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key)[:, None, None]
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
         own = query[rows][:, :, queries]
         attention = probabilities(own, key[rows], seen, scaling, lambda scores: self.change(scores, images))

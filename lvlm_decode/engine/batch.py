@@ -380,5 +380,6 @@ def attention_to_prompt(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     edits.append(recorder)
     with torch.no_grad(), routed(lane.module):
         logits = lane.prefill(1).logits[:, -1].float()
-    rows = torch.stack([recorder.layers[layer] for layer in sorted(recorder.layers)])
+    # Layers may live on devices of their own.
+    rows = torch.stack([recorder.layers[layer].to(logits.device) for layer in sorted(recorder.layers)])
     return rows, image_slots(lane, batch.family), logits

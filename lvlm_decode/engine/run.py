@@ -186,6 +186,11 @@ class Run:
         """The module whose loop decodes."""
         return self.prepared[0].module
 
+    @property
+    def device(self) -> torch.device:
+        """Where the prompts are, and with them what the lanes put out."""
+        return self.prepared[0].input_ids.device
+
     def view_number(self, mark: str) -> int:
         """The number of the view that was made with this mark; 0 is the sample itself."""
         return next(number for number, view in enumerate(self.views, 1) if view.mark == mark)
@@ -290,7 +295,7 @@ class Run:
 
     def weights(self, rows: int) -> tuple[float | Tensor, ...]:
         """Signed weight of each extra view: one number where all samples agree, else (rows,), sample-major."""
-        device = self.family.model.device
+        device = self.device
         return tuple(
             own[0] if len(set(own)) == 1 else torch.tensor(own, device=device).repeat_interleave(rows // len(own))
             for own in self._weights

@@ -395,7 +395,7 @@ class Lanes:
                 for view, own in zip(lane.views, kept.split(rows)):
                     states[view] = own.to(logits.device)
             hidden[layer] = torch.stack(states)
-        self.last_step = Step(logits, positions, self.weights, hidden, self._project)
+        self.last_step = Step(logits, positions.to(logits.device), self.weights, hidden, self._project)
         scores = self.method.scores(self.last_step)
         if self.recorder is not None:
             self.recorder.step(self.method, self.last_step, scores)

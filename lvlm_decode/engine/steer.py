@@ -152,4 +152,4 @@ def last_states(run: Run, columns: Sequence[Sequence[Sample]]) -> Tensor:
     layers = decoder.parts(lane.module, "layer")
     with torch.no_grad(), hooked(after=dict.fromkeys(layers, keep)):
         lane.prefill(1)
-    return torch.stack([found[layer] for layer in layers]).unflatten(1, (len(columns), count))
+    return torch.stack([found[layer].to(run.device) for layer in layers]).unflatten(1, (len(columns), count))

@@ -44,13 +44,12 @@ class Thinned(Edit):
         rows = lane.rows_of(self.view)
         if rows is None or layer < self.layer:
             return mask
-        count, slots = query.shape[2], key.shape[2]
-        seen = visible(count, slots, mask, key.device)
+        seen = visible(query.shape[2], key.shape[2], mask, key.device)
         if layer == self.layer:
             queries = choosing(lane)
             own = rows_of(seen, rows, queries)
             attention = probabilities(query[rows][:, :, queries], key[rows], own, scaling).mean(1)
-            images = image_slots(lane, self.run.family)[rows]
+            images = image_slots(lane, self.run.family, key.device)[rows]
             in_use = own[:, 0].expand_as(attention)[..., : lane.length]
             attention = left_pad(attention[..., : lane.length], lane.length, 0.0)
             self.hidden = self.hides(attention, left_pad(in_use, lane.length, False), images[:, None], lane)
@@ -59,7 +58,7 @@ class Thinned(Edit):
                 self.run.recorder.attended(title, layer, attention, images, images[:, None] & ~self.hidden)
             return mask
         seen = seen.expand(len(query), -1, -1, -1).clone()
-        thinned = seen[rows] & ~to_layer(self.hidden, lane, slots)[:, None]
+        thinned = seen[rows] & ~to_layer(self.hidden, lane, key)[:, None]
         # The queries before the first slot that is left have nothing to see, and keep what they saw.
         self.blind = seen[rows].any(-1, keepdim=True) & ~thinned.any(-1, keepdim=True)
         seen[rows] = torch.where(self.blind, seen[rows], thinned)
@@ -69,4 +68,4 @@ class Thinned(Edit):
 def least(attention: Tensor, among: Tensor, keep: Tensor) -> Tensor:
     """(B, q, S) bool: of the slots ``among`` (B or 1, q or 1, S) all but the ``keep`` (B, q or 1, 1) least attended."""
     ranks = attention.masked_fill(~among, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
-    return among & (ranks >= keep)
+    return among & (ranks >= keep.to(ranks.device))

@@ -77,4 +77,4 @@ def vectors_for(run: Run, kind: str, given: Given, dimensions: int) -> Tensor:
             f"{kind}: the vectors are {tuple(vectors.shape)}, and this model needs {shape} (layers, width)"
             f"{' and a number of directions' if dimensions == 3 else ''}; give vectors that were made for it."
         )
-    return vectors.to(run.family.model.device)
+    return vectors.to(run.device)

@@ -340,7 +340,8 @@ class Family:
             states: (1 + P, D_vision) last states of the encoder, CLS first.
             fix_offset: see :class:`lvlm_decode.methods.damro.DAMRO`.
         """
-        return sample.images[number].features[index + (self.config.vision_feature_select_strategy == "full")]
+        features = sample.images[number].features
+        return features[index.to(features.device) + (self.config.vision_feature_select_strategy == "full")]
 
     def check_text(self, text: dict[str, Tensor]) -> None:
         if text.get("input_ids") is None:

@@ -130,7 +130,7 @@ class _Tilt(Rescored):
         if rows is None:
             return
         states = (args[0] if args else kwargs["hidden_states"])[rows].float()
-        images = image_slots(lane, self.run.family)[rows][:, : lane.width]
+        images = image_slots(lane, self.run.family, states.device)[rows][:, : lane.width]
         if lane.prefilling:
             self.prompt = normalize(states, dim=-1)
             # What stands after the last image of a row; padding comes first, so it is none of it.
@@ -157,7 +157,7 @@ class _Tilt(Rescored):
             return out
         whole = pad(self.likeness.to(key.device), (0, lane.length - self.likeness.shape[-1]))
         self._here.unsure = self.flags[layer].to(key.device)
-        self._here.like = to_layer(whole, lane, key.shape[2])
+        self._here.like = to_layer(whole, lane, key)
         return super().output(layer, query, key, value, mask, scaling, out)
 
 

@@ -144,7 +144,7 @@ class _Branch(Thinned):
         if rows is None or layer <= self.layer or not lane.prefilling:
             return out
         real = lane.mask[rows] if lane.mask is not None else self.blind.new_ones(lane.rows, lane.length)
-        real = to_layer(real, lane, value.shape[2]).to(value.dtype)[:, None, :, None]
+        real = to_layer(real, lane, value).to(value.dtype)[:, None, :, None]
         means = (value[rows] * real).sum(2) / real.sum(2)
         heads = means.repeat_interleave(out.shape[2] // means.shape[1], 1)
         out = out.clone()

@@ -85,10 +85,11 @@ class _Words(Edit):
     ) -> Tensor:
         seen = visible(query.shape[2], key.shape[2], mask, key.device)
         attention = probabilities(query, key, seen, scaling)
-        images = to_layer(image_slots(self.lane, self.batch.family), self.lane, key.shape[2])
+        images = to_layer(image_slots(self.lane, self.batch.family), self.lane, key)
         found = most_looking(attention * images[:, None, None])[..., : self.lane.length]
         found = pad(found, (self.lane.length - found.shape[-1], 0))
-        self.layers[layer] = found[..., : self.lane.width]
+        # Layers may live on devices of their own; what they say is read together.
+        self.layers[layer] = found[..., : self.lane.width].to(self.lane.position.device)
         return out
 
 
@@ -157,8 +158,8 @@ class _Weighed(Edit):
         own = self.factors.repeat_interleave(lane.rows // len(self.factors), 0)
         # A lane's prompts are padded on the left to the longest of its views.
         own = pad(own, (lane.width - own.shape[1], lane.length - lane.width)).to(key.device)
-        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key.shape[2])
-        own = to_layer(own, lane, key.shape[2])
+        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key)
+        own = to_layer(own, lane, key)
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
         attention = raised(probabilities(query[rows][:, :, queries], key[rows], seen, scaling), own, images)
         out = out.clone()

@@ -92,7 +92,7 @@ class _Retrace:
         self.method, self.run, self.first = method, run, layers[0]
         joined = [torch.cat(own) if own else torch.zeros(0, decoder.width(run.module)) for own in features]
         most = max(map(len, joined))
-        device = run.family.model.device
+        device = run.device
         #: (B, n, D) float32 image features; rows of zeros add nothing.
         self.features = torch.stack(
             [torch.nn.functional.pad(own.float(), (0, 0, 0, most - len(own))).to(device) for own in joined]
@@ -125,7 +125,7 @@ class _Retrace:
                 return None
             states = decoder.states_of(output).clone()
             own, given = states[rows], (args[0] if args else kwargs["hidden_states"])[rows]
-            real = lane.mask[rows] if lane.prefilling and lane.mask is not None else None
+            real = lane.mask[rows].to(own.device) if lane.prefilling and lane.mask is not None else None
             features = per_row(self.features, len(own)).to(own.device)
             looked = retraced(given.float(), own.float(), features, self.method.ratio, lane.prefilling, real)
             states[rows] = torch.where(self.pending[..., None].to(own.device), looked.to(own.dtype), own)

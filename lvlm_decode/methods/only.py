@@ -127,7 +127,7 @@ class _Words(Branch):
     def leaves(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, lane: Any) -> None:
         attention = probabilities(query, key, seen, scaling)
         images = image_slots(lane, self.run.family)[lane.rows_of(0)]
-        images = to_layer(images, lane, key.shape[2])[:, None, None]
+        images = to_layer(images, lane, key)[:, None, None]
         first = seen & (seen.cumsum(-1) == 1)
         self.heads = weighted(textual(attention, seen & ~images & ~first, seen & images), value)
 

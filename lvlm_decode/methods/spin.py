@@ -74,7 +74,7 @@ class _Damp(Edit):
         if rows is None or layer not in self.layers:
             return out
         queries = choosing(lane)
-        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key.shape[2])
+        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key)
         own, keys = query[rows][:, :, queries], key[rows]
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
         # A sliding layer may have left the image behind: then no head is told from another by it.

@@ -70,12 +70,12 @@ class _Scale(Edit):
         rows = lane.rows_of(0)
         if rows is None or layer not in self.layers:
             return out
-        images = image_slots(lane, self.run.family)[rows]
+        images = image_slots(lane, self.run.family, key.device)[rows]
         # 1 before the first image, then 0; rows without one have nothing before it.
         before = (images.cumsum(-1) == 0) & images.any(-1, keepdim=True)
         factor = torch.where(images, self.method.enhance, torch.where(before, self.method.suppress, 1.0))
         # A factor on a score is a factor on its key, so that sdpa does the rest and no scores are computed here.
-        scaled = key[rows] * to_layer(factor, lane, key.shape[2])[:, None, :, None].to(key.dtype)
+        scaled = key[rows] * to_layer(factor, lane, key)[:, None, :, None].to(key.dtype)
         seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, slice(None))
         own = torch.nn.functional.scaled_dot_product_attention(
             query[rows], scaled, value[rows], attn_mask=seen, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]

@@ -136,7 +136,7 @@ def head(module: Any) -> nn.Module:
 
 
 def logits_of(module: Any, hidden: Tensor, normed: bool = True) -> Tensor:
-    """(..., N) float32 logits of hidden states (..., D) of an intermediate layer, through final norm and head.
+    """(..., N) float32 logits of hidden states (..., D) of an intermediate layer, through final norm and head, where they are.
 
     Args:
         normed: ``False`` leaves the final norm out.
@@ -144,7 +144,8 @@ def logits_of(module: Any, hidden: Tensor, normed: bool = True) -> Tensor:
     softcap = getattr(module.config.get_text_config(), "final_logit_softcapping", None)
     with torch.no_grad():
         out = head(module)(module.get_decoder().norm(hidden) if normed else hidden).float()
-        return out if softcap is None else torch.tanh(out / softcap) * softcap
+        # The head may live on another device, as in a model that is split over several.
+        return (out if softcap is None else torch.tanh(out / softcap) * softcap).to(hidden.device)
 
 
 def fingerprint(module: Any) -> str:

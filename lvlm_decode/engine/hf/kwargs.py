@@ -150,7 +150,9 @@ class Prepared:
         images = take_images(kwargs)
         embeds = kwargs.pop("inputs_embeds", None)
         positions = kwargs.pop("position_ids", None)
-        tokens = {name: kwargs.pop(name) for name in token_keys if isinstance(kwargs.get(name), Tensor)}
+        tokens = {
+            name: kwargs.pop(name).to(input_ids.device) for name in token_keys if isinstance(kwargs.get(name), Tensor)
+        }
         known = {"input_ids", "attention_mask", *token_keys, *vision_keys, *_SETTINGS}
         unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
         if unknown:
@@ -160,6 +162,8 @@ class Prepared:
             )
         if positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        # Whoever made them may have asked the model where it lives, whose parts may live elsewhere than its prompt.
+        positions = positions.to(input_ids.device)
         if positions.shape[-2] != len(mask):
             positions = positions.expand(*positions.shape[:-2], len(mask), positions.shape[-1])
         return cls(module, input_ids, mask, positions, embeds, tokens, images)
