@@ -40,9 +40,12 @@ class MME(Evaluator):
 
     Args:
         rule: Rule that reads yes or no, a name of `parsers.RULES`; "mme" is the official one.
+        first_line: Ask the first line of a question alone, without "Answer the question using a single word or phrase.", as
+            AvisC's script does.
     """
 
     rule: str = "mme"
+    first_line: bool = False
 
     name: ClassVar[str] = "mme"
     paper: ClassVar[str] = "MME (arXiv 2306.13394)"
@@ -91,7 +94,7 @@ class MME(Evaluator):
         one, as it is for all 2374 official questions.
         """
         if Path(path).is_dir():
-            return {"all": [_question_of(line, i) for i, line in enumerate(_task_lines(path, (3, 4)))]}
+            return {"all": [self._cut(_question_of(line, i)) for i, line in enumerate(_task_lines(path, (3, 4)))]}
         asked: Counter[str] = Counter()
         questions = []
         for where, record in read_records(path):
@@ -103,8 +106,11 @@ class MME(Evaluator):
             label = _label(("yes", "no")[order % 2] if line.label is None else line.label, where)
             identity = f"{image if image.startswith(task) else f'{task}/{image}'}/{order + 1}"
             cluster = f"{task}/{image.rsplit('/', 1)[-1]}"
-            questions.append(Question(identity, line.text, image, label, cluster, meta={"task": task}))
+            questions.append(self._cut(Question(identity, line.text, image, label, cluster, meta={"task": task})))
         return {"all": questions}
+
+    def _cut(self, question: Question) -> Question:
+        return replace(question, text=question.text.split("\n")[0]) if self.first_line else question
 
     def read_answers(self, path: Path) -> list[Answer]:
         """Answers of a folder of official result files (image, question, gold, answer), or JSON lines: of this project, or

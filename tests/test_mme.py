@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import typer
@@ -191,6 +192,14 @@ def test_recorded_parses(lavin, rule, name):
     rows = scorer.rows(scorer.read_answers(lavin))
     rows.sort(key=lambda row: order.index(row.evidence["task"]))
     assert [row.parsed for row in rows] == known
+
+
+def test_the_first_line_alone_is_asked_where_a_protocol_does_so(tmp_path):
+    path = shared_path("data/mme/mme_hallucination_questions.jsonl.gz")
+    whole, first = (MME(first_line=cut).file_questions(path)["all"] for cut in (False, True))
+    assert all(q.text.endswith("\nAnswer the question using a single word or phrase.") for q in whole)
+    assert [q.text for q in first] == [q.text.partition("\n")[0] for q in whole]
+    assert [replace(q, text="") for q in first] == [replace(q, text="") for q in whole]
 
 
 def test_questions_of_the_hallucination_subset(lavin):
