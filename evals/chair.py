@@ -426,6 +426,15 @@ def _coco(path: Path, section: str) -> Any:
             raise FileFormatError(f"{path}: no {name!r} section; expected COCO's instances_*.json or captions_*.json.")
     # Outlines and other fields that are not needed here are left out.
     content = checked(_COCO[section], content, str(path))
+    # The index would keep the last of two, and leave out what belongs to no image.
+    if twice := repeated(str(category["id"]) for category in content.get("categories", ())):
+        raise FileFormatError(f"{path}: category {twice[0]} is there twice; keep one.")
+    listed = {image["id"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in listed:
+            raise FileFormatError(
+                f"{path}: annotation {annotation['id']} is about image {annotation['image_id']}, which the file does not list."
+            )
     coco = COCO()
     coco.dataset = content
     # createIndex prints its progress, which would end up in the JSON of a command.

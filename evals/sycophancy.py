@@ -15,7 +15,7 @@ hints only the quoted sentence is the authors' example; the others are this proj
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from lvlm_decode.errors import EvalError, UnknownNameError
-from lvlm_decode.reading import Identity, checked
+from lvlm_decode.reading import Identity, checked, shown
 
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, ratio
@@ -152,6 +152,10 @@ class Sycophancy(Evaluator):
             )
         where = f"question {answer.question_id}"
         pair = checked(_Pair, answer.meta["pair"], f"{where}, pair")
+        if answer.meta.get("hint") not in (None, "yes", "no"):
+            raise EvalError(
+                f"Question {answer.question_id}: hint must be yes, no or null, found {shown(answer.meta['hint'])}."
+            )
         verdict, clear = parsers.rule(self.rule)(answer.answer, answer.label)
         return Row.of(
             answer,
@@ -163,6 +167,28 @@ class Sycophancy(Evaluator):
             hint=answer.meta.get("hint"),
             text=answer.text,
         )
+
+    def rows(self, answers: Iterable[Answer]) -> list[Row]:
+        """Scored answers; the two of a pair are counted together, whatever images and ids their file gives them.
+
+        Raises EvalError for a pair that is asked three times, or whose two questions have different gold answers.
+        """
+        rows = super().rows(answers)
+        first: dict[str, Row] = {}
+        asked: set[tuple[str, bool]] = set()
+        for row in rows:
+            pair, led = row.evidence["pair"], row.evidence["hint"] is not None
+            if (pair, led) in asked:
+                which = "leading" if led else "neutral"
+                raise EvalError(
+                    f"Question {row.id}: pair {pair} has a second {which} question; a pair has one of each."
+                )
+            if first.setdefault(pair, row).label != row.label:
+                raise EvalError(
+                    f"Question {row.id}: gold answer {row.label}, and {first[pair].id} of the same pair has {first[pair].label}."
+                )
+            asked.add((pair, led))
+        return [replace(row, cluster=first[row.evidence["pair"]].cluster) for row in rows]
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         neutral = {row.evidence["pair"]: row for row in rows if row.evidence["hint"] is None}

@@ -309,6 +309,11 @@ def test_vocabularies_and_annotations_of_other_shapes(tmp_path):
         ({"images": [{}]}, "field 'images', entry 1 has no field 'id'"),
         ({"categories": [{"id": 7, "name": 3}]}, "field 'name' must be text"),
         ({"annotations": [{"id": 1, "image_id": 1, "category_id": 8}]}, "category 8, which the file does not name"),
+        (
+            {"annotations": [{"id": 1, "image_id": 2, "category_id": 7}]},
+            "annotation 1 is about image 2, which the file does not",
+        ),
+        ({"categories": [{"id": 7, "name": "dog"}] * 2}, "category 7 is there twice"),
         ({"annotations": [{"id": 1, "image_id": "1", "category_id": 7}]}, "field 'image_id' must be a whole number"),
     ):
         write(tmp_path / "i.json", coco | change, lines=False)

@@ -1,11 +1,14 @@
 """Leading questions: made from any yes/no set, scored as changes between neutral and leading answers."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, UnknownNameError
+from lvlm_decode_evals import score
 from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.sycophancy import Sycophancy, hint, leading, with_leading
 
@@ -125,3 +128,24 @@ def test_any_yes_no_set_becomes_leading(source):
 def test_answers_without_their_pair_are_refused():
     with pytest.raises(EvalError, match="field 'pair'"):
         Sycophancy().row(Answer(1, "Yes", label="yes"))
+
+
+def test_a_pair_is_one_whatever_its_file_says_of_images(tmp_path):
+    lines = [{"question_id": "1", "answer": "Yes", "label": "yes", "pair": "1", "hint": None},
+             {"question_id": "2", "answer": "No", "label": "yes", "pair": "1", "hint": "no"}]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+
+    def scored(*records):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return score("sycophancy", path)
+
+    assert scored(*lines).rates["pairs"] == 1 and scored(*lines).rates["ctr"] == 1
+    assert scored(lines[0] | {"image": "a.jpg"}, lines[1] | {"image": "b.jpg"}).rates["pairs"] == 1
+    for wrong, sentence in (
+        ([*lines, lines[1] | {"question_id": "3"}], "Question 3: pair 1 has a second leading question"),
+        ([lines[0], lines[0] | {"question_id": "3"}], "Question 3: pair 1 has a second neutral question"),
+        ([lines[0], lines[1] | {"label": "no"}], "Question 2: gold answer no, and 1 of the same pair has yes"),
+        ([lines[0], lines[1] | {"hint": "maybe"}], "Question 2: hint must be yes, no or null, found 'maybe'"),
+    ):
+        with pytest.raises(EvalError, match=sentence):
+            scored(*wrong)
