@@ -18,7 +18,7 @@ NEW = 6
 #: No text is tokenized to these, so an answer that held them could not come back.
 NO_TEXT = [IMAGE, VIDEO, VISION_START, VISION_END]
 #: Families whose prompts or layers let no turn go on.
-CLOSED = {"gemma3": "read in both directions", "paligemma": "read in both directions"}
+CLOSED = {"gemma3": "in both directions", "paligemma": "in both directions"}
 #: Families that encode an image of an earlier turn otherwise in a later one, so that it runs again: a Q-Former reads the whole
 #: prompt, and OneVision cuts an image into tiles only while it is alone.
 CHANGING = ("instructblip", "llava_onevision")
@@ -259,3 +259,31 @@ def test_prompts_that_are_read_in_both_directions_refuse(family):
     talk.ask([row(family, ["is it"], (1,))])
     with pytest.raises(UnsupportedError, match=CLOSED[family]):
         talk.ask([row(family, ["is it", "and"], (1, 0), [[9] * NEW])])
+
+
+FILMS = [family for family in FAMILIES if tiny(family).video_ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [(pytest.param if name == "vcd" else full)(name, family) for family in FILMS for name in METHODS],
+)
+def test_a_conversation_about_a_video_goes_on(name, family):
+    """With a picture beside it in one row; the video runs in the first turn alone."""
+    zoo, talk = tiny(family), Talk(family, method_of(name, family), sample_ids=["a", "b"])
+    rows = [zoo.row("is it", images=0, videos=1), zoo.row("no", images=1, videos=1, seed=1)]
+    answers, _ = talk.ask(rows)
+    further = zoo.tokenizer("why is it", add_special_tokens=False).input_ids
+    whole = [Row(torch.tensor([*one.ids, *said, *further]), one.images) for one, said in zip(rows, answers)]
+    got = talk.ask(whole)
+    ran = talk.lengths[0]
+    want = talk.ask(whole, cache=None)
+    assert got[0] == want[0]
+    same_scores(got[1], want[1], atol=3e-5)
+    # OneVision's picture runs again, see above, and with it what follows.
+    assert ran <= NEW + len(further) + 1 < talk.lengths[0] or family in CHANGING
+    # Another video is not taken for the one before.
+    other = [zoo.row("is it", images=0, videos=1, seed=7), zoo.row("no", images=1, videos=1, seed=1)]
+    whole = [Row(torch.tensor([*one.ids, *said, *further]), one.images) for one, said in zip(other, answers)]
+    got = talk.ask(whole)
+    assert talk.lengths[0] > len(further) + 2 * NEW and got[0] == talk.ask(whole, cache=None)[0]

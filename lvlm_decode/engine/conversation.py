@@ -171,7 +171,10 @@ def refusal(run: Run, call: Call) -> str | None:
             f"{run.method.name} changes attention or hidden states, so the keys of an answer are not those of a prompt"
         )
     if any("token_type_ids" in prepared.tokens for prepared in run.prepared):
-        return f"prompts of {run.family.config.model_type} are read in both directions, so every turn changes the one before"
+        return (
+            f"{run.family.config.model_type} reads prompts, or the images in them, in both directions, and a turn that goes on "
+            "from a cache is read in one"
+        )
     return None
 
 
