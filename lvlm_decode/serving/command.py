@@ -20,6 +20,9 @@ _LOOPBACK = {
 }
 #: Seconds that answers in progress get when the server is told to end.
 GRACE = 30
+#: Seconds that an idle connection stays open: longer than clients of OpenAI's keep one, who would otherwise send the next
+#: request at the moment it is closed.
+KEEP_ALIVE = 60
 
 
 @one_sentence
@@ -116,7 +119,12 @@ def serve(
         err=True,
     )
     config = uvicorn.Config(
-        front.app(), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=GRACE
+        front.app(),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     try:
         uvicorn.Server(config).run(sockets=[listening])
