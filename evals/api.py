@@ -18,13 +18,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lvlm_decode.errors import DependencyError, EvalError, OutputError, SettingsError
+from lvlm_decode.errors import DependencyError, EvalError, InputError, OutputError, SettingsError
+from lvlm_decode.reading import shown
 
 from . import evaluator
 from .answers import Audit, audit, write_rows
@@ -384,7 +385,7 @@ def score(
     asked; labels come from it, and missing and unknown ids are told. Raises EvalError where no answer can be scored.
     """
     chosen = benchmark if isinstance(benchmark, Evaluator) else evaluator(benchmark, **scoring)
-    where = str(answers) if isinstance(answers, str | os.PathLike) else "the answers"
+    where = str(answers) if isinstance(answers, str | os.PathLike) else "the list of answers"
     found = _answers(chosen, answers)
     asked = None
     contradicted = chosen.contradicted(found)
@@ -402,12 +403,23 @@ def score(
 def _answers(chosen: Evaluator, answers: Any) -> list[Answer]:
     if isinstance(answers, str | os.PathLike):
         return chosen.read_answers(Path(answers))
+    wrong = f"answers is {shown(answers)}; give a file's path, or a list of Answer objects or of records (dicts) of one form"
+    if isinstance(answers, Mapping) or not isinstance(answers, Iterable):
+        raise InputError(f"{wrong}.")
     given = list(answers)
     if all(isinstance(answer, Answer) for answer in given):
+        for answer in given:
+            if not isinstance(answer.answer, str):
+                raise InputError(f"answer {answer.question_id} is {shown(answer.answer)}; expected text.")
         return given
+    if not all(isinstance(record, Mapping) for record in given):
+        raise InputError(f"{wrong}; a data frame has them as .to_dict('records').")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answers.jsonl"
-        path.write_text("".join(json.dumps(dict(record)) + "\n" for record in given), encoding="utf-8")
+        try:
+            path.write_text("".join(json.dumps(dict(record)) + "\n" for record in given), encoding="utf-8")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the records of the answers are no JSON ({error}).") from error
         try:
             return chosen.read_answers(path)
         except EvalError as error:
@@ -416,7 +428,10 @@ def _answers(chosen: Evaluator, answers: Any) -> list[Answer]:
 
 def _questions(chosen: Evaluator, questions: Any, answers: Sequence[Answer]) -> list[Question]:
     if not isinstance(questions, str | os.PathLike):
-        return list(questions)
+        given = list(questions) if isinstance(questions, Iterable) else [questions]
+        if not all(isinstance(question, Question) for question in given):
+            raise InputError(f"questions is {shown(questions)}; give a file's path or a list of Question objects.")
+        return given
     return chosen.listed(chosen.file_questions(Path(questions)), answers)
 
 

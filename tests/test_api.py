@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from runs import as_file, cli, questions_about, write
 
-from lvlm_decode.errors import EvalError, SettingsError, UnknownNameError
+from lvlm_decode.errors import EvalError, LvlmDecodeError, SettingsError, UnknownNameError
 from lvlm_decode_evals import evaluate, read_run, score
 from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.pope import Pope
@@ -138,3 +138,24 @@ def test_wrong_arguments_are_one_sentence():
 def test_scoring_imports_no_torch():
     code = "import sys; from lvlm_decode_evals import score, read_run, Evaluation; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"),
+    [
+        (None, "answers is None; give a file's path, or a list of Answer objects"),
+        (5, "answers is 5"),
+        ({"1": "Yes"}, "answers is {'1': 'Yes'}"),
+        (["Yes", "No"], r"or of records \(dicts\) of one form; a data frame has them as"),
+        ([Answer(1, "Yes"), {"question_id": 2, "answer": "No"}], "a list of Answer objects or of records"),
+        ([Answer(1, None)], "answer 1 is None; expected text"),
+        ([{"question_id": 1, "answer": {"Yes"}}], "the records of the answers are no JSON"),
+        ([{"question_id": 1, "answer": float("nan")}], "broken JSON"),
+        ([], "the list of answers has no answer that can be scored"),
+    ],
+)
+def test_answers_of_another_kind_are_refused_in_one_sentence(answers, sentence):
+    with pytest.raises(LvlmDecodeError, match=sentence):
+        score("pope", answers)
+    with pytest.raises(LvlmDecodeError, match=r"questions is .*list of Question objects"):
+        score("pope", [Answer(1, "Yes")], [{"id": 1}])
