@@ -6,8 +6,8 @@ about as many answers; the same command goes on from there. After the first roun
 On the model of the paper a verdict is about the value: *reproduced* if the printed value lies in our interval and that
 interval is narrow enough to tell, *not reproduced* if it lies outside. Values of other models cannot be compared, least of
 all those of the small models, which know emoji scenes alone; there it is about the sign of the gain over the table's
-baseline, and the verdict says so. Where nobody knows how a
-value was measured the verdict is *protocol unknown*, and what was not asked, or not often enough, is *not run*.
+baseline, and the verdict says so. Where nobody knows how a value was measured the verdict is *protocol unknown*, and what
+was not asked, or not often enough, is *not run*.
 
 No time is spent on rows whose verdict no answer can change, and a table that cannot be asked, for want of files or because a
 method refuses the model, costs the others nothing.
@@ -653,8 +653,8 @@ def _answered(table: Table) -> list[Result]:
     try:
         results = [read_cell(folder, **table.config.options) for folder in found_cells(table.out)]
     except LvlmDecodeError:
-        if table.job is not None:
+        if not table.lacking:
             raise
-        # What they are scored with may be what is lacking.
+        # What they are scored with may be what is lacking, or they are what is broken.
         return []
     return [result for result in results if result.evaluator.name == table.config.benchmark]

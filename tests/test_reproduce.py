@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
-from lvlm_decode.errors import MissingFileError, SettingsError
+from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
 from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer, Column
@@ -26,12 +26,14 @@ from lvlm_decode_evals.reproduce import (
     REPRODUCED,
     UNKNOWN,
     Job,
+    Table,
     block_of,
     deciding,
     execute,
     half_unit,
     judge_gain,
     judge_value,
+    report,
     rounds,
     spoken,
     verdicts,
@@ -402,6 +404,18 @@ def test_a_table_that_lacks_its_files_stops_no_other(command, tmp_path, photogra
     done = command(*arguments, "--samples", 4, "--seeds", 1, "--out", tmp_path / "out")
     assert done.exit_code == 3 and done.stderr.count("is not run: ") == 2
     assert "undecided: the interval does not exclude zero" in done.output
+
+
+def test_broken_answers_of_one_table_cost_the_others_nothing(command, tmp_path):
+    table = small(tmp_path)
+    (tmp_path / "out" / "small-tiny" / "x").mkdir(parents=True)
+    (tmp_path / "out" / "small-tiny" / "x" / "settings.json").write_text("{")
+    job = Job(on_scenes(read_config(table)), None, tmp_path / "out" / "small-tiny", (0,), 4)
+    found = [Table(job.config, job.out, job, "its settings are broken.", lacking=True)]
+    assert report(found, "tiny", tmp_path / "out", 100) is False
+    assert "Not run: its settings are broken." in (tmp_path / "out" / "verdicts.md").read_text()
+    with pytest.raises(FileFormatError, match="broken JSON"):
+        report([replace(found[0], lacking=False)], "tiny", tmp_path / "out", 100)
 
 
 def test_a_folder_with_none_of_the_images_is_no_folder_of_images(command, tmp_path, photographs):
