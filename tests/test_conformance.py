@@ -14,6 +14,7 @@ from helpers import FAINT
 from transformers import Cache
 
 from lvlm_decode import VCD, attach, detach
+from lvlm_decode.families import family_of
 from lvlm_decode.testing.contract import same_scores
 from lvlm_decode.testing.models import tiny
 
@@ -49,8 +50,6 @@ DRAFTED = ("lookup", "same assistant", "random assistant", "sampled assistant")
 OTHERWISE = {
     (family, mode) for family in ("paligemma", "gemma3", "instructblip") for mode in DRAFTED if mode != "lookup"
 }
-#: Whose sampled drafts are accepted at other draws than unattached; logits before the first draw are equal.
-OTHERWISE |= {("qwen3_vl_moe", "sampled assistant")}
 
 
 @functools.cache
@@ -124,6 +123,27 @@ def test_switched_off_equals_unattached_in_every_field(family, mode):
     got, want = generate(family, mode, VCD(alpha=FAINT, beta=None)), generate(family, mode)
     same(got, want)
     same(got.to_tuple(), want.to_tuple())
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family_of(tiny(family).model).position_keys])
+def test_an_assistant_drafts_at_the_positions_of_the_images(family, monkeypatch):
+    """Those that it has unattached: from the grids of the images, which no argument of the loop holds any more."""
+    found, other = [], assistant(family, "same")
+    real = type(other).forward
+
+    @functools.wraps(real)
+    def watch(self, *args, **kwargs):
+        if self is other:
+            found.append(kwargs["position_ids"].clone())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(other), "forward", watch)
+    generate(family, "same assistant")
+    want, found = found, []
+    generate(family, "same assistant", VCD(alpha=0, beta=None))
+    assert len(found) == len(want) > 0 and all(map(torch.equal, found, want))
+    # A prompt's image makes them others than those of text.
+    assert not torch.equal(want[0][1], want[0][0])
 
 
 def cells(modes):

@@ -113,7 +113,9 @@ class Stacked:
             images = [image for sample in run.samples[0] for image in sample.images]
             if images:
                 packed = hf.with_images(run.family.pack(images))
-                call = dataclasses.replace(call, inputs={**call.inputs, **packed})
+                # generate() made positions without the grids of the images, which are no arguments of this call any more.
+                placed = {"position_ids": run.prepared[0].positions} if run.family.position_keys else {}
+                call = dataclasses.replace(call, inputs={**call.inputs, **placed, **packed})
         given, kv = call.cache, run.keys_for(call.cache)
         ends = call.config.eos_token_id
         ends = [ends] if isinstance(ends, int) else ends or []
