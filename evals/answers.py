@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +135,7 @@ def write_json(path: Path, value: Any) -> None:
 # What can be wrong with answers, and how a sentence says it.
 KINDS = {
     "duplicate": "ids that occur more than once (only the first answer is scored)",
+    "disagreeing": "ids whose answers differ, so that their order decides the score",
     "unknown": "answers to questions that were not asked (not scored)",
     "missing": "questions without an answer (not scored)",
     "failed": "questions that could not be asked or scored (left out)",
@@ -146,7 +146,7 @@ KINDS = {
     "unasked": "answers without the run's questions.jsonl, so that nobody can tell which are missing",
     "altered": "files of questions that are not as the run wrote them (eval writes them again)",
 }
-_INCOMPLETE = ("missing", "failed", "contradicted", "edited", "unsealed", "unasked", "altered")
+_INCOMPLETE = ("disagreeing", "missing", "failed", "contradicted", "edited", "unsealed", "unasked", "altered")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class Audit:
     """What is wrong with a set of answers, by id. Each list is what a person must know before trusting a score."""
 
     duplicate: tuple[str, ...] = ()
+    disagreeing: tuple[str, ...] = ()
     unknown: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
@@ -200,10 +201,15 @@ def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None
     Without `questions` unknown and missing ids cannot be told. Failed answers are dropped here; empty ones are kept,
     because the rules differ about them, but they are named.
     """
-    times = Counter(str(answer.question_id) for answer in answers)
+    said: dict[str, list[str]] = {}
     first: dict[str, Answer] = {}
     for answer in answers:
-        first.setdefault(str(answer.question_id), answer)
+        name = str(answer.question_id)
+        # A sample that failed and was asked again has a line of each kind.
+        if name not in first or (first[name].error is not None and answer.error is None):
+            first[name] = answer
+        if answer.error is None:
+            said.setdefault(name, []).append(answer.answer.strip())
     unknown: list[str] = []
     missing: list[str] = []
     if questions is not None:
@@ -216,5 +222,8 @@ def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None
     reasons = tuple(f"{name}: {first[name].error}" for name in failed[:NAMED])
     usable = [answer for answer in first.values() if answer.error is None]
     empty = [str(answer.question_id) for answer in usable if not answer.answer.strip()]
-    repeated = [name for name, count in times.items() if count > 1]
-    return usable, Audit(tuple(repeated), tuple(unknown), tuple(missing), tuple(failed), tuple(empty), reasons=reasons)
+    repeated = [name for name, texts in said.items() if len(texts) > 1]
+    differing = [name for name in repeated if len(set(said[name])) > 1]
+    return usable, Audit(
+        tuple(repeated), tuple(differing), tuple(unknown), tuple(missing), tuple(failed), tuple(empty), reasons=reasons
+    )

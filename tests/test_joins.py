@@ -20,7 +20,7 @@ from runs import (
 )
 
 from lvlm_decode.errors import EvalError
-from lvlm_decode_evals.answers import resume_answers
+from lvlm_decode_evals.answers import audit, resume_answers
 from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.joins import join, same_image, same_text
 from lvlm_decode_evals.plan import GREEDY, Decoding, found_cells, read_cell
@@ -236,6 +236,29 @@ def test_a_line_without_a_checksum_is_told_from_an_edited_one(tmp_path):
     for command in ("score", "table"):
         done = cli(command, tmp_path)
         assert done.exit_code == 3 and "1 answers without the checksum that a run writes" in done.output, done.output
+
+
+def test_several_answers_to_one_question_are_one_only_where_they_agree(tmp_path):
+    asked = [Answer.to(q, "Yes") for q in questions_about()]
+    same = write(tmp_path / "a.jsonl", [a.record() for a in [*asked, asked[0]]])
+    done = cli("score", "pope", same)
+    assert (
+        done.exit_code == 0 and "1 ids that occur more than once (only the first answer is scored): 0." in done.output
+    )
+    other = write(tmp_path / "b.jsonl", [a.record() for a in [*asked, Answer.to(questions_about()[0], "No")]])
+    done = cli("score", "pope", other)
+    assert (
+        done.exit_code == 3 and "1 ids whose answers differ, so that their order decides the score: 0." in done.output
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["failed first", "failed last"])
+def test_a_sample_that_was_asked_again_is_its_answer_not_its_failure(order):
+    """As a run leaves it that was stopped before it merged its lines."""
+    question = questions_about()[0]
+    answers = [Answer.to(question, "", error="image im0.jpg is missing"), Answer.to(question, "Yes")][::order]
+    usable, found = audit(answers, [question])
+    assert [answer.answer for answer in usable] == ["Yes"] and not found
 
 
 def test_failed_answers_of_a_file_are_named_and_make_the_exit_status_3(tmp_path):

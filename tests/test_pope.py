@@ -397,8 +397,8 @@ def test_trouble_in_a_file_of_answers_is_in_the_report_and_on_stderr(tmp_path):
     report = json.loads(done.stdout)
     assert report["n"] == 2 and report["tp"] == 2
     problems = {kind: found["ids"] for kind, found in report["problems"].items()}
-    assert problems == {"duplicate": ["1"], "unknown": ["9"], "missing": ["3"], "empty": ["2"]}
-    assert done.stderr.count("warning:") == 4
+    assert problems == {"duplicate": ["1"], "disagreeing": ["1"], "unknown": ["9"], "missing": ["3"], "empty": ["2"]}
+    assert done.stderr.count("warning:") == 5
 
 
 def test_llava_s_answer_files_take_their_labels_from_the_question_file(tmp_path):
