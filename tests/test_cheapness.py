@@ -148,7 +148,7 @@ def test_hidden_states_of_the_layers_in_use_alone(name, monkeypatch):
     # The head sees the newest position of every row, and that of the early layers: of view 0, and of the amateur's; and of
     # a branch, which has no row.
     rows = count.views * B
-    early = {"dola": [B] * 3, "deco": [B] * 2, "lol": [B] * 2, "only": [B]}.get(name, [])
+    early = {"dola": [3 * B], "deco": [2 * B], "lol": [B] * 2, "only": [B]}.get(name, [])
     if name not in ("avisc", "mod", "code", "vista", "ilvad"):
         # Layers are asked on the way, so their projections come before.
         asked = {"memvr": [B], "cai": [B] * 2}.get(name, [])

@@ -77,7 +77,7 @@ def workload(loaded: Any, method: str, drafting: str, name: str, size: int, shar
         pairs.append((found[True][1], found[False][1]))
     ledgers = {
         f"{samples} samples, {views} views": {
-            "seconds_without_a_draft": ledger.plain.value if ledger.plain_cycles else None,
+            "seconds_without_a_draft": ledger.plain.value if ledger.plain_tokens else None,
             "calls": {drafter: entry.calls for drafter, entry in ledger.entries.items()},
             "lost_seconds": ledger.behind,
         }
@@ -96,7 +96,13 @@ def workload(loaded: Any, method: str, drafting: str, name: str, size: int, shar
 
 
 def run(
-    which: str, methods: list[str], drafting: dict[str, str], share: float, keep: Callable[[dict[str, Any]], None]
+    which: str,
+    chosen: list[str],
+    sizes: list[int],
+    methods: list[str],
+    drafting: dict[str, str],
+    share: float,
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """The report, which ``keep`` is given after each workload: a run that is cut off leaves what it has measured."""
     loaded = load(which)
@@ -108,8 +114,8 @@ def run(
         "seconds": "of the processor, one thread" if clock is process_time else "as they passed",
         "rows": rows,
     }
-    for name, (_, counts, _) in WORKLOADS.items():
-        for size in counts:
+    for name in chosen:
+        for size in sizes:
             for method in methods:
                 for label, drafter in drafting.items():
                     found = workload(loaded, method, drafter, name, size, share)
@@ -143,6 +149,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--methods", nargs="+", default=["plain", "vcd"])
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="sizes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--share", type=float, default=1.0, help="of the batches of each workload")
     parser.add_argument("--processor-seconds", action="store_true", help="of this process alone, with one thread")
@@ -160,7 +168,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
 
-    return run(options.model, options.methods, drafting, options.share, keep)
+    wanted = (options.workloads, options.batches, options.methods)
+    return run(options.model, *wanted, drafting, options.share, keep)
 
 
 if __name__ == "__main__":

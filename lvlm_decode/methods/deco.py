@@ -85,7 +85,8 @@ class DeCo(Method):
 
     def _surest(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the early layers (L, B, T, N); of the surest one its probability and its place, (B, T) each."""
-        early = torch.stack([step.project(states[0]) for states in step.hidden.values()])
+        # Together, so that the head's weights are read once.
+        early = step.project(torch.stack([states[0] for states in step.hidden.values()]))
         surest = early.softmax(-1).masked_fill(~self.kept_tokens(step), 0.0).amax(-1)
         probability, chosen = surest.max(0)
         return early, probability, chosen

@@ -87,9 +87,9 @@ class DoLa(Method):
     def _contrasted(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of the last layer (B, T, N) and the early ones (L, B, T, N), and which of these diverges most."""
         mature = step.logits[0].log_softmax(-1)
-        early = torch.stack(
-            [step.project(states[0], normed=self.norm_early).log_softmax(-1) for states in step.hidden.values()]
-        )
+        # Together, so that the head's weights are read once.
+        states = torch.stack([states[0] for states in step.hidden.values()])
+        early = step.project(states, normed=self.norm_early).log_softmax(-1)
         p, q = mature.exp(), early.exp()
         middle = 0.5 * (p + q)
         log_middle = middle.clamp_min(torch.finfo(middle.dtype).tiny).log()

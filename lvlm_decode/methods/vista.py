@@ -95,7 +95,8 @@ class VISTA(Method):
         main = step.logits[0]
         if not self.gamma:
             return main
-        late = torch.stack([step.project(states[0], normed=False) for states in self.late(step)]).mean(0)
+        # Together, so that the head's weights are read once.
+        late = step.project(torch.stack([states[0] for states in self.late(step)]), normed=False).mean(0)
         return (1 - self.gamma) * main + self.gamma * late
 
     def late(self, step: Step) -> list[Tensor]:
