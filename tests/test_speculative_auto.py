@@ -116,12 +116,12 @@ def test_costs_between_known_depths_are_on_a_line():
     ledger.cycle("d", 4, [4], 1.8)
     assert [round(entry.seconds(depth, 1.0), 6) for depth in (0, 2, 4, 6)] == [1.0, 1.4, 1.8, 2.2]
     ledger.cycle("d", 4, [0], 1.8)
-    assert entry.tau(4) == pytest.approx(4 * 0.98 / 1.98)
+    assert sum(entry.shares(4)) == pytest.approx(4 * 0.98 / 1.98)
     # Two samples of a batch count by their mean.
     other = Ledger(entries={"d": Entry()})
     other.undrafted(4, 4.0)
     other.cycle("d", 2, [2, 0], 1.2)
-    assert other.entries["d"].tau(2) == 1.0 and other.entries["d"].forwards(2) == 2.0
+    assert sum(other.entries["d"].shares(2)) == 1.0 and other.entries["d"].forwards(2) == 2.0
 
 
 def test_a_batch_comes_forward_with_its_slowest_sample():

@@ -66,23 +66,29 @@ class Entry:
     calls: int = 0
     passed: int = 0
 
-    def tau(self, depth: int) -> float:
-        """Accepted tokens per cycle at ``depth``; levels never tried are taken to fall as the last two that were."""
+    def shares(self, depth: int) -> list[float]:
+        """Per level down to ``depth`` the accepted tokens per cycle; levels never tried fall as the last two that were."""
         shares = [mean.value for mean in self.accepted[:depth] if mean.weight]
         falling = shares[-1] / shares[-2] if len(shares) > 1 and shares[-2] > 0 else 0.5
         while len(shares) < depth:
             shares.append(shares[-1] * min(falling, 1.0) if shares else 0.0)
-        return sum(shares)
+        return shares
 
     def forwards(self, depth: int) -> float:
         """How many forwards without a draft a cycle at ``depth`` stands for."""
-        return (1 + self.tau(depth)) * (self.pace.value if self.pace.weight else 1.0)
+        return self.stands_for(1 + sum(self.shares(depth)))
+
+    def stands_for(self, tokens: float) -> float:
+        """How many forwards without a draft stand for so many tokens of the samples on average."""
+        return tokens * (self.pace.value if self.pace.weight else 1.0)
 
     def seconds(self, depth: int, plain: float) -> float:
         """Seconds of a cycle at ``depth``, on the line through the two nearest depths that are known; 0 is ``plain``."""
+        if depth in self.cycles:
+            return self.cycles[depth].value
         known = {0: plain} | {d: mean.value for d, mean in self.cycles.items()}
-        if depth in known:
-            return known[depth]
+        if depth == 0:
+            return plain
         below = max(d for d in known if d < depth)
         above = min((d for d in known if d > depth), default=None)
         if above is None:
@@ -119,10 +125,15 @@ class Ledger:
 
     def best(self, name: str, most: int = DEEPEST) -> tuple[int, float]:
         """The depth at which ``name`` takes the least time per token, and that time."""
-        entry, plain = self.entries[name], self.plain.value
-        times = {depth: entry.seconds(depth, plain) / entry.forwards(depth) for depth in range(1, max(most, 1) + 1)}
-        depth = min(times, key=lambda d: (times[d], d))
-        return depth, times[depth]
+        # Asked before every cycle, so it adds levels up instead of beginning anew at each depth.
+        entry, plain, tokens = self.entries[name], self.plain.value, 1.0
+        depth, least = 0, float("inf")
+        for level, share in enumerate(entry.shares(max(most, 1)), 1):
+            tokens += share
+            time = entry.seconds(level, plain) / entry.stands_for(tokens)
+            if time < least:
+                depth, least = level, time
+        return depth, least
 
     def plan(self, names: Sequence[str]) -> str | None:
         """The drafter that the next call is given, or ``None`` for none.
