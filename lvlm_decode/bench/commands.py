@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,18 @@ def bench_speculative(
     typer.echo(f"  tau {report['tau']:.2f} accepted draft tokens per verification; ms per token: {split}")
 
 
+def clock_of(processor_seconds: bool) -> tuple[Callable[[], float], str]:
+    """The clock of a record and what its seconds are, in words; seconds of the processor are those of one thread."""
+    import time
+
+    import torch
+
+    if not processor_seconds:
+        return time.perf_counter, "as they passed"
+    torch.set_num_threads(1)
+    return time.process_time, "of the processor, one thread"
+
+
 @bench.command("methods")
 @one_sentence
 def bench_methods(
@@ -99,16 +112,10 @@ def bench_methods(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Time every method, and measure its peak memory, against plain generate() and one forward per view."""
-    import time
-
-    import torch
-
     from .methods import every, measured, report, table
     from .workloads import loaded
 
-    if processor_seconds:
-        torch.set_num_threads(1)
-    seconds = "of the processor, one thread" if processor_seconds else "as they passed"
+    clock, seconds = clock_of(processor_seconds)
     given, rows = loaded(model, dtype), []
     for row in measured(
         given,
@@ -118,7 +125,7 @@ def bench_methods(
         tokens=tokens,
         rounds=rounds,
         memory=memory,
-        clock=time.process_time if processor_seconds else time.perf_counter,
+        clock=clock,
     ):
         rows.append(row)
         # After each row, so that a run that is cut off leaves what it has measured.
@@ -136,13 +143,22 @@ def bench_questions(
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the runner.")] = 16,
     count: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
+    processor_seconds: Annotated[
+        bool,
+        typer.Option(
+            help="Count the seconds that this process computes, in one thread: for a machine that others use."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="JSON of the record.")] = None,
 ) -> None:
     """Time the runner's questions per second against a loop over single questions."""
     from .questions import questions
     from .workloads import loaded
 
-    record = questions(loaded(model), method, batch=batch, count=count, rounds=rounds)
+    clock, seconds = clock_of(processor_seconds)
+    record = questions(loaded(model), method, batch=batch, count=count, rounds=rounds, clock=clock) | {
+        "seconds": seconds
+    }
     if output is not None:
         output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     rates = ", ".join(f"{name} {rate['median']:.1f}" for name, rate in record["questions_per_second"].items())

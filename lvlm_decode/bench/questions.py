@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +18,15 @@ from .methods import spread
 from .paired import circumstances
 
 
-def questions(loaded: Loaded, method: str, *, batch: int, count: int, rounds: int) -> dict[str, Any]:
+def questions(
+    loaded: Loaded,
+    method: str,
+    *,
+    batch: int,
+    count: int,
+    rounds: int,
+    clock: Callable[[], float] = perf_counter,
+) -> dict[str, Any]:
     """``count`` yes/no questions of POPE's emoji scenes, asked by the runner in batches and by a loop, in turns.
 
     The runner's time is that of the whole run: pictures, answers on disk, scores. The loop loads a picture, calls the processor
@@ -66,10 +75,10 @@ def questions(loaded: Loaded, method: str, *, batch: int, count: int, rounds: in
     texts: dict[str, list[str]] = {}
     for turn in range(rounds + 1):
         for name in list(ways) if turn % 2 else list(ways)[::-1]:
-            start = perf_counter()
+            start = clock()
             texts[name] = ways[name]()
             # The first turn warms up.
-            seconds[name] += [perf_counter() - start] if turn else []
+            seconds[name] += [clock() - start] if turn else []
     return {
         "what": f"{len(asked)} questions of POPE on emoji scenes, {method}, greedy, by {loaded.settings['name']}",
         "batch": batch,

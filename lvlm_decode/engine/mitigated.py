@@ -16,11 +16,14 @@ from .run import Run
 from .stack import Lanes
 
 
-def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Callable[..., Any]:
+def mitigated(
+    run: Run, lanes: Lanes, prompt_length: int, prompted: Callable[[], None] | None = None
+) -> Callable[..., Any]:
     """The forward that a loop of Hugging Face calls instead of the module's own.
 
     Args:
         prompt_length: tokens beyond it in the first call are a draft.
+        prompted: called once the prompts have run.
     """
     started = False
     lead = lanes.lead
@@ -51,6 +54,8 @@ def mitigated(run: Run, lanes: Lanes, prompt_length: int) -> Callable[..., Any]:
             started = True
             tail = tokens[:, prompt_length:] if tokens is not None else None
             scores, out = lanes.prefill(tail, keep or 1, **call)
+            if prompted is not None:
+                prompted()
         out.logits = scores
         for name, option in wanted:
             states = getattr(out, name, None)

@@ -6,7 +6,6 @@ Face's own. What comes out is what the engine's undrafted run gives; see ``verif
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..engine import hf
@@ -91,13 +90,19 @@ def _undrafted(run: Run, call: Call, watch: Watch) -> Any:
         # Other calls may have a draft, so what refuses one is said in the first.
         hf.KV(call.cache).check_rollback()
     run.trace.speculation = stats = Stats()
-    out = Stacked().decode(run, dataclasses.replace(call, processors=LogitsProcessorList([watch, *call.processors])))
-    said = (out if isinstance(out, Tensor) else out.sequences)[:, call.prompt_length :]
-    watch.ended(said.shape[1] - 1)
-    ends = call.config.eos_token_id
-    ended = torch.isin(said, said.new_tensor([ends] if isinstance(ends, int) else ends or []))
-    # The first end token of a row counts, and what follows it does not.
-    stats.tokens = int((ended.cumsum(1) - ended.long() == 0).sum())
+
+    def prompted() -> None:
+        if call.input_ids.is_cuda and torch.cuda.is_available():
+            torch.cuda.synchronize(call.input_ids.device)
+        watch.began()
+
+    out = Stacked().decode(run, call, prompted)
+    said = (out if isinstance(out, Tensor) else out.sequences)[:, call.prompt_length :].tolist()
+    watch.ended(len(said[0]) - 1)
+    stopper = Stopper(call.criteria, call.input_ids)
+    for row in said:
+        # The first end token of a row counts, and what follows it does not.
+        stats.tokens += next((at for at, token in enumerate(row, 1) if token in stopper.ends), len(row))
     if not isinstance(out, Tensor):
         out.speculation = stats
     return out

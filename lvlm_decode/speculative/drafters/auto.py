@@ -115,7 +115,6 @@ class _Undrafted(Watch):
     """Times what follows the prompt in a call without a draft."""
 
     def __init__(self, ledger: Ledger):
-        super().__init__()
         self.ledger, self.since = ledger, 0.0
 
     def began(self) -> None:

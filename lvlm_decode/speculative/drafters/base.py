@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from ...parameters import Checked
 from ..tree import Tree
@@ -160,18 +159,8 @@ class Session:
         return max(1, min(most, int(math.log(stop) / math.log(chance))))
 
 
-class Watch(LogitsProcessor):
-    """Sees the scores of a call in which nothing is drafted, and leaves them as they are; it launches nothing."""
-
-    _prompt_done = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not self._prompt_done:
-            self._prompt_done = True
-            if scores.is_cuda and torch.cuda.is_available():
-                torch.cuda.synchronize(scores.device)
-            self.began()
-        return scores
+class Watch:
+    """Looks on at a call in which nothing is drafted."""
 
     def began(self) -> None:
         """The prompt's forward is done."""
