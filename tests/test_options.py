@@ -1,5 +1,6 @@
 """Every field of GenerationConfig and every argument of generate(): what the bare model does, or one sentence."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -200,3 +201,30 @@ def test_gradient_checkpointing_while_training_is_refused(form):
         assert isinstance(out, UnsupportedError) and "gradient checkpointing" in str(out)
     zoo.model.eval()
     assert torch.is_tensor(call(zoo, "attach", method=ld.VCD()))
+
+
+ODD_SEEDS = ["1", 1.5, True, [], torch.tensor(3), object()]
+ODD_IDS = [["a", "b"], "a", 5, {"a": 1}, {"a"}, torch.arange(1), [["x"]], [({},)]]
+
+
+@pytest.mark.parametrize("form", ["attach", "custom_generate", "processor"])
+def test_keys_of_randomness_are_whole_numbers_and_one_for_each_row(zoo, form):
+    """Arguments that are this library's own, for one row."""
+    inputs, method = zoo.inputs(("is it a dog",), seed=1), ld.VCD()
+
+    def ask(**keys):
+        if form == "processor":
+            return method.processor(zoo.model, inputs, **keys)
+        with ld.attached(zoo.model, method) if form == "attach" else contextlib.nullcontext():
+            more = {} if form == "attach" else {"custom_generate": method}
+            return zoo.model.generate(**inputs, **HOW, **keys, **more)
+
+    for seed in ODD_SEEDS:
+        with pytest.raises(InputError, match=r"^seed is .*; give a whole number, or leave it out\.$"):
+            ask(seed=seed)
+    for ids in ODD_IDS[: 0 if form == "custom_generate" else None]:
+        with pytest.raises(InputError, match=r"^sample_ids (is .*|holds .*, which is no key); give .*\.$"):
+            ask(sample_ids=ids)
+    if form == "attach":
+        want = ask(seed=3, sample_ids=["a"])
+        assert torch.equal(ask(seed=np.int64(3), sample_ids=("a",)), want), "equal numbers key the same draws"

@@ -76,6 +76,7 @@ class Batch:
             if isinstance(inputs.get(key), Tensor)
         }
         ids_tensor = tokens["input_ids"]
+        ids = None if ids is None else sampling.checked_ids(ids, len(ids_tensor))
         mask = inputs.get("attention_mask")
         mask = family.infer_mask(ids_tensor, {}) if mask is None else mask
         if not isinstance(mask, Tensor):

@@ -116,6 +116,7 @@ class Run:
         hf.check_training(model)
         self.model, self.family = model, family or family_of(model)
         check_needs(method, self.family)
+        seed = sampling.checked_seed(seed)
         self.seed, self.execution, self.rows_per_sample = seed, execution, rows_per_sample
         self.memory = {} if memory is None else memory
         self.recorder, self.kept = recorder, kept

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,35 @@ def key(*parts: Hashable) -> int:
 def generator(*parts: Hashable) -> torch.Generator:
     """A CPU generator seeded by ``parts``, for instance (seed, sample id, "views")."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+def checked_seed(seed: Any) -> int | None:
+    """``seed`` as it was given to a call, as a whole number of Python's: numbers that are equal key the same draws.
+
+    Raises:
+        InputError: something else than a whole number.
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise InputError(f"seed is {seed!r}; give a whole number, or leave it out.")
+    return int(seed)
+
+
+def checked_ids(ids: Any, rows: int) -> list[Hashable]:
+    """``ids`` as they were given to a call, one for each of ``rows`` rows.
+
+    Raises:
+        InputError: another number of them, or something that is no key.
+    """
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes) or len(ids) != rows:
+        raise InputError(f"sample_ids is {ids!r}; give a list with one key for each row of the batch, {rows} in all.")
+    for one in ids:
+        try:
+            hash(one)
+        except TypeError as error:
+            raise InputError(f"sample_ids holds {one!r}, which is no key; give each row a text or a number.") from error
+    return list(ids)
 
 
 def gumbel(seed: int, sample_id: Hashable, position: int, n: int) -> Tensor:
