@@ -143,10 +143,31 @@ def _code(value: Any) -> str:
     return "`" + (text if len(text) <= 60 else text[:57] + "...").replace("|", "\\|").replace("\n", " ") + "`"
 
 
+def recorded(benchmark: str) -> dict[tuple[str, str, str], dict[str, float]]:
+    """(method, decoding, split) -> rates of the small LLaVA, means over the seeds, from ``benchmarks/methods``."""
+    record = json.loads((ROOT / "benchmarks/methods/tiny-llava.json").read_text(encoding="utf-8"))
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
+    for cell in record["cells"]:
+        if cell["benchmark"] == benchmark:
+            found.setdefault((_line(cell["method"]), cell["decoding"], cell["split"]), []).append(cell["summary"])
+    return {
+        key: {
+            rate: sum(seed[rate] for seed in seeds) / len(seeds)
+            for rate, value in seeds[0].items()
+            if isinstance(value, int | float)
+        }
+        | {"seeds": len(seeds)}
+        for key, seeds in found.items()
+    }
+
+
+def _line(method: str) -> str:
+    """A method's name in a table; DCD's control is not DCD."""
+    return "dcd(alpha=0)" if method.startswith("dcd(alpha=0") else method.partition("(")[0]
+
+
 def pope_cells() -> dict[tuple[str, str, str], dict[str, float]]:
-    """(method, decoding, split) -> rates of the small LLaVA, from ``benchmarks/methods``."""
-    record = json.loads((ROOT / "benchmarks/methods/tiny-llava-sample.json").read_text(encoding="utf-8"))
-    return {(c["method"].partition("(")[0], c["decoding"], c["split"]): c["summary"] for c in record["cells"]}
+    return recorded("pope")
 
 
 def caption_cells() -> dict[tuple[str, str], dict[str, float]]:
@@ -158,13 +179,26 @@ def caption_cells() -> dict[tuple[str, str], dict[str, float]]:
 def measured(name: str) -> str:
     """The recorded rows of a method on the small LLaVA, beside plain greedy decoding."""
     lines: list[str] = []
-    rows = {key[:2] for key in pope_cells() if key[0] == name}
+    pope, captions = recorded("pope"), recorded("chair")
+    rows = {key[:2] for key in pope if key[0] == name}
     if rows:
-        lines += ["POPE on 30 emoji scenes (180 questions a split), small LLaVA, accuracy:", ""]
-        lines += ["| method | decoding | random | popular | adversarial |", "|---|---|---|---|---|"]
+        number = pope["plain", "greedy", SPLITS[0]]["n"]
+        lines += [f"POPE on emoji scenes ({number:.0f} questions a split), small LLaVA, accuracy:", ""]
+        lines += ["| method | decoding | seeds | random | popular | adversarial |", "|---|---|---|---|---|---|"]
         for key in [("plain", "greedy"), *sorted(rows - {("plain", "greedy")})]:
-            values = " | ".join(f"{100 * pope_cells()[(*key, split)]['accuracy']:.1f} %" for split in SPLITS)
-            lines.append(f"| {key[0]} | {key[1]} | {values} |")
+            values = " | ".join(f"{100 * pope[(*key, split)]['accuracy']:.1f} %" for split in SPLITS)
+            lines.append(f"| {key[0]} | {key[1]} | {pope[(*key, SPLITS[0])]['seeds']} | {values} |")
+    sampled = {key[:2]: value for key, value in captions.items() if key[0] == name}
+    if sampled:
+        number = captions["plain", "greedy", "captions"]["captions"]
+        lines += ["", f"Captions of {number:.0f} emoji scenes, small LLaVA:", ""]
+        lines += [
+            "| method | decoding | seeds | captions that name something absent | recall | tokens |",
+            "|---|---|---|---|---|---|",
+        ]
+        for key, value in {("plain", "greedy"): captions["plain", "greedy", "captions"], **sampled}.items():
+            rates = f"{100 * value['chair_s']:.1f} % | {100 * value['recall']:.1f} % | {value['length']:.1f}"
+            lines.append(f"| {key[0]} | {key[1]} | {value['seeds']} | {rates} |")
     chair = {key: value for key, value in caption_cells().items() if key[0] == name}
     if chair:
         lines += ["", "Captions of 150 emoji scenes, small LLaVA:", ""]

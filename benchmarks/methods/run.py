@@ -7,8 +7,8 @@
 
 Made to run in the background: every batch is on disk before the next is asked, the same command goes on where it was
 stopped, and seed after seed is finished on all benchmarks; methods with a search of their own come last and with the first
-seed alone. ``--record`` asks nothing and writes the tables of every method and seed that is whole, and says what is owed.
-Scenes beyond those that ship are rendered from their seeds.
+seed alone. ``--record`` asks nothing and writes the tables of the seeds that are whole, of the first seed those of the methods
+that have it, and says what is owed. Scenes beyond those that ship are rendered from their seeds.
 
 Methods run with their defaults, but for what is in ``PARAMETERS``: set because these models know few phrasings of a request
 for a description, or need learned parts (``--parts``). All sample at temperature 1 where they can.
@@ -118,7 +118,7 @@ def per_image(questions: Sequence[Question], number: int | None) -> list[Questio
     return [question for place, group in enumerate(groups) for question in group[place % 2 : place % 2 + number]]
 
 
-def asked(given: argparse.Namespace, name: str, drawn: Sequence) -> Source:
+def source_of(given: argparse.Namespace, name: str, drawn: Sequence) -> Source:
     """What a benchmark asks about the scenes."""
     source = scene_source(evaluator(name), drawn[: given.captions] if name == "chair" else drawn)
     if name != "pope":
@@ -146,7 +146,7 @@ def runs(given: argparse.Namespace, loaded, stop) -> list[EvaluationRun]:
             ]
             if pairs:
                 options = Options(max_new_tokens=TOKENS.get(name), batch_size=BATCH, times=True)
-                source, out = asked(given, name, drawn), given.out / given.model
+                source, out = source_of(given, name, drawn), given.out / given.model
                 made.append(EvaluationRun(evaluator(name), source, loaded, out, pairs, seeds, None, options, stop=stop))
     return made
 
@@ -156,20 +156,22 @@ def method_name(text: str) -> str:
 
 
 def finished(given: argparse.Namespace, loaded) -> tuple[dict[str, list[Result]], list[str]]:
-    """Benchmark -> the results of every method and seed that is answered whole in all splits, and what is owed in words."""
+    """Benchmark -> the results of the seeds that all its methods have, of the first seed those of the methods that have it
+    whole; and what is owed, in words.
+    """
     found: dict[str, dict[Path, Result]] = {}
     owed: dict[str, None] = {}
     for run in runs(given, loaded, None):
-        for (method, decoding, seed), group in itertools.groupby(
-            sorted(run.cells(), key=lambda cell: (cell.method, cell.decoding.name, cell.seed)),
-            key=lambda cell: (cell.method, cell.decoding.name, cell.seed),
-        ):
-            results = [whole(run, cell) for cell in group]
-            if None in results:
-                owed[f"{run.evaluator.name}: {method}, {decoding}, seed {seed}"] = None
-            else:
-                found.setdefault(run.evaluator.name, {}).update((result.folder, result) for result in results)
-    if not found:
+        there: dict[tuple[str, str, int], list[Result | None]] = {}
+        for cell in run.cells():
+            there.setdefault((cell.method, cell.decoding.name, cell.seed), []).append(whole(run, cell))
+        missing = [line for line, results in there.items() if None in results]
+        owed |= {f"{run.evaluator.name}: {method}, {decoding}, seed {seed}": None for method, decoding, seed in missing}
+        if missing and len(run.seeds) > 1:
+            continue
+        kept = found.setdefault(run.evaluator.name, {})
+        kept |= {result.folder: result for line, results in there.items() if line not in missing for result in results}
+    if not any(found.values()):
         raise SystemExit("no method is finished yet; run without --record to go on")
     return {name: list(results.values()) for name, results in found.items()}, list(owed)
 
@@ -199,6 +201,7 @@ def record(given: argparse.Namespace, loaded) -> None:
     results = [result for name in given.benchmarks for result in found.get(name, ())]
     # A folder of this machine says nothing to a reader.
     results = [replace(r, method=r.method.replace(f"{given.parts}/", "")) for r in results]
+    owed = [line.replace(f"{given.parts}/", "") for line in owed]
     seeds = {name: sorted({result.seed for result in found[name]}) for name in given.benchmarks if name in found}
     cells = [
         {
@@ -211,7 +214,8 @@ def record(given: argparse.Namespace, loaded) -> None:
         | {"summary": r.evaluator.summary(r.rows)}
         for r in results
     ]
-    head = {"model": dict(loaded.settings), "images": given.images, "seeds": seeds, "owed": owed, "cost": cost(results)}
+    asked = {"images": given.images, "captions": given.captions, "questions": given.questions}
+    head = {"model": dict(loaded.settings), **asked, "seeds": seeds, "owed": owed, "cost": cost(results)}
     head |= circumstances(loaded.model)
     stem = given.record / given.model
     stem.with_suffix(".json").write_text(json.dumps({**head, "cells": cells}, indent=1) + "\n")
