@@ -214,3 +214,18 @@ def test_an_input_that_is_none_was_not_given(family):
     none |= {"attention_mask": None, "generation_config": None, "assistant_model": None}
     want = call(zoo, inputs, "attach", ld.VCD())
     assert torch.equal(call(zoo, {**inputs, **none}, "attach", ld.VCD()), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_no_tensor_is_told_how_to_get_one(family):
+    """A processor that was not asked for tensors."""
+    zoo = tiny(family)
+    inputs = zoo.inputs(("is it", "no"))
+    ids = inputs["input_ids"]
+    wrong = {"input_ids": [ids.tolist(), ids.numpy(), ids[0], ids[None], ids.float()]}
+    wrong["pixel_values"] = [inputs["pixel_values"].tolist(), inputs["pixel_values"].numpy(), "a.jpg"]
+    for name, values in wrong.items():
+        for value in values:
+            for form in ("attach", "processor"):
+                with pytest.raises(InputError, match=rf"^{name} is .*(return_tensors='pt'\)|\(B, T\))\.$"):
+                    call(zoo, {**inputs, name: value}, form, ld.VCD())

@@ -95,6 +95,12 @@ class Batch:
         self._positions = self._given_positions(inputs.get("position_ids"), tokens, mask, inputs)
         #: The encoders' inputs of the whole batch.
         self.vision = {key: _on(value, device) for key in family.vision_keys if (value := inputs.get(key)) is not None}
+        for pixels in PIXELS.values():
+            if not isinstance(self.vision.get(pixels, ids_tensor), Tensor):
+                raise InputError(
+                    f"{pixels} is a {type(self.vision[pixels]).__name__} and no tensor; ask the processor for tensors: "
+                    "processor(..., return_tensors='pt')."
+                )
         #: Of the caller's prompts, padding included.
         self.width = ids_tensor.shape[1]
         self._media: list[Media] = []

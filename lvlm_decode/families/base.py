@@ -349,3 +349,13 @@ class Family:
                 "no input_ids were given; this library reads the image placeholders from them, so pass the processor's "
                 "whole output: model.generate(**processor(...))."
             )
+        ids = text["input_ids"]
+        if not isinstance(ids, Tensor):
+            raise InputError(
+                f"input_ids is a {type(ids).__name__} and no tensor; ask the processor for tensors: "
+                "processor(..., return_tensors='pt')."
+            )
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise InputError(
+                f"input_ids is {ids.dtype} {tuple(ids.shape)}; pass the processor's whole numbers, (B, T)."
+            )
