@@ -11,7 +11,7 @@ from lvlm_decode.errors import ParameterError
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import auto
 from lvlm_decode.speculative.drafters.auto import FREE
-from lvlm_decode.speculative.ledger import DEEPEST, FIRST, SHARE, Entry, Ledger
+from lvlm_decode.speculative.ledger import DEEPEST, FIRST, LAG, SHARE, Entry, Ledger
 from lvlm_decode.testing.models import tiny
 
 #: Seconds of a verification without a draft, in the made-up worlds below.
@@ -135,6 +135,19 @@ def test_a_batch_comes_forward_with_its_slowest_sample():
     assert ledger.best("d", 2)[1] == pytest.approx(1.5 / 2.5) and ledger.behind == pytest.approx(4.5)
     ledger.paced("d", 9 / (9 * 2.5))
     assert ledger.best("d", 2)[1] == pytest.approx(1.5), "what the call came forward by counts"
+
+
+def test_a_batch_whose_slowest_sample_lags_is_given_up():
+    """By the mean of its samples the draft wins; what it loses is known before the call is over."""
+    ledger = Ledger()
+    ledger.undrafted(255, 255.0)
+    assert ledger.plan(["d"]) == "d"
+    cycles = 0
+    while (depth := ledger.depth("d", 100)) and cycles < 250:
+        ledger.cycle("d", depth, [depth, depth, depth, 0], 1.5)
+        ledger.passed(1, 1.5)
+        cycles += 1
+    assert ledger.best("d")[1] < 1 and cycles < 30 and ledger.behind < SHARE * 300 + LAG + 1
 
 
 def test_a_loop_that_is_slow_without_a_draft_is_in_the_price_of_trying():

@@ -26,6 +26,8 @@ TRIED, DEEPEST = 4, 10
 KEPT = 0.98
 #: A drafter that loses is tried again after this many calls without it, once it had this many cycles to show what it brings.
 AGAIN, ENOUGH = 16, 8
+#: Forwards by which the slowest sample of a batch may be behind in a draft that pays; beyond them drafting is given up.
+LAG = 8
 
 
 @dataclass
@@ -169,7 +171,7 @@ class Ledger:
         """How deep ``name`` drafts in the next cycle of a call that has it; 0 for no draft."""
         entry, plain = self.entries[name], self.plain.value
         most = min(DEEPEST, room)
-        if most < 1:
+        if most < 1 or self.allowance() < -LAG * plain:
             return 0
         if entry.cycles:
             depth, seconds = self.best(name, most)
