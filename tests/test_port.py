@@ -260,7 +260,25 @@ def break_loop(monkeypatch):
     monkeypatch.setattr(loop.Proxy, "__call__", lambda self, *args, **given: self._module(*args, **given))
 
 
+def break_argument(monkeypatch, name):
+    """The argument was renamed, and the forward swallows the old name."""
+    own = transformers.LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM, "forward", lambda self, **given: own(self, **{**given, name: None})
+    )
+
+
+def break_positions(monkeypatch):
+    break_argument(monkeypatch, "position_ids")
+
+
+def break_mask(monkeypatch):
+    break_argument(monkeypatch, "attention_mask")
+
+
 BREAKS = {
+    break_positions: "positions and padding: .* not heed the positions",
+    break_mask: "positions and padding: .* not heed the mask",
     break_name: "hands over a cache as '(cache|past_key_values)'",
     break_silently: "the cache holds 0 of 4 tokens",
     break_crop: "taking tokens back: the token run again has other logits",

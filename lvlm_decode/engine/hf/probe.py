@@ -59,6 +59,7 @@ def _check(model: LlamaForCausalLM) -> list[str]:
         ("the arguments of a loop", lambda: loop.generate(model, keep, **inputs, **settings)),
         ("the arguments of the first forward", lambda: _prepared(model, inputs)),
         ("a forward with a cache", lambda: _forward(model, inputs)),
+        ("positions and padding", lambda: _places(model, inputs)),
         ("taking tokens back", lambda: _rollback(model, inputs)),
         ("reordering rows", lambda: _reorder(model, inputs)),
         ("a greedy loop on a stand-in", lambda: _loop(model, box[0], inputs, settings) if box else None),
@@ -98,6 +99,23 @@ def _forward(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
     if out.logits.shape[1] != 1:
         return f"{out.logits.shape[1]} positions have logits and 1 was asked for"
     return None if kwargs.cache_in(out) is not None else "the output holds no cache"
+
+
+def _places(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
+    """Forwards take any argument, so one that was renamed is dropped without a word."""
+    width, tokens = inputs["input_ids"].shape[1], torch.tensor([[3], [2]])
+    kv, _ = _prefilled(model, inputs)
+    near = _next(model, kv, tokens, width)
+    kv.drop(1)
+    if torch.allclose(near, _next(model, kv, tokens, width + 5), atol=1e-5):
+        return "a forward does not heed the positions it is given"
+    mask = (torch.arange(width) > 0).long().expand(2, -1)
+    other = inputs["input_ids"].clone()
+    other[:, 0] = 9
+    one, two = (
+        _prefilled(model, {"input_ids": i, "attention_mask": mask})[1].logits for i in (inputs["input_ids"], other)
+    )
+    return None if torch.allclose(one, two, atol=1e-5) else "a forward does not heed the mask it is given"
 
 
 def _rollback(model: LlamaForCausalLM, inputs: dict[str, Any]) -> str | None:
