@@ -9,7 +9,25 @@ Importing this package imports neither torch nor transformers; its names do, whe
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # What :data:`_NAMES` says, for type checkers.
+    from .attachment import attach as attach
+    from .attachment import attached as attached
+    from .attachment import detach as detach
+    from .attachment import last_run as last_run
+    from .errors import LvlmDecodeError as LvlmDecodeError
+    from .evidence import Explanation as Explanation
+    from .evidence.explain import explain as explain
+    from .families import FAMILIES as FAMILIES
+    from .families.base import Family as Family
+    from .method import Contrast as Contrast
+    from .method import Method as Method
+    from .method import Step as Step
+    from .method import View as View
+    from .methods import METHODS as METHODS
+    from .methods import parse as parse
 
 __version__ = "0.1.0"
 

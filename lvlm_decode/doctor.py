@@ -11,7 +11,8 @@ from packaging.requirements import Requirement
 
 from . import __version__
 from .engine.hf import versions
-from .plugins import GROUPS, plugins
+from .errors import DependencyError
+from .plugins import Plugin
 
 #: Shown first; the rest of what the metadata ask for follows.
 _FIRST = ("torch", "torchvision", "transformers", "tokenizers", "huggingface_hub", "accelerate")
@@ -24,14 +25,16 @@ class Report:
     Args:
         versions: package -> installed version, or ``None``.
         tested: whether this minor release of transformers was tested.
+        broken: model type -> what this release of transformers itself breaks of it; such models are refused.
         devices: names of the devices torch can use, the CPU first.
         missing: extra -> packages of it that are not installed.
-        plugins: group -> "name (package)" of what other packages bring.
+        plugins: "methods", "drafters", "evaluators", "families" -> "name (package)" of what other packages bring and can be used.
         trouble: what does not work, one sentence each; empty when all does.
     """
 
     versions: dict[str, str | None]
     tested: bool
+    broken: dict[str, str]
     devices: list[str]
     missing: dict[str, list[str]]
     plugins: dict[str, list[str]]
@@ -70,14 +73,42 @@ def examine() -> Report:
         if extra and (absent := [r.name for r in requirements if installed(r.name) is None])
     }
     devices, checked = _engine()
+    brought, unloadable = _plugins()
     return Report(
         found,
         versions.tested(found["transformers"] or "0"),
+        versions.BROKEN.get(versions.minor_of(found["transformers"] or "0"), {}),
         devices,
         missing,
-        {g: [f"{p.name} ({p.package})" for p in plugins(g).values()] for g in GROUPS},
-        [*trouble, *checked],
+        brought,
+        [*trouble, *checked, *unloadable],
     )
+
+
+def _plugins() -> tuple[dict[str, list[str]], list[str]]:
+    """What other packages bring by group, and why some of it cannot be used."""
+    import lvlm_decode_evals
+
+    from . import families, methods
+    from .speculative import drafters
+
+    groups: dict[str, tuple[dict[str, Plugin], str]] = {
+        "methods": (methods.foreign(), "Method"),
+        "drafters": (drafters.foreign(), "Drafter"),
+        "evaluators": (lvlm_decode_evals.foreign(), "Evaluator"),
+        "families": (families.foreign(), "Family"),
+    }
+    brought: dict[str, list[str]] = {group: [] for group in groups}
+    trouble = []
+    for group, (found, base) in groups.items():
+        for plugin in found.values():
+            try:
+                plugin.load(base)
+            except DependencyError as error:
+                trouble.append(str(error))
+            else:
+                brought[group].append(f"{plugin.name} ({plugin.package})")
+    return brought, trouble
 
 
 def _engine() -> tuple[list[str], list[str]]:
@@ -100,12 +131,13 @@ def text(report: Report) -> str:
     lines = [f"{name:<18}{have or 'not installed'}" for name, have in report.versions.items()]
     tested = f"{versions.FLOOR} to {versions.TESTED[-1]}"
     lines.append(f"\ntransformers was tested from {tested}; this one {'is' if report.tested else 'is not'} among them.")
+    lines += [f"It breaks {name}, which is refused: {why}." for name, why in report.broken.items()]
     lines.append(f"Devices: {', '.join(report.devices) or 'none'}")
     for extra, packages in report.missing.items():
         lines.append(f"Extra [{extra}] lacks {', '.join(packages)}; run: pip install 'lvlm-decode[{extra}]'")
     for group, found in report.plugins.items():
         if found:
-            lines.append(f"{group.partition('.')[2].capitalize()} of other packages: {', '.join(found)}")
+            lines.append(f"{group.capitalize()} of other packages: {', '.join(found)}")
     lines.append("")
     lines.extend(report.trouble or ["The self-check of the engine passed."])
     return "\n".join(lines)

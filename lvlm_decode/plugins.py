@@ -19,8 +19,6 @@ from typing import Any
 
 from .errors import DependencyError
 
-GROUPS = ("lvlm_decode.methods", "lvlm_decode.drafters", "lvlm_decode.evaluators", "lvlm_decode.families")
-
 
 @dataclass(frozen=True)
 class Plugin:

@@ -68,6 +68,14 @@ def _one_thread_per_test_process():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Random weights and draws are the same whatever tests ran before."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def model_folder():
     """The folder of the small LLaVA."""

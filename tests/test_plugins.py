@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 import lvlm_decode as ld
-from lvlm_decode import catalogue
+from lvlm_decode import catalogue, plugins
 from lvlm_decode.errors import DependencyError, UnknownNameError, UnsupportedError
 from lvlm_decode.families import family_of
 from lvlm_decode.families.base import Family
@@ -92,6 +93,30 @@ def test_an_unknown_family_is_attached_with_its_adapter(monkeypatch):
         assert zoo.model.generate(**inputs, **how).equal(want)
     form = ld.VCD().processor(zoo.model, inputs, seed=0, family=Renamed)
     assert zoo.model.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[form]).equal(want)
+
+
+def test_doctor_lists_what_can_be_used_of_other_packages(site):
+    from lvlm_decode import doctor
+
+    plugins.plugins.cache_clear()
+    with pytest.warns(UserWarning, match="its entry is ignored"):
+        report = doctor.examine()
+    assert report.plugins == {
+        "methods": ["toy (toy-package)"],
+        "drafters": ["toy-drafter (toy-package)"],
+        "evaluators": ["toy-pope (toy-package)"],
+        "families": ["toy_lvlm (toy-package)"],
+    }
+    told = [text for text in report.trouble if "toy-package" in text]
+    assert [text.partition(" of package")[0] for text in told] == ["'broken'", "'number'"]
+
+
+def test_doctor_names_models_that_the_release_breaks(monkeypatch):
+    from lvlm_decode import doctor
+
+    minor = doctor.versions.minor_of(transformers.__version__)
+    monkeypatch.setitem(doctor.versions.BROKEN, minor, {"smolvlm": "its forward fails there"})
+    assert "It breaks smolvlm, which is refused: its forward fails there." in doctor.text(doctor.examine())
 
 
 def test_doctor_prints_versions_and_the_self_check(monkeypatch):

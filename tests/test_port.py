@@ -25,9 +25,7 @@ FILES = sorted(
     for folder in (ROOT / "lvlm_decode", ROOT / "evals")
     for path in folder.rglob("*.py")
     # Tiny models are built from transformers' own configurations.
-    if PORT not in path.parents
-    and "training" not in path.parts
-    and path != ROOT / "lvlm_decode" / "testing" / "models.py"
+    if PORT not in path.parents and path != ROOT / "lvlm_decode" / "testing" / "models.py"
 )
 
 #: Arguments, keys and attributes that transformers has renamed or may rename.

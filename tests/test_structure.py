@@ -212,3 +212,13 @@ def test_no_test_file_imports_from_another():
         if wrong := {module.rpartition(".")[2] for module in imported} & tests:
             found[name] = wrong
     assert len(tests) > 50 and found == {}
+
+
+def test_a_type_checker_knows_every_name_of_the_package():
+    """The block for type checkers in lvlm_decode/__init__.py imports what its table of names says, from the same place."""
+    import lvlm_decode
+
+    tree = ast.parse((ROOT / "lvlm_decode" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {alias.asname: f".{line.module}" for line in block.body for alias in line.names}
+    assert told == lvlm_decode._NAMES

@@ -50,6 +50,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lvlm_decode_evals.pictures import open_picture
 
 from ..attachment import attach, detach, last_run
+from ..engine import hf
 from ..errors import InputError, ParameterError
 from ..families import family_of
 from ..methods.plain import Plain
@@ -333,7 +334,7 @@ class Target:
         pictures = any(item.load is not None for item in items)
         module = self.model if pictures else self.family.decoding_module(self.model)
         with watched(module, states) as watcher:
-            module(**inputs, use_cache=False, logits_to_keep=1)
+            hf.kwargs.run_whole(module, inputs, keep=1)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         starts = torch.tensor([item.start for item in items], device=ids.device)
         answer = mask & (torch.arange(ids.shape[1], device=ids.device) >= starts[:, None])

@@ -243,6 +243,11 @@ def run(forward: Callable[..., Any], kwargs: dict[str, Any], cache: Any, keep: i
     )
 
 
+def run_whole(forward: Callable[..., Any], kwargs: dict[str, Any], keep: int) -> Any:
+    """Call ``forward`` on whole sequences, without a cache; logits of the last ``keep`` positions are wanted."""
+    return forward(**{**kwargs, "use_cache": False, "logits_to_keep": keep})
+
+
 def kept_of(kwargs: dict[str, Any]) -> int:
     """The number of last positions that a loop needs logits of; 0 is all of them."""
     return kwargs.get("logits_to_keep") or 0
