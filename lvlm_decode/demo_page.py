@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .marks import ABSENT, FALSE, RIGHT
+from .marks import ABSENT, FALSE, RIGHT, changed
 from .pages import page as framed
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def html(shown: Shown) -> str:
 <h2>Captions</h2>
 <p class="verdict">{_verdict(shown)}</p>
 <p>Greedy captions of {shown.captioned} scenes, and an example of each thing that happened. Objects that are
-<mark>not in the picture</mark> are marked, and so is a number, place or relation that is <mark class="false">false</mark>.</p>
+<mark>not in the picture</mark> are marked, and so is a number, place or relation that is <mark class="false">false</mark>;
+words that the plain caption does not have there are <ins>underlined</ins>.</p>
 {captions}
 <p>Over the first {shown.captioned} scenes, which is too few to rank methods by:</p>
 <div class="scroll"><table><thead><tr><th>method</th><th>captions with a hallucination %</th>
@@ -76,7 +78,8 @@ token here; the methods take turns, the figure is the median of paired ratios.</
 def _picture(picture: Picture) -> str:
     data = base64.b64encode(picture.path.read_bytes()).decode()
     kind = "png" if picture.path.suffix == ".png" else "jpeg"
-    said = "".join(f"<dt>{escape(c.method)}</dt><dd>{_marked(c)}</dd>" for c in picture.captions)
+    plain = picture.captions[0]
+    said = "".join(f"<dt>{escape(c.method)}</dt><dd>{_marked(c, plain)}</dd>" for c in picture.captions)
     truth = escape(", ".join(picture.truth))
     return (
         f"<h3>{escape(picture.title)}</h3>"
@@ -85,9 +88,21 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _marked(caption: Caption) -> str:
+def _marked(caption: Caption, plain: Caption) -> str:
+    """What is wrong is marked; words that the plain caption does not have there are underlined."""
     tags = {RIGHT: ("", ""), ABSENT: ("<mark>", "</mark>"), FALSE: ('<mark class="false">', "</mark>")}
-    return "".join(tags[kind][0] + escape(piece) + tags[kind][1] for piece, kind in caption.pieces)
+    other = changed(caption.text, plain.text)
+    out, at = "", 0
+    for piece, kind in caption.pieces:
+        flags = other[at : at + len(piece)]
+        runs = groupby(zip(piece, flags), key=lambda pair: pair[1])
+        inner = ""
+        for differs, letters in runs:
+            said = escape("".join(letter for letter, _ in letters))
+            inner += f"<ins>{said}</ins>" if differs else said
+        out += tags[kind][0] + inner + tags[kind][1]
+        at += len(piece)
+    return out
 
 
 def _verdict(shown: Shown) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 #: Kinds of a piece: nothing is wrong, it names an absent object, or its number, place or relation is false.
@@ -35,6 +36,19 @@ def pieces(text: str, scene: Any, absent: Sequence[str]) -> tuple[tuple[str, str
         found += [(text[at:start], RIGHT), (text[start:end], kind)]
         at = end
     return tuple((piece, kind) for piece, kind in [*found, (text[at:], RIGHT)] if piece)
+
+
+def changed(text: str, other: str) -> tuple[bool, ...]:
+    """For each character of ``text`` whether it lies in a run of words that ``other`` does not have in this place."""
+    words, others = list(re.finditer(r"\S+", text)), other.split()
+    out = [False] * len(text)
+    for kind, start, end, _, _ in SequenceMatcher(
+        None, [w.group() for w in words], others, autojunk=False
+    ).get_opcodes():
+        if kind in ("replace", "delete"):
+            first, last = words[start].start(), words[end - 1].end()
+            out[first:last] = [True] * (last - first)
+    return tuple(out)
 
 
 def bracketed(marked: Sequence[tuple[str, str]]) -> str:

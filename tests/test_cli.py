@@ -125,6 +125,9 @@ def test_demo_measures_and_writes_one_page(tmp_path, monkeypatch):
         r"With <b>vcd</b> \d+ % of the captions name something absent", html
     )
     assert not re.search(r"(src|href)=\"(?!data:)", html), "nothing is fetched"
+    assert html.count("<ins>") > 1, (
+        "words that the plain caption does not have are underlined, and not in the legend alone"
+    )
     assert re.search(r"vcd</div><span style=\"width:[\d.]+%\"></span><b>\d\.\d\d×", html)
 
 
@@ -137,6 +140,17 @@ def test_what_a_scene_contradicts_is_marked():
     assert wrong == [("Three", "false"), ("laptop", "absent"), ("at the top left of the image", "false")]
     assert marks.bracketed(found).startswith("{Three} clocks and a red [laptop] on")
     assert marks.pieces(text, scene, ()) == marks.pieces(text, scene, ("zebra",))
+
+
+def test_words_that_another_text_does_not_have_are_found():
+    text, other = "The image shows two cats and a red dog.", "The image shows cats and a dog."
+    flags = marks.changed(text, other)
+    assert "".join(letter if flag else "." for letter, flag in zip(text, flags)).strip(".").split(".") == [
+        "two",
+        *[""] * (len(" cats and a ") - 1),
+        "red",
+    ]
+    assert not any(marks.changed(other, other)) and all(marks.changed("zebra", "")) and marks.changed("", "a") == ()
 
 
 def commands():
