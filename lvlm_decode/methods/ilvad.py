@@ -176,7 +176,8 @@ def raised(attention: Tensor, factors: Tensor, images: Tensor) -> Tensor:
     """
     to_image, logs = attention * images[:, None, None], factors[:, None, None]
     grounded = (to_image * logs).sum(-1) / (to_image.sum(-1) + 1e-8)
-    ranks = grounded.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    # Where all image tokens that are visible have one factor, heads differ by rounding alone, which must not choose among them.
+    ranks = grounded.round(decimals=5).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = (ranks < max(attention.shape[1] // 2, 1))[..., None]
     changed = torch.where(chosen, attention * logs.exp(), attention)
     return changed / changed.sum(-1, keepdim=True)
