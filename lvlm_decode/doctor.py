@@ -29,6 +29,7 @@ class Report:
         devices: names of the devices torch can use, the CPU first.
         missing: extra -> packages of it that are not installed.
         plugins: "methods", "drafters", "evaluators", "families" -> "name (package)" of what other packages bring and can be used.
+        unusable: what other packages bring and cannot be loaded, one sentence each; the rest works without it.
         trouble: what does not work, one sentence each; empty when all does.
     """
 
@@ -38,6 +39,7 @@ class Report:
     devices: list[str]
     missing: dict[str, list[str]]
     plugins: dict[str, list[str]]
+    unusable: list[str]
     trouble: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ def examine() -> Report:
         if extra and (absent := [r.name for r in requirements if installed(r.name) is None])
     }
     devices, checked = _engine()
-    brought, unloadable = _plugins()
+    brought, unusable = _plugins()
     return Report(
         found,
         versions.tested(found["transformers"] or "0"),
@@ -81,7 +83,8 @@ def examine() -> Report:
         devices,
         missing,
         brought,
-        [*trouble, *checked, *unloadable],
+        unusable,
+        [*trouble, *checked],
     )
 
 
@@ -99,16 +102,16 @@ def _plugins() -> tuple[dict[str, list[str]], list[str]]:
         "families": (families.foreign(), "Family"),
     }
     brought: dict[str, list[str]] = {group: [] for group in groups}
-    trouble = []
+    unusable = []
     for group, (found, base) in groups.items():
         for plugin in found.values():
             try:
                 plugin.load(base)
             except DependencyError as error:
-                trouble.append(str(error))
+                unusable.append(str(error))
             else:
                 brought[group].append(f"{plugin.name} ({plugin.package})")
-    return brought, trouble
+    return brought, unusable
 
 
 def _engine() -> tuple[list[str], list[str]]:
@@ -138,6 +141,7 @@ def text(report: Report) -> str:
     for group, found in report.plugins.items():
         if found:
             lines.append(f"{group.capitalize()} of other packages: {', '.join(found)}")
+    lines += report.unusable
     lines.append("")
     lines.extend(report.trouble or ["The self-check of the engine passed."])
     return "\n".join(lines)
