@@ -42,13 +42,25 @@ class Attached:
     def __init__(
         self,
         model: torch.nn.Module,
-        method: Method,
-        family: type[Family] | None,
-        processor: Any,
-        drafter: Drafter | None,
-        execution: str,
+        method: Method | str,
+        *,
+        processor: Any = None,
+        drafter: Drafter | str | None = None,
+        execution: str = "stacked",
+        family: type[Family] | None = None,
         recorder: Recorder | None = None,
     ):
+        """Takes and raises what :func:`attach` does, and puts nothing on the model: for threads that share one."""
+        hf.require()
+        model = hf.unwrapped(model)
+        method = parse(method) if isinstance(method, str) else method
+        if not isinstance(method, Method):
+            raise InputError(
+                f"method is {type(method).__name__}; expected a Method such as VCD() or a name such as 'vcd'."
+            )
+        if drafter is not None:
+            check_modes(method, ["speculation"])
+            drafter = parse_drafter(drafter, model) if isinstance(drafter, str) else drafter
         self.model, self.method, self._family, self.processor = model, method, family, processor
         self.drafter, self.execution, self.recorder = drafter, execution, recorder
         #: What ``generate`` was on the instance before; nothing, usually.
@@ -201,7 +213,7 @@ def attach(
         raise UnsupportedError(
             f"{own.method.name} is already attached to this model; detach(model) first, or attach their sum."
         )
-    made = mitigated(
+    inner.__dict__["generate"] = Attached(
         model,
         method,
         processor=processor,
@@ -210,33 +222,7 @@ def attach(
         family=family,
         recorder=recorder,
     )
-    inner.__dict__["generate"] = made
     return model
-
-
-def mitigated(
-    model: torch.nn.Module,
-    method: Method | str,
-    *,
-    processor: Any = None,
-    drafter: Drafter | str | None = None,
-    execution: str = "stacked",
-    family: type[Family] | None = None,
-    recorder: Recorder | None = None,
-) -> Attached:
-    """The ``generate()`` that :func:`attach` puts on ``model``, and nothing put there: for threads that share a model.
-
-    Takes and raises what :func:`attach` does.
-    """
-    hf.require()
-    inner = hf.unwrapped(model)
-    method = parse(method) if isinstance(method, str) else method
-    if not isinstance(method, Method):
-        raise InputError(f"method is {type(method).__name__}; expected a Method such as VCD() or a name such as 'vcd'.")
-    if drafter is not None:
-        check_modes(method, ["speculation"])
-        drafter = parse_drafter(drafter, inner) if isinstance(drafter, str) else drafter
-    return Attached(inner, method, family, processor, drafter, execution, recorder)
 
 
 def detach(model: M) -> M:
@@ -272,7 +258,7 @@ def attached(model: torch.nn.Module, method: Method | str | None = None, **optio
 
 @contextmanager
 def _attached(model: M, method: Method | str, options: dict[str, Any]) -> Iterator[M]:
-    inner, made = hf.unwrapped(model), mitigated(model, method, **options)
+    inner, made = hf.unwrapped(model), Attached(model, method, **options)
     with _BLOCKS:
         made.before = inner.__dict__.get("generate")
         inner.__dict__["generate"] = made

@@ -13,6 +13,7 @@ import numbers
 import sys
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 _KINDS = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a text"}
 
 
-class _Parameters(type):
+class _Parameters(ABCMeta):
     """Makes the instances of :class:`Checked`: reads the parameters given before the dataclass does."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:

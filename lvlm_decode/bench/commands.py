@@ -83,6 +83,12 @@ def clock_of(processor_seconds: bool) -> tuple[Callable[[], float], str]:
     return time.process_time, "of the processor, one thread"
 
 
+ProcessorSeconds = Annotated[
+    bool,
+    typer.Option(help="Count the seconds that this process computes, in one thread: for a machine that others use."),
+]
+
+
 @bench.command("methods")
 @one_sentence
 def bench_methods(
@@ -103,12 +109,7 @@ def bench_methods(
     tokens: Annotated[int, typer.Option(min=2, help="Length of the answers in tokens.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 5,
     memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
-    processor_seconds: Annotated[
-        bool,
-        typer.Option(
-            help="Count the seconds that this process computes, in one thread: for a machine that others use."
-        ),
-    ] = False,
+    processor_seconds: ProcessorSeconds = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Time every method, and measure its peak memory, against plain generate() and one forward per view."""
@@ -143,12 +144,7 @@ def bench_questions(
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the runner.")] = 16,
     count: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 96,
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds.")] = 3,
-    processor_seconds: Annotated[
-        bool,
-        typer.Option(
-            help="Count the seconds that this process computes, in one thread: for a machine that others use."
-        ),
-    ] = False,
+    processor_seconds: ProcessorSeconds = False,
     output: Annotated[Path | None, typer.Option(help="JSON of the record.")] = None,
 ) -> None:
     """Time the runner's questions per second against a loop over single questions."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,7 @@ class Controller(Method):
 
     kind: ClassVar[str] = "search"
 
+    @abstractmethod
     def decode(self, run: Run, call: Call) -> Any:
         """Decode; returns what ``generate()`` would: (B, P + T) ids, or an output object.
 
@@ -35,7 +37,6 @@ class Controller(Method):
             run: the samples, their prepared rows, the model and its processor.
             call: the prompts (B, P), left-padded, and everything else that ``generate()`` prepared.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no decode")
 
     def check_search(self, call: Call, why: str) -> None:
         """Raise if the call asks for what a search with rows of its own cannot give.

@@ -7,6 +7,7 @@ cost is what :meth:`Branch.states` computes for the positions that are scored.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-class Branch(Edit):
+class Branch(Edit, ABC):
     """What a view of partial depth computes, from what the layers of view 0 attend with and from what the last one is given.
 
     An :class:`Edit` that looks and changes nothing: :meth:`output` is where a branch leaves. It keeps the newest forward's
@@ -37,6 +38,7 @@ class Branch(Edit):
         #: (B, q, D) what the last layer was given, at the scored positions.
         self.given: Tensor | None = None
 
+    @abstractmethod
     def leaves(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scaling: float, lane: Any) -> None:
         """Keep what the branch takes with it from ``layer``.
 
@@ -48,11 +50,10 @@ class Branch(Edit):
             scaling: factor on the scores.
             lane: that is running.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def states(self) -> Tensor:
         """(B, q, D) what the branch puts out at the scored positions of the newest forward, before the final norm."""
-        raise NotImplementedError
 
     def output(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor

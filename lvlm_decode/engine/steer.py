@@ -7,6 +7,7 @@ and static caches give what single steps give.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from .samples import Sample
 
 
-class Steer:
+class Steer(ABC):
     """What is done to the states (B, q, D), float32, that one part of a decoder layer puts out."""
 
+    @abstractmethod
     def edit(self, layer: int, states: Tensor) -> Tensor:
         """The states (B, q, D) of layer ``layer``, 0 for the first, as they should be."""
-        raise NotImplementedError
 
 
 class Turn(Steer):

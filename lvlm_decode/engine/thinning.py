@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-class Thinned(Edit):
+class Thinned(Edit, ABC):
     """Hides slots from the rows of one view in the layers after ``layer``, whose attention decides which.
 
     Args:
@@ -29,6 +30,7 @@ class Thinned(Edit):
         #: (B, 1, q, 1) bool of the layer that is running: queries that were left nothing to see.
         self.blind = torch.empty(0)
 
+    @abstractmethod
     def hides(self, attention: Tensor, seen: Tensor, images: Tensor, lane: Any) -> Tensor:
         """(B, q, S) bool: the slots that are hidden.
 
@@ -37,7 +39,6 @@ class Thinned(Edit):
             seen: (B, q, S) bool, the slots that each of them sees.
             images: (B, 1, S) bool, the slots that hold image tokens.
         """
-        raise NotImplementedError
 
     def mask(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor | None:
         lane = running_lane(self.run)

@@ -118,8 +118,14 @@ class Family:
         return None
 
     def tokens_per_video(self, vision: dict[str, Tensor]) -> list[int]:
-        """How many placeholders each video takes."""
-        raise NotImplementedError
+        """How many placeholders each video takes.
+
+        Raises:
+            UnsupportedError: this family's adapter reads no videos.
+        """
+        raise UnsupportedError(
+            f"{type(self).__name__} says of no video how many tokens it takes; give its adapter tokens_per_video."
+        )
 
     def video_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
         """Rows of ``pixel_values_videos`` that each video takes; ``None`` means one."""

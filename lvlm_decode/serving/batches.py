@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attachment import mitigated
+from ..attachment import Attached
 from ..engine.modes import check_modes, check_needs
 from ..errors import LvlmDecodeError
 from ..families import family_of
@@ -192,7 +192,7 @@ class Batches:
         follow = _Gone(batch) if searches else _Follow(batch, self._ends)
         inputs = inputs.to(self._model.device)
         # Nothing is put on the model, which other threads may use.
-        generate = mitigated(self._model, method, processor=self._processor)
+        generate = Attached(self._model, method, processor=self._processor)
         with torch.inference_mode():
             out = generate(
                 **inputs,
