@@ -705,12 +705,16 @@ class Chair(Evaluator):
         named = checked(_Names, answer.label, where)
         return _known_objects(named, set(self.table().category.values()), where)
 
+    def contents(self, image: object) -> Sequence[str] | None:
+        """What --objects says that an image contains, without that option what is in the scene; None where it is not there."""
+        known = _scene_objects() if self.objects is None else _objects(str(self.objects), self.table())
+        return known.get(image_key(image))
+
     def _known(self, answer: Answer) -> Sequence[str] | None:
         """What --objects says about the image of an answer; without that option, what is in the scene."""
         if self.objects is None:
-            return _scene_objects().get(image_key(answer.question_id))
-        known = _objects(str(self.objects), self.table())
-        by_id, by_image = (known.get(image_key(name)) for name in (answer.question_id, answer.image))
+            return self.contents(answer.question_id)
+        by_id, by_image = (self.contents(name) for name in (answer.question_id, answer.image))
         if by_id is not None and by_image is not None and by_id != by_image:
             raise EvalError(
                 f"caption {answer.question_id} is about image {answer.image}, and --objects has both with other objects; name "

@@ -217,7 +217,12 @@ def eval_command(
         )
     if shown is not None and shown.decoding is not None:
         wanted = shown.decoding
-    source = protocol_source(shown, chosen, images) if shown is not None and not is_tiny(model) else None
+    source, label = None, None
+    if shown is not None:
+        source = None if is_tiny(model) else protocol_source(shown, chosen, images)
+        label = f"{shown.name} on emoji scenes" if source is None else shown.label(chosen)
+        if label != shown.name and source is not None:
+            typer.echo(f"warning: the answers are of protocol {label}; its own is {shown.ground_truth}.", err=True)
     prepared = prepare(
         chosen,
         methods=method or ["plain"],
@@ -251,7 +256,7 @@ def eval_command(
         options=options,
         share=share,
         state=state,
-        protocol=None if shown is None else fixed.label,
+        protocol=label,
         tell=functools.partial(typer.echo, err=True),
     )
     results = run.execute()

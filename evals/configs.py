@@ -408,7 +408,8 @@ def paper_blocks(
             for key in keys:
                 lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
     titles = ("Row", "Method", "Decoding", "Split", "Metric", "Ours", "Published", "Ours - published")
-    measured = (config.protocol.name if config.protocol else UNKNOWN) + (" on emoji scenes" if is_tiny(model) else "")
+    measured = config.protocol.label(chosen) if config.protocol else UNKNOWN
+    measured += " on emoji scenes" if is_tiny(model) else ""
     notes = tuple(_notes(config, model))
     gains = _gains(config, chosen, columns, found, replicates)
     return [

@@ -21,7 +21,7 @@ from lvlm_decode.reading import Closed, Identity, Record, checked, read_records,
 
 from . import evaluator
 from .base import Evaluator, Question
-from .chair import image_key
+from .chair import Chair, image_key
 from .plan import Decoding, DecodingShape
 
 # The values a config may name where nobody knows how a row was measured.
@@ -53,11 +53,18 @@ class ProtocolFile(Closed):
 
 @dataclass(frozen=True)
 class ImageList:
-    """A public list of COCO val2014 images. file: data set and name of a pinned file that holds it. key: see `key_of`."""
+    """A public list of COCO val2014 images.
+
+    key: see `key_of`. truth_a, truth_b: `truth_key` of its images in the two published ground truths of CHAIR; both are
+    annotated instances and objects of captions, which A found with pattern and B with WordNet. file: data set and name of a
+    pinned file that holds the list.
+    """
 
     name: str
     number: int
     key: str
+    truth_a: str
+    truth_b: str
     file: tuple[str, str]
 
     def ids(self) -> list[int]:
@@ -86,6 +93,12 @@ def key_of(ids: Sequence[int]) -> str:
     return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
+def truth_key(objects: Mapping[int, Sequence[str]]) -> str:
+    """16 hex digits of what images contain: the first of sha256 of a line for each image, its id and its sorted objects."""
+    lines = [f"{image}:{','.join(sorted(set(objects[image])))}" for image in sorted(objects)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 class _Listed(Record):
     """A line of a list of images."""
 
@@ -111,15 +124,53 @@ def read_ids(path: Path) -> list[int]:
 LISTS: dict[str, ImageList] = {
     entry.name: entry
     for entry in (
-        ImageList("opera-a", 500, "8e6d37b0baa8afa6", ("opera-captions", "llava-1.5/greedy.jsonl")),
-        ImageList("opera-b", 500, "8f166d1370fec88c", ("opera-captions", "instructblip/greedy.jsonl")),
-        ImageList("icd-mod", 500, "1846a1436949bc68", ("chair-lists", "mod.jsonl")),
-        ImageList("agla", 100, "7979931517b6d441", ("chair-lists", "agla.jsonl")),
-        ImageList("assesshal", 500, "0a5b1fbd1786d7d0", ("chair-lists", "assesshal.jsonl")),
-        ImageList("seed-927", 500, "77f15b7407431f3b", ("chair-lists", "middle-layers.jsonl")),
-        ImageList("pope-500", 500, "432c1d116f1fa419", ("chair-lists", "damro.jsonl")),
-        ImageList("marine", 500, "7c5e558db85b3fe7", ("chair-lists", "marine.json")),
-        ImageList("human", 500, "b8b83f301cde87ec", ("chair-lists", "human.txt")),
+        ImageList(
+            "opera-a",
+            500,
+            "8e6d37b0baa8afa6",
+            "8d5c67a58a4ce728",
+            "00236cb2ec4f2bb2",
+            ("opera-captions", "llava-1.5/greedy.jsonl"),
+        ),
+        ImageList(
+            "opera-b",
+            500,
+            "8f166d1370fec88c",
+            "44631448ed2082b9",
+            "9f4a00f642e28e19",
+            ("opera-captions", "instructblip/greedy.jsonl"),
+        ),
+        ImageList(
+            "icd-mod", 500, "1846a1436949bc68", "6519016cf86060cd", "9beabf50df222298", ("chair-lists", "mod.jsonl")
+        ),
+        ImageList(
+            "agla", 100, "7979931517b6d441", "bd176d0dcf017604", "f2a08c603b74b4d5", ("chair-lists", "agla.jsonl")
+        ),
+        ImageList(
+            "assesshal",
+            500,
+            "0a5b1fbd1786d7d0",
+            "e6eb8759770c86bf",
+            "2152b07166d0a824",
+            ("chair-lists", "assesshal.jsonl"),
+        ),
+        ImageList(
+            "seed-927",
+            500,
+            "77f15b7407431f3b",
+            "bb9a1f183264859e",
+            "d0795b4957d7fdd7",
+            ("chair-lists", "middle-layers.jsonl"),
+        ),
+        ImageList(
+            "pope-500", 500, "432c1d116f1fa419", "e20271d90e1785e6", "91f1743c30c61ca8", ("chair-lists", "damro.jsonl")
+        ),
+        ImageList(
+            "marine", 500, "7c5e558db85b3fe7", "85354909f4703545", "885d534a1dba6b4f", ("chair-lists", "marine.json")
+        ),
+        ImageList(
+            "human", 500, "b8b83f301cde87ec", "06203dcf26256ae5", "6421a2e58a549416", ("chair-lists", "human.txt")
+        ),
     )
 }
 
@@ -178,6 +229,30 @@ class Protocol:
             ]
         }
 
+    def other_truth(self, chosen: Evaluator) -> str:
+        """What CHAIR's captions are held against where it is not the protocol's ground truth: "ground truth B" or "other
+        objects"; "" where it is, and where nobody can tell, as without --objects or without the list of images.
+        """
+        if self.ground_truth is None or self.images not in LISTS:
+            return ""
+        if not isinstance(chosen, Chair) or chosen.objects is None:
+            return ""
+        listed = LISTS[self.images]
+        try:
+            ids = listed.ids()
+        except MissingFileError:
+            return ""
+        found = truth_key({number: chosen.contents(number) or () for number in ids})
+        known = {listed.truth_a: "A", listed.truth_b: "B"}.get(found)
+        if known == self.ground_truth:
+            return ""
+        return "other objects" if known is None else f"ground truth {known}"
+
+    def label(self, chosen: Evaluator) -> str:
+        """What settings and tables call a run of this protocol: its name, and other ground truth where there is some."""
+        other = self.other_truth(chosen)
+        return f"{self.name} with {other}" if other else self.name
+
     @property
     def list_key(self) -> str | None:
         """What tells the list of images from others; None where it is none of `LISTS`."""
@@ -229,9 +304,8 @@ def read_protocol(path: Path) -> Protocol:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a protocol decides for one run. label: what the run's settings and tables call it."""
+    """What a protocol decides for one run."""
 
-    label: str
     options: Mapping[str, Any]
     max_new_tokens: int | None
     suffix: str
@@ -246,7 +320,7 @@ def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: M
 
     given: command-line name -> value, None where it was not given. A run with another prompt or length is not of that
     protocol, so what the protocol decides cannot be given beside it: SettingsError. On the emoji scenes the small models
-    take their own prompt, and the label says that the images are others.
+    take their own prompt.
     """
     if found.benchmark != benchmark:
         raise SettingsError(f"protocol {found.name} is of {found.benchmark}, not of {benchmark}.")
@@ -259,7 +333,6 @@ def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: M
             raise SettingsError(f"protocol {found.name} decides {name}; leave it out, or leave out --protocol.")
     options = found.evaluator_options
     return Setup(
-        label=f"{found.name} on emoji scenes" if on_scenes else found.name,
         options=found.on_scenes(options) if on_scenes else options,
         max_new_tokens=found.max_new_tokens,
         suffix="" if on_scenes else found.suffix,

@@ -154,7 +154,7 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
     groups = gather(results)
     found = {s: {m.pair: m for m in groups.get((config.benchmark, s), [])} for s in config.splits}
     base = next((row for row in config.rows if row.name == config.baseline), None)
-    other = _other_images(config, results)
+    other = _other_data(config, results)
     made = []
     for row in config.rows:
         for split, values in row.published.values.items():
@@ -173,7 +173,7 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
                 if word in (REPRODUCED, NOT_REPRODUCED) and images < FEW_IMAGES:
                     word, why = NOT_RUN, f"undecided: only {images} images; ask more questions"
                 elif word in (REPRODUCED, NOT_REPRODUCED) and other and not gains:
-                    word, why = NOT_RUN, "other images were asked about than the protocol's list"
+                    word, why = NOT_RUN, other
                 target = 0.0 if gains else printed / unit
                 told = None
                 if gains and gain is not None and row is not base:
@@ -182,10 +182,16 @@ def verdicts(config: PaperTable, results: Sequence[Result], model: str, replicat
     return made
 
 
-def _other_images(config: PaperTable, results: Sequence[Result]) -> bool:
-    """Whether answers are about other images than the list of the table's protocol, as --questions allows."""
-    key = config.protocol and config.protocol.list_key
-    return key is not None and any((r.settings.get("data") or {}).get("questions_sha256") != key for r in results)
+def _other_data(config: PaperTable, results: Sequence[Result]) -> str:
+    """What is other in the answers than the table's protocol has it, "" for nothing: the images, as --questions allows, or
+    what CHAIR takes to be in them.
+    """
+    if config.protocol is None or config.protocol.list_key is None:
+        return ""
+    if any((r.settings.get("data") or {}).get("questions_sha256") != config.protocol.list_key for r in results):
+        return "other images were asked about than the protocol's list"
+    truth = config.protocol.other_truth(config.evaluator)
+    return f"the captions are held against {truth}, the protocol's is {config.protocol.ground_truth}" if truth else ""
 
 
 def _rows_of(found: Any, row: PaperRow, split: str) -> list:

@@ -1,5 +1,6 @@
 """Protocols: how published values were measured, by name; image lists by hash; configs that name their protocol."""
 
+import gzip
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from lvlm_decode_evals import evaluator, protocols
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.commands import add_to
 from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
-from lvlm_decode_evals.protocols import LISTS, key_of, names, protocol, read_ids, read_protocol, setup
+from lvlm_decode_evals.protocols import LISTS, key_of, names, protocol, read_ids, read_protocol, setup, truth_key
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LLAVA = "llava-hf/llava-1.5-7b-hf"
@@ -96,6 +97,51 @@ def test_lists_are_known_by_the_hash_of_their_ids_in_order(name, tmp_path, monke
         found.ids()
 
 
+def in_data_folder(tmp_path, monkeypatch, name="opera-a"):
+    """The list's file where a protocol looks for it; the ids."""
+    ids = json.loads(shared_path(f"data/benchmarks/chair_ids_{LIST_FILES[name]}.json").read_text())["ids"]
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(tmp_path))
+    path = tmp_path / LISTS[name].file[0] / LISTS[name].file[1]
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"{i}\n" for i in ids))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def recorded_truth():
+    """ "A" or "B" -> image id -> objects, of all COCO val2014."""
+    with gzip.open(shared_path("data/coco_val2014_objects.json.gz"), "rt") as file:
+        parts = json.load(file)
+    said = {"A": "cap_pattern", "B": "cap_wordnet"}
+    return {name: {i: [*p["seg"], *p[part]] for i, p in parts.items()} for name, part in said.items()}
+
+
+@pytest.mark.parametrize("name", sorted(LISTS))
+def test_ground_truths_are_known_by_what_the_images_contain(name, recorded_truth):
+    ids = json.loads(shared_path(f"data/benchmarks/chair_ids_{LIST_FILES[name]}.json").read_text())["ids"]
+    found = {truth: truth_key({i: objects[str(i)] for i in ids}) for truth, objects in recorded_truth.items()}
+    assert found == {"A": LISTS[name].truth_a, "B": LISTS[name].truth_b} and len(set(found.values())) == 2
+
+
+def test_other_ground_truth_than_the_protocols_is_told(recorded_truth, tmp_path, monkeypatch):
+    ids = in_data_folder(tmp_path, monkeypatch)
+    found, vocabulary = protocol("opera-64"), shared_path("data/chair/vocabulary.json")
+
+    def chair(name, objects):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({str(i): objects[str(i)] for i in ids}))
+        return evaluator("chair", objects=str(path), vocabulary=str(vocabulary), **found.evaluator_options)
+
+    assert found.label(chair("a", recorded_truth["A"])) == "opera-64"
+    assert found.label(chair("b", recorded_truth["B"])) == "opera-64 with ground truth B"
+    mine = recorded_truth["A"] | {str(ids[0]): ["dog"]}
+    assert found.label(chair("mine", mine)) == "opera-64 with other objects"
+    # Nothing to tell: nobody gave objects, or the list is not here.
+    assert found.label(evaluator("chair", **found.evaluator_options)) == "opera-64"
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(tmp_path / "empty"))
+    assert found.label(chair("b", recorded_truth["B"])) == "opera-64"
+
+
 def test_a_file_that_is_no_list_says_so(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"image": "street.jpg"}\n')
     with pytest.raises(FileFormatError, match="expected `image_id` or `image` of COCO"):
@@ -121,7 +167,7 @@ def test_what_a_protocol_decides_cannot_be_given_beside_it():
     found = protocol("ritual-64")
     fixed = setup(found, "chair", LLAVA, False, {"--seed": None, "objects": "x.json"})
     assert (fixed.max_new_tokens, fixed.seeds, fixed.decoding.do_sample) == (64, (42,), True)
-    assert fixed.template == found.templates[LLAVA] and fixed.label == "ritual-64"
+    assert fixed.template == found.templates[LLAVA]
     assert setup(found, "chair", "another/model", False, {}).template is None
     damro = protocol("damro-1024")
     assert setup(damro, "chair", LLAVA, False, {}).dtype == "float32"

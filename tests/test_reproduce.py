@@ -20,6 +20,7 @@ from lvlm_decode_evals.commands import add_to
 from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config, run_config, source_of
 from lvlm_decode_evals.metrics import Interval
 from lvlm_decode_evals.plan import TIMES, Decoding, Result
+from lvlm_decode_evals.protocols import Protocol
 from lvlm_decode_evals.reproduce import (
     NOT_REPRODUCED,
     NOT_RUN,
@@ -126,7 +127,7 @@ def test_verdicts_on_the_papers_model_are_about_values(tmp_path):
     assert {v.word for v in few} == {NOT_RUN}
 
 
-def test_answers_about_other_images_are_no_verdict_on_a_list():
+def test_answers_about_other_images_or_objects_are_no_verdict_on_a_list(monkeypatch):
     config = read_config(ROOT / "configs" / "chair-opera-512-llava-1.5.yaml")
     config = replace(config, options={"parser": "pattern"})
     scorer = evaluator("chair")
@@ -141,6 +142,11 @@ def test_answers_about_other_images_are_no_verdict_on_a_list():
 
     assert word(config.protocol.list_key) == (NOT_REPRODUCED, "")
     assert word("of a file") == (NOT_RUN, "other images were asked about than the protocol's list")
+    monkeypatch.setattr(Protocol, "other_truth", lambda protocol, chosen: "ground truth B")
+    assert word(config.protocol.list_key) == (
+        NOT_RUN,
+        "the captions are held against ground truth B, the protocol's is A",
+    )
 
 
 def test_the_model_is_loaded_in_the_type_of_the_protocol(tmp_path, photographs, monkeypatch):
