@@ -10,7 +10,19 @@ from typer.testing import CliRunner
 import lvlm_decode_data
 from lvlm_decode.bench.commands import bench
 from lvlm_decode.bench.memory import peak_bytes
-from lvlm_decode.bench.methods import APART, BEAMS, PLAIN, ROWS, arms_of, every, measured, method_for, summary
+from lvlm_decode.bench.methods import (
+    APART,
+    BEAMS,
+    PLAIN,
+    PRODUCTS,
+    ROWS,
+    arms_of,
+    every,
+    measured,
+    method_for,
+    needed,
+    summary,
+)
 from lvlm_decode.bench.paired import Arm, Measured, measure, repeated
 from lvlm_decode.bench.workloads import loaded, prompts, random_llava
 from lvlm_decode.errors import InputError
@@ -75,6 +87,44 @@ def test_arms_are_those_that_the_method_calls_for():
     assert set(arms) == {PLAIN, "method", APART, ROWS} and arms[ROWS] == Arm(copies=3)
     assert arms[APART].execution == "sequential"
     assert arms_of(parse("opera", num_beams=4), 1)[BEAMS].options == {"num_beams": 4}
+
+
+#: Per method the rows of a sample, and what a step runs beside their forward: head calls, and further modules.
+NEEDED = {
+    "plain": (1, 0, 0),
+    "vcd": (2, 0, 0),
+    "dola": (1, 1, 0),
+    "deco": (1, 1, 1),
+    "cai": (1, 1, 1),
+    "only": (1, 1, 8),
+}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_products_that_a_method_adds_to_a_step_are_found_and_run(small, name):
+    rows, heads, others = NEEDED[name]
+    inputs, head = prompts(small, 2, 100), small.model.get_output_embeddings()
+    found, products = needed(small, method_for(name, small.model), inputs)
+    assert found == rows and sum(product.module is head for product in products) == heads
+    assert len(products) == heads + others
+    assert all(product.shape[-3:-1] == (2, 1) for product in products), "one position of two samples, in each layer"
+    if not products:
+        return
+    arm = arms_of(parse(name), rows, products)[PRODUCTS]
+    calls = []
+    forward = head.forward
+    head.forward = lambda states: (calls.append(tuple(states.shape)), forward(states))[1]
+    try:
+        # The product's forward is looked up once, before the call.
+        measure(small.model, small.processor, [inputs], {"arm": arm}, max_new_tokens=3, rounds=1)
+    finally:
+        del head.forward
+    shapes = [product.shape for product in products if product.module is head]
+    assert [shape for shape in calls if len(shape) == len(shapes[0])].count(shapes[0]) >= 6, "three tokens, two rounds"
+
+
+def test_products_are_not_told_of_rows_that_need_several_forwards(small):
+    assert needed(small, method_for("lol", small.model), prompts(small, 1, 100)) == (3, [])
 
 
 def test_every_method_can_be_made_without_a_trained_part(small):
@@ -153,6 +203,12 @@ def test_the_command_writes_a_record_and_its_table(small, tmp_path):
     assert len(one["raw"]["method"]["seconds"]) == 1 and record["circumstances"]["versions"]["torch"]
     lines = path.with_suffix(".md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("| vcd")]) == 2
+    # The same once more goes on: what is there is kept, and what is not is measured.
+    more = [*given, "--method", "plain", "--tokens", "3", "--rounds", "1", "--no-memory", "--output", str(path)]
+    assert CliRunner().invoke(bench, more).exit_code == 0
+    again = json.loads(path.read_text())["rows"]
+    assert again[:3] == record["rows"] and [row["method"] for row in again[3:]] == ["plain"]
+    assert again[3]["commit"] and len(again[3]["load_average"]) == 3
 
 
 def test_the_runner_and_the_loop_give_the_same_answers(small, tmp_path):

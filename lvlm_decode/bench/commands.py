@@ -92,7 +92,9 @@ ProcessorSeconds = Annotated[
 @bench.command("methods")
 @one_sentence
 def bench_methods(
-    output: Annotated[Path, typer.Option(help="JSON of the record; a table is written beside it.")],
+    output: Annotated[
+        Path, typer.Option(help="JSON of the record, a table beside it; rows that it holds are not measured again.")
+    ],
     model: Annotated[
         str, typer.Option(help="tiny, tiny-instructblip, random (221 M drawn weights), a folder, or a hub id.")
     ] = "tiny",
@@ -117,7 +119,8 @@ def bench_methods(
     from .workloads import loaded
 
     clock, seconds = clock_of(processor_seconds)
-    given, rows = loaded(model, dtype), []
+    given = loaded(model, dtype)
+    rows = json.loads(output.read_text(encoding="utf-8"))["rows"] if output.is_file() else []
     for row in measured(
         given,
         method or every(),
@@ -127,6 +130,7 @@ def bench_methods(
         rounds=rounds,
         memory=memory,
         clock=clock,
+        known=tuple(rows),
     ):
         rows.append(row)
         # After each row, so that a run that is cut off leaves what it has measured.

@@ -6,6 +6,8 @@ Each method takes turns with
     one forward per view     the method as its authors run it: for every token one forward after the other (methods with views)
     as many rows             ``generate()`` of the bare model on as many rows as the method has with its views: what its forwards
                              cost without it (methods with views)
+    its products too         the same, and in every step the products with weights that the method adds to it: the language head
+                             for early layers, say (methods that add any)
     beam search              of the same width (OPERA)
 
 Answers all have the same number of tokens, whatever they are. Times are medians, ratios medians of paired ratios, both with their
@@ -14,7 +16,9 @@ quartiles. The whole call of a search is its time per token, because it chooses 
 
 from __future__ import annotations
 
+import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -26,15 +30,17 @@ from lvlm_decode_evals.runner import Loaded
 from ..attachment import last_run
 from ..controllers.opera import OPERA
 from ..engine.hf import decoder
+from ..engine.hooks import hooked
 from ..errors import LvlmDecodeError
 from ..families import family_of
 from ..method import Method
 from ..methods import METHODS, parse
 from .memory import peak_bytes
-from .paired import Arm, Measured, circumstances, measure, ratios, raw, ready, repeated, timed
+from .paired import Arm, Measured, Product, circumstances, measure, ratios, raw, ready, repeated, timed
 from .workloads import prompts
 
 PLAIN, APART, ROWS, BEAMS = "plain", "one forward per view", "as many rows", "beam search"
+PRODUCTS = "its products too"
 
 
 def method_for(name: str, model: torch.nn.Module) -> Method:
@@ -52,11 +58,17 @@ def method_for(name: str, model: torch.nn.Module) -> Method:
     return parse(name)
 
 
-def arms_of(method: Method, rows: int) -> dict[str, Arm]:
-    """What a method with ``rows`` rows per sample is measured beside, and itself by the name "method"."""
+def arms_of(method: Method, rows: int, products: Sequence[Product] = ()) -> dict[str, Arm]:
+    """What a method with ``rows`` rows per sample is measured beside, and itself by the name "method".
+
+    Args:
+        products: what it adds to a step, see :func:`needed`.
+    """
     arms = {PLAIN: Arm(), "method": Arm(method)}
     if rows > 1:
         arms |= {APART: Arm(method, execution="sequential"), ROWS: Arm(copies=rows)}
+    if products:
+        arms[PRODUCTS] = Arm(copies=rows, products=tuple(products))
     if isinstance(method, OPERA):
         arms[BEAMS] = Arm(options={"num_beams": method.num_beams})
     return arms
@@ -72,6 +84,7 @@ def measured(
     rounds: int,
     memory: bool = True,
     clock: Callable[[], float] = perf_counter,
+    known: Sequence[dict[str, Any]] = (),
 ) -> Iterator[dict[str, Any]]:
     """One row per method, batch and length of prompt; a method that the model cannot run has its sentence instead.
 
@@ -80,17 +93,21 @@ def measured(
         tokens: length of the answers.
         memory: measure peak memory too, which takes a call more for each way of decoding.
         clock: of the times; see :func:`~lvlm_decode.bench.paired.measure`.
+        known: rows that need not be measured again.
     """
+    about = circumstances(loaded.model)
     # The end token is held back, and sums of views are the same in all rounds.
     options = {"seed": 0, "eos_token_id": None}
     for length in lengths:
         for batch in batches:
-            inputs = prompts(loaded, batch, length)
+            inputs, short = prompts(loaded, batch, length), prompts(loaded, batch, min(lengths))
             for name in names:
                 row = {"method": name, "batch": batch, "prompt_tokens": inputs["input_ids"].shape[1], "tokens": tokens}
+                if any(row.items() <= other.items() for other in known):
+                    continue
                 try:
                     method = method_for(name, loaded.model)
-                    arms = arms_of(method, _rows(loaded, method, inputs))
+                    arms = arms_of(method, *needed(loaded, method, short))
                 except LvlmDecodeError as error:
                     yield {**row, "refused": str(error)}
                     continue
@@ -107,15 +124,50 @@ def measured(
                 peaks = (
                     {arm: _peak(loaded, how, inputs, tokens, options) for arm, how in arms.items()} if memory else {}
                 )
-                yield {**row, "arms": summary(results, peaks), "raw": raw(results)}
+                row |= {"arms": summary(results, peaks), "raw": raw(results)}
+                yield row | {"load_average": list(os.getloadavg()), "commit": about["commit"]}
 
 
-def _rows(loaded: Loaded, method: Method, inputs: dict[str, Any]) -> int:
-    """How many rows of the forward each sample has; 1 for a search."""
-    with ready(loaded.model, loaded.processor, Arm(method)):
-        timed(loaded.model, inputs, do_sample=False, max_new_tokens=1, seed=0)
-        run = last_run(loaded.model)
-    return max(sum(map(len, run.lanes)), 1) if run is not None else 1
+def needed(loaded: Loaded, method: Method, inputs: dict[str, Any]) -> tuple[int, list[Product]]:
+    """How many rows of the forward each sample has (1 for a search), and the products with weights a step has beside them.
+
+    Both are watched, in a short call: the decoder's innermost modules and the language head that a step of the method runs, less
+    those that a step of the bare model runs on as many rows. What they are does not depend on the length of the prompt. Methods
+    whose rows need several forwards have none: their share of the products is not known.
+    """
+    found, lanes = _step(loaded, Arm(method), inputs)
+    rows = max(sum(lanes), 1)
+    if len(lanes) != 1:
+        return rows, []
+    return rows, list((found - _step(loaded, Arm(copies=rows), inputs)[0]).elements())
+
+
+def _step(loaded: Loaded, arm: Arm, inputs: dict[str, Any]) -> tuple[Counter[Product], list[int]]:
+    """What innermost modules of the decoder, and its head, run for the third token; a sample's rows in each forward."""
+    model = loaded.model
+    module = family_of(model).decoding_module(model)
+    watched = [part for part in decoder.decoder_of(module).modules() if not list(part.children())]
+    calls: Counter[Product] = Counter()
+    tokens: list[Counter[Product]] = []
+
+    def count(part: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            calls[Product(part, tuple(args[0].shape))] += 1
+
+    def criterion(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        tokens.append(calls.copy())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    given = {
+        "do_sample": False,
+        "max_new_tokens": 3,
+        "eos_token_id": None,
+        **({} if arm.method is None else {"seed": 0}),
+    }
+    with hooked(after={part: count for part in {*watched, decoder.head(module)}}), ready(model, loaded.processor, arm):
+        model.generate(**repeated(inputs, arm.copies), stopping_criteria=[criterion], **given)
+        run = last_run(model)
+    return tokens[-1] - tokens[-2] if len(tokens) > 1 else Counter(), [] if run is None else list(map(len, run.lanes))
 
 
 def _peak(loaded: Loaded, arm: Arm, inputs: dict[str, Any], tokens: int, options: dict[str, Any]) -> int:
@@ -180,7 +232,7 @@ def table(record: dict[str, Any]) -> str:
     """A record as Markdown: the method's times, and their ratios to what it took turns with."""
     about = record["circumstances"]
     columns = ["method", "batch", "prompt", "ms per token", "first token ms", "peak MiB"]
-    columns += [f"to {PLAIN}", "first", "peak", f"to {APART}", f"to {ROWS}", f"to {BEAMS}"]
+    columns += [f"to {PLAIN}", "first", "peak", f"to {APART}", f"to {ROWS}", f"to {PRODUCTS}", f"to {BEAMS}"]
     lines = [
         f"{record['what']}; seconds {record['seconds']}.",
         "",
@@ -193,7 +245,7 @@ def table(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         start = f"| {row['method']} | {row['batch']} | {row['prompt_tokens']} |"
         if "refused" in row:
-            lines.append(f"{start} {row['refused']} |" + " |" * 8)
+            lines.append(f"{start} {row['refused']} |" + " |" * 9)
             continue
         own, plain = row["arms"]["method"], row["arms"][PLAIN]["method_to_this"]
         cells = [
@@ -205,7 +257,7 @@ def table(record: dict[str, Any]) -> str:
             f"{plain['peak']:.2f}x" if "peak" in plain else "",
             *(
                 _ratio(row["arms"][name]["method_to_this"]["per_token"]) if name in row["arms"] else ""
-                for name in (APART, ROWS, BEAMS)
+                for name in (APART, ROWS, PRODUCTS, BEAMS)
             ),
         ]
         lines.append(f"{start} {' | '.join(cells)} |")

@@ -33,6 +33,19 @@ from ..speculative.stats import Stats
 
 
 @dataclass(frozen=True)
+class Product:
+    """A module that is run on states of a shape.
+
+    Args:
+        module: of the model.
+        shape: of what it is given, (..., D).
+    """
+
+    module: torch.nn.Module
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way of decoding.
 
@@ -42,6 +55,7 @@ class Arm:
         options: further arguments of ``generate()``.
         execution: of the views.
         copies: how often each row of a sample's inputs is decoded.
+        products: run after every forward of the bare model, on drawn states; their results are not used.
     """
 
     method: Method | None = None
@@ -49,6 +63,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     execution: str = "stacked"
     copies: int = 1
+    products: tuple[Product, ...] = ()
 
 
 @dataclass
@@ -82,13 +97,35 @@ class Measured:
 def ready(model: Any, processor: Any, arm: Arm):
     """Prepare the model as the arm needs it, for the length of the block."""
     if arm.method is None:
-        yield model
+        with _running(model, arm.products):
+            yield model
         return
     attach(model, arm.method, processor=processor, drafter=arm.drafter, execution=arm.execution)
     try:
         yield model
     finally:
         detach(model)
+
+
+@contextmanager
+def _running(model: Any, products: Sequence[Product]):
+    """The model's forwards also run ``products``."""
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        (product.module.forward, torch.randn(product.shape, generator=generator).to(model.device, model.dtype))
+        for product in products
+    ]
+
+    def run(*_: Any) -> None:
+        for forward, states in given:
+            forward(states)
+
+    handle = model.register_forward_hook(run) if given else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 class _First:
