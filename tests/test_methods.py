@@ -862,7 +862,7 @@ DEFAULTS = {
     "vaf": dict(enhance=1.15, suppress=0.95, layers=None),
     "hgai": dict(alpha=0.5, layers=None),
     "vista": dict(strength=0.17, gamma=0.3, window=None, layers=None),
-    "vti": dict(text=0.8, layers=None),
+    "vti": dict(text=0.8, layers=None, image=0.0),
     "nullu": dict(rank=4, layers=None),
     "revis": dict(strength=2.5, threshold=0.2, layer=None),
     "memvr": dict(ratio=0.12, threshold=0.75, layers=None),

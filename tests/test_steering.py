@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 from lvlm_decode import attach, detach
+from lvlm_decode.cli import app
 from lvlm_decode.engine import hf
 from lvlm_decode.engine import vectors as store
+from lvlm_decode.engine.hf import decoder
 from lvlm_decode.engine.run import Run
 from lvlm_decode.engine.steer import Add, Project, Turn, last_states, steering
 from lvlm_decode.errors import InputError, ParameterError, UnsupportedError
+from lvlm_decode.families import family_of
 from lvlm_decode.method import Contrast, Method
 from lvlm_decode.methods.deco import DeCo
 from lvlm_decode.methods.memvr import MemVR, retraced
 from lvlm_decode.methods.nullu import Nullu
+from lvlm_decode.methods.plain import Plain
 from lvlm_decode.methods.revis import Revis
 from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.methods.vista import VISTA
@@ -285,6 +290,152 @@ def test_vti():
     assert_stepped(VTI(vectors=d, text=3.0), edit=edit)
 
 
+#: Layers, tokens and width of the small model's vision encoder.
+GRID = (3, 17, D)
+
+
+@pytest.fixture
+def calibrated(tmp_path):
+    """A file of both directions, and the visual one."""
+    visual = torch.randn(GRID, generator=torch.Generator().manual_seed(4))
+    store.save(tmp_path / "vti.safetensors", "vti", vectors(), tiny("llava").model, {"model": "tiny"}, visual)
+    return tmp_path / "vti.safetensors", visual
+
+
+def seeing(visual: Tensor, strength: float):
+    """A copy of the model whose vision encoder is steered by hooks of the test's own."""
+    model = copy.deepcopy(tiny("llava").model)
+
+    def edit(number):
+        def hook(module, args, z):
+            turned = unit(z) + 0.1 * strength * unit(visual[number])
+            return z.norm(dim=-1, keepdim=True) * unit(turned)
+
+        return hook
+
+    for number, layer in enumerate(model.model.vision_tower.encoder.layers):
+        layer.mlp.register_forward_hook(edit(number))
+    return model
+
+
+def test_turn_per_token_is_the_authors_function():
+    """What the authors' VTI layer gave on these numbers with a direction for each token, in half precision."""
+    x, d = torch.arange(8.0).sin().view(1, 2, 4), torch.arange(8.0).cos().view(1, 2, 4)
+    want = torch.tensor([-0.79639, -0.91162, -0.18835, 0.70801])
+    torch.testing.assert_close(Turn({0: d}, 0.09).edit(0, x)[0, 1], want, atol=1e-3, rtol=1e-3)
+
+
+def test_vti_steers_the_vision_encoder(calibrated):
+    path, visual = calibrated
+    assert_stepped(VTI(vectors=path, text=0.0, image=4.0), model=seeing(visual, 4.0))
+
+
+def test_vti_steers_both(calibrated):
+    path, visual = calibrated
+    d = vectors()
+
+    def edit(layer, y):
+        return y.norm(dim=-1, keepdim=True) * unit(unit(y) + 0.1 * 3.0 * unit(d[layer]))
+
+    assert_stepped(VTI(vectors=path, text=3.0, image=4.0), edit=edit, model=seeing(visual, 4.0))
+
+
+def test_vti_without_strength_is_plain_whatever_the_file_holds(calibrated):
+    path, _ = calibrated
+    off = VTI(vectors=path, text=0.0, image=0.0)
+    assert off.is_off and not VTI(vectors=path, text=0.0, image=0.1).is_off
+    logits, tokens = traced(off)
+    plain, same = traced(Plain())
+    assert torch.equal(logits, plain) and torch.equal(tokens, same)
+    text, _ = traced(VTI(vectors=path, text=3.0))
+    assert torch.equal(text, traced(VTI(vectors=vectors(), text=3.0))[0])
+
+
+def test_vti_steers_the_image_of_every_row_alike(calibrated):
+    """A row of a batch is the row alone, also beside one without an image; that one stays as it is."""
+    method = VTI(vectors=calibrated[0], text=0.0, image=4.0)
+    batched, tokens = traced(method, images=[1, 0])
+    alone, same = traced(method, TEXTS[:1])
+    assert torch.equal(tokens, same)
+    torch.testing.assert_close(batched, alone, atol=2e-5, rtol=1e-4)
+    blind, _ = traced(method, TEXTS[::-1], images=[0, 1])
+    plain, _ = traced(Plain(), TEXTS[::-1], images=[0, 1])
+    torch.testing.assert_close(blind, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["vti first", "vcd first"])
+def test_vti_leaves_the_noised_image_of_vcd_alone(calibrated, order):
+    zoo = tiny("llava")
+    steer = VTI(vectors=calibrated[0], text=0.0, image=4.0)
+    first, second = (steer, VCD())[::order]
+    steps = {}
+    for name, method in (("vcd", VCD()), ("vti", steer), ("both", first + second)):
+        run = Run(zoo.model, method, zoo.inputs(list(TEXTS)), seed=0)
+        with torch.no_grad(), run.method.patch(run):
+            lanes = run.open()
+            lanes.prefill()
+        steps[name] = lanes.last_step.logits
+    torch.testing.assert_close(steps["both"][1], steps["vcd"][1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(steps["both"][0], steps["vti"][0], atol=2e-5, rtol=1e-4)
+    assert (steps["both"][0] - steps["vcd"][0]).abs().max() > 1e-2
+
+
+def test_vti_leaves_nothing_in_the_vision_encoder(calibrated):
+    zoo = tiny("llava")
+    inputs = zoo.inputs(list(TEXTS))
+    options = dict(do_sample=False, max_new_tokens=3, output_logits=True, return_dict_in_generate=True)
+    before = zoo.model.generate(**inputs, **options)
+    hooks = [len(part._forward_hooks) for part in zoo.model.modules()]
+    traced(VTI(vectors=calibrated[0], image=4.0))
+    assert [len(part._forward_hooks) for part in zoo.model.modules()] == hooks
+    after = zoo.model.generate(**inputs, **options)
+    assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
+
+
+def test_vti_image_refuses_what_it_cannot_steer(calibrated, tmp_path):
+    path, visual = calibrated
+    zoo = tiny("llava")
+    with pytest.raises(
+        ParameterError, match="no visual direction; make a file with: lvlm-decode train vector --kind vti"
+    ):
+        traced(VTI(vectors=vectors(), image=0.9))
+    store.save(tmp_path / "other.safetensors", "vti", vectors(), zoo.model, {}, visual[:, :9])
+    with pytest.raises(InputError, match=r"is \(3, 9, 32\), and the vision encoder has \(3, 17, 32\)"):
+        traced(VTI(vectors=tmp_path / "other.safetensors", image=0.9))
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match=r"cut\.safetensors cannot be read as a file of vectors"):
+        traced(VTI(vectors=tmp_path / "cut.safetensors", image=0.9))
+    tiles = tiny("llava_next")
+    with pytest.raises(UnsupportedError, match="llava_next sees images in tiles or at their own resolution"):
+        Run(tiles.model, VTI(vectors=path, image=0.9), tiles.inputs(), seed=0)
+    inputs = zoo.inputs(["is it"])
+    features = zoo.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    attach(zoo.model, VTI(vectors=path, image=0.9))
+    try:
+        with pytest.raises(InputError, match=r"vti reads the vision encoder .* given as features; pass pixel_values"):
+            zoo.model.generate(**inputs, mm_encoder_outputs={"image": features}, max_new_tokens=1)
+    finally:
+        detach(zoo.model)
+
+
+@pytest.mark.parametrize("family", ["instructblip", "gemma3", "paligemma"])
+def test_vti_steers_every_encoder_of_one_grid(family, tmp_path):
+    zoo = tiny(family)
+    module = family_of(zoo.model).decoding_module(zoo.model)
+    config = zoo.model.config.vision_config
+    tokens = (config.image_size // config.patch_size) ** 2 + (family == "instructblip")
+    visual = torch.randn(
+        config.num_hidden_layers, tokens, config.hidden_size, generator=torch.Generator().manual_seed(4)
+    )
+    text = torch.randn(decoder.layer_count(module), decoder.width(module))
+    store.save(tmp_path / "v.safetensors", "vti", text, module, {}, visual)
+    images = []
+    for strength in (0.0, 5.0):
+        run = Run(zoo.model, VTI(vectors=tmp_path / "v.safetensors", image=strength), zoo.inputs(), seed=0)
+        images.append(run.samples[0][0].images[0].features)
+    assert (images[0] - images[1]).abs().max() > 1e-3
+
+
 def test_nullu_is_the_edited_weights():
     """The authors write W <- (I - V V^T) W into the MLP's last product."""
     bases = vectors(6)
@@ -471,6 +622,96 @@ def test_directions_are_those_of_the_formulas():
         torch.testing.assert_close(inside @ bases[layer] @ bases[layer].T, inside, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="2 pairs have no 3 directions"):
         calibration.nullu(torch.randn(2, 3, 5), 3)
+
+
+def test_a_mask_puts_the_mean_colour_in_the_place_of_patches():
+    pixels = torch.randn(1, 3, 29, 28, generator=torch.Generator().manual_seed(0))
+    copies = calibration.masked(pixels, 7, 0.9, 5, torch.Generator().manual_seed(1))
+    hidden = (copies[:, :, :28] == pixels.mean((2, 3), keepdim=True)).view(5, 3, 4, 7, 4, 7).all((1, 3, 5))
+    assert hidden.flatten(1).sum(1).tolist() == [int(0.9 * 16)] * 5
+    assert len({tuple(row.flatten().tolist()) for row in hidden}) > 1, "every mask is one of its own"
+    same = (copies == pixels)[:, :, :28].view(5, 3, 4, 7, 4, 7).all((1, 3, 5))
+    assert torch.equal(same, ~hidden) and torch.equal(copies[:, :, 28:], pixels[:, :, 28:].expand(5, -1, -1, -1))
+
+
+@pytest.mark.parametrize("rows", ["code", "token"])
+def test_visual_rows(rows):
+    """Literally, one row at a time: as the authors cut (layers, tokens, D) without a transposition, or a token over layers."""
+    seen = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    found = calibration.visual_direction(seen, rows)
+    assert found.shape == (3, 3, 5)
+    flat = seen.flatten(1)
+    for row in range(3):
+        if rows == "code":
+            at = torch.arange(row * 20, (row + 1) * 20)
+        else:
+            at = torch.arange(60).view(4, 3, 5)[:, row].flatten()
+        own = flat[:, at]
+        centred = own - own.mean(0)
+        _, basis = torch.linalg.eigh(centred.T @ centred)
+        left = found.new_zeros(60)
+        left[at] = own.mean(0)
+        for layer, token, d in torch.ones(3, 3, 5).nonzero().tolist():
+            place = ((layer + 1) * 3 + token) * 5 + d
+            if place in at:
+                column = at.tolist().index(place)
+                assert abs(abs(float(found[layer, token, d] - left[place])) - abs(float(basis[column, -1]))) < 1e-4
+
+
+def test_encoder_states_are_those_of_the_encoder():
+    zoo = tiny("llava")
+    pixels = zoo.inputs(list(TEXTS))["pixel_values"]
+    encoder = zoo.model.get_encoder(modality="image")
+    found = calibration.encoder_states(family_of(zoo.model), encoder, pixels)
+    with torch.no_grad():
+        want = torch.stack(encoder(pixels, output_hidden_states=True).hidden_states)
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
+
+
+def test_a_stopped_calibration_goes_on_to_the_same_vectors(loaded, tmp_path, monkeypatch):
+    pairs = scene_pairs(3)
+    how = dict(share=0.9, trials=3, seed=2)
+
+    def both(kept=None):
+        text = calibration.directions(loaded.model, loaded.processor, pairs, "vti", 1, kept)
+        return text, calibration.visual(loaded.model, loaded.processor, pairs, **how, kept=kept)
+
+    whole = both()
+    assert all(torch.equal(*same) for same in zip(whole, both()))
+    folder, about = tmp_path / "v.parts", {"seed": 2}
+    seen, read = [], calibration.encoder_states
+
+    def stops(*given):
+        seen.append(given)
+        if len(seen) == 4:  # the second picture's masks
+            raise KeyboardInterrupt
+        return read(*given)
+
+    monkeypatch.setattr(calibration, "encoder_states", stops)
+    with pytest.raises(KeyboardInterrupt):
+        both(calibration.Kept(folder, about))
+    assert len(list(folder.glob("*.safetensors"))) == 4
+    with pytest.raises(InputError, match=r"settings \(seed was 2, is 3\)"):
+        calibration.Kept(folder, {"seed": 3})
+    kept = calibration.Kept(folder, about)
+    assert all(torch.equal(*same) for same in zip(whole, both(kept)))
+    assert len(seen) == 4 + 4, "two passes each of the two pictures that were left"
+    (folder / "about.json").write_text("{")
+    with pytest.raises(InputError, match=r"about\.json cannot be read"):
+        calibration.Kept(folder, about)
+    kept.forget()
+    assert not folder.exists()
+
+
+def test_train_vector_makes_both_directions_of_vti(model_folder, tmp_path):
+    path = tmp_path / "v.safetensors"
+    command = ["train", "vector", "--kind", "vti", "--model", str(model_folder), "--scenes", "2", "--trials", "2"]
+    said = CliRunner().invoke(app, [*command, "--output", str(path)])
+    assert said.exit_code == 0, said.output
+    tensors, about = store.load(path)
+    assert tensors["vectors"].dim() == 2 and tensors["visual"].dim() == 3
+    assert about["masks"] == {"share": 0.99, "trials": 2, "rows": "code", "seed": 0}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["v.safetensors"]
 
 
 def test_a_file_knows_its_method_and_its_model(tmp_path):

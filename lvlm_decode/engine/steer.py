@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..errors import InputError
 from .hf import decoder
 from .hooks import hooked
 from .running import running_lane
 from .stack import Lane
 
 if TYPE_CHECKING:
+    from ..families.base import Family
     from .run import Run
     from .samples import Sample
 
@@ -38,7 +40,8 @@ class Turn(Steer):
     """Turns states towards a vector and keeps their length: |y| * unit(unit(y) + s * unit(v)).
 
     Args:
-        vectors: layer -> (D,), or (B, D) with one per sample; where a vector is zero nothing changes.
+        vectors: layer -> (D,), (B, D) with one per sample, or (1, q, D) with one per position; where a vector is zero
+            nothing changes.
         strength: s, at least 0.
         boost: s grows by the factor 1 + max(0, cos(y, -v)), so that states which point away are turned most.
     """
@@ -93,10 +96,12 @@ class Project(Steer):
 
 
 def per_row(vector: Tensor, states: Tensor) -> Tensor:
-    """(1, 1, D) or (B, 1, D) of a vector (D,), or of one per sample, whose beams stand side by side."""
+    """(1, 1, D), (B, 1, D) or (1, q, D) of a vector (D,), of one per sample, whose beams stand side by side, or per position."""
     vector = vector.to(states)
     if vector.dim() == 1:
         return vector[None, None]
+    if vector.dim() == 3:
+        return vector
     return vector.repeat_interleave(len(states) // len(vector), 0)[:, None]
 
 
@@ -132,6 +137,38 @@ def steering(
         return edited
 
     with hooked(after={parts[layer]: hook(layer) for layer in layers}):
+        yield
+
+
+@contextmanager
+def steering_encoder(family: Family, name: str, directions: Tensor, strength: float) -> Iterator[None]:
+    """The vision encoder's MLPs put out states turned towards ``directions`` in the block, every image alike.
+
+    Args:
+        name: of the method, for messages.
+        directions: (l, n, D), for each of the l layers of the encoder and n tokens of its grid.
+        strength: as of :class:`Turn`.
+
+    Raises:
+        InputError: directions for another encoder, or for a grid of another size than that of the images.
+    """
+    layers: list[Any] = family.vision_layers()
+    steer = Turn({number: own[None] for number, own in enumerate(directions)}, strength)
+
+    def hook(layer: int) -> Any:
+        def edited(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            states = decoder.states_of(output)
+            has, wants = tuple(directions.shape), (len(layers), *states.shape[1:])
+            if has != wants:
+                raise InputError(
+                    f"{name}: the visual direction is {has}, and the vision encoder has {wants} (layers, tokens, width); "
+                    "give a direction that was made for this model, and images of the size that its processor makes."
+                )
+            return decoder.with_states(output, steer.edit(layer, states.float()).to(states.dtype))
+
+        return edited
+
+    with hooked(after={layer.mlp: hook(number) for number, layer in enumerate(layers[: len(directions)])}):
         yield
 
 

@@ -15,26 +15,36 @@ from . import learned
 from .hf import decoder
 
 if TYPE_CHECKING:
+    from ..families.base import Family
     from .run import Run
 
 #: A file of vectors, or the tensor itself.
 Given = Tensor | str | Path
 
-#: The tensor's name in a file.
-TENSOR = "vectors"
+#: The tensors' names in a file: of the decoder's layers, and of the vision encoder's.
+TENSOR, VISUAL = "vectors", "visual"
 
 
-def save(path: Path, kind: str, vectors: Tensor, module: torch.nn.Module, about: Mapping[str, Any]) -> None:
+def save(
+    path: Path,
+    kind: str,
+    vectors: Tensor,
+    module: torch.nn.Module,
+    about: Mapping[str, Any],
+    visual: Tensor | None = None,
+) -> None:
     """Write vectors (L, D, ...) of the method ``kind`` for the model ``module``.
 
     Args:
         about: how they were made, for people.
+        visual: (l, n, D) of the vision encoder's layers and tokens, of methods that steer it too.
     """
-    learned.save(path, kind, {TENSOR: vectors.contiguous()}, module, about)
+    tensors = {TENSOR: vectors} if visual is None else {TENSOR: vectors, VISUAL: visual}
+    learned.save(path, kind, {name: tensor.contiguous() for name, tensor in tensors.items()}, module, about)
 
 
-def load(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """The vectors of a file and what is written about them.
+def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of vectors by name, and what is written about them.
 
     Raises:
         InputError: no such file, or one that holds something else.
@@ -46,11 +56,47 @@ def load(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
             about = (file.metadata() or {}).get(learned.ABOUT)
             if about is None or TENSOR not in file.keys():
                 raise InputError(f"{path} holds no vectors of lvlm-decode; make them with: lvlm-decode train vector.")
-            return file.get_tensor(TENSOR), json.loads(about)
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as a file of vectors: {error}; make it with: lvlm-decode train vector."
         ) from error
+
+
+def tensors_of(given: Given, kind: str, module: torch.nn.Module) -> dict[str, Tensor]:
+    """The tensors that are given for a method, by name; one that is no file is the decoder's.
+
+    Raises:
+        InputError: a file that cannot be read.
+        ParameterError: vectors of another method or model.
+    """
+    if isinstance(given, Tensor):
+        return {TENSOR: given}
+    tensors, about = load(given)
+    if about["kind"] != kind:
+        raise ParameterError(f"{kind}: {given} holds vectors of {about['kind']}; give those of {kind}.")
+    if about["fingerprint"] != decoder.fingerprint(module):
+        raise ParameterError(
+            f"{kind}: {given} was made for another model ({about.get('model', 'unknown')}); make vectors for this one "
+            f"with: lvlm-decode train vector --kind {kind}."
+        )
+    return tensors
+
+
+def visual_for(family: Family, kind: str, given: Given) -> Tensor:
+    """(l, n, D) the visual direction of a method for the vision encoder of a family's model.
+
+    Raises:
+        InputError: a file that cannot be read.
+        ParameterError: vectors of another method or model, or without a visual direction.
+    """
+    tensors = tensors_of(given, kind, family.decoding_module(family.model))
+    if VISUAL not in tensors:
+        raise ParameterError(
+            f"{kind}: the vectors have no visual direction; make a file with: lvlm-decode train vector --kind {kind}, or leave "
+            "image at 0."
+        )
+    return tensors[VISUAL].to(family.model.device)
 
 
 def vectors_for(run: Run, kind: str, given: Given, dimensions: int) -> Tensor:
@@ -60,17 +106,7 @@ def vectors_for(run: Run, kind: str, given: Given, dimensions: int) -> Tensor:
         InputError: a file that cannot be read.
         ParameterError: vectors of another method or model, or of another shape.
     """
-    if isinstance(given, Tensor):
-        vectors = given
-    else:
-        vectors, about = load(given)
-        if about["kind"] != kind:
-            raise ParameterError(f"{kind}: {given} holds vectors of {about['kind']}; give those of {kind}.")
-        if about["fingerprint"] != decoder.fingerprint(run.module):
-            raise ParameterError(
-                f"{kind}: {given} was made for another model ({about.get('model', 'unknown')}); make vectors for this one "
-                f"with: lvlm-decode train vector --kind {kind}."
-            )
+    vectors = tensors_of(given, kind, run.module)[TENSOR]
     shape = (decoder.layer_count(run.module), decoder.width(run.module))
     if vectors.dim() != dimensions or tuple(vectors.shape[:2]) != shape:
         raise ParameterError(

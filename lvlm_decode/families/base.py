@@ -42,6 +42,8 @@ class Family:
     pixels_per_row: bool = False
     #: The vision encoder has a CLS token whose attention can be read.
     has_cls: bool = True
+    #: The vision encoder sees every image as one grid of one size, not as tiles or at a resolution of its own.
+    has_grid: bool = True
     #: A Q-Former reads the prompt, so there is a second slot for it.
     has_qformer: bool = False
 

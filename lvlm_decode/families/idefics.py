@@ -22,6 +22,7 @@ class Idefics(Family):
     encoder_inputs = ("pixel_values", "pixel_attention_mask")
     pixels_per_row = True
     has_cls = False
+    has_grid = False
 
     def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         most = [max(part["pixel_values"].shape[axis] for part in parts) for axis in (1, 3, 4)]

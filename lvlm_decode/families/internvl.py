@@ -21,6 +21,7 @@ class InternVL(Family):
     """
 
     has_cls = False
+    has_grid = False
 
     def drop_image(self, input_ids: Tensor) -> Tensor:
         keep, runs = super().drop_image(input_ids), self.runs(input_ids)

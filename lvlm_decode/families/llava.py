@@ -19,6 +19,7 @@ class LlavaNext(Family):
     """``pixel_values`` (images, tiles, 3, H, W), the whole image first; tiles beyond an image's own are zeros."""
 
     encoder_inputs = (*Family.encoder_inputs, "image_sizes")
+    has_grid = False
 
     def cat_vision(self, parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         most = max(part["pixel_values"].shape[1] for part in parts)

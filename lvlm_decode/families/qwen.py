@@ -25,6 +25,7 @@ class QwenVL(Family):
     position_keys = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     clock_keys = ("second_per_grid_ts",)
     has_cls = False
+    has_grid = False
 
     @property
     def _merge(self) -> int:

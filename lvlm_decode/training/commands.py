@@ -59,6 +59,10 @@ def negatives(
         Path | None, typer.Option(help="JSON lines: image, question, truthful, hallucinated; scenes without it.")
     ] = None,
     triples: Annotated[int, typer.Option(min=3, help="Preference triples over rendered scenes.")] = 1200,
+    questions: Annotated[
+        Literal["existence", "all"],
+        typer.Option(help="What the scenes' yes/no questions are about: existence, or count, position and colour too."),
+    ] = "existence",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each of the three trainings.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Triples a step.")] = 16,
     rate: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 1e-3,
@@ -77,9 +81,17 @@ def negatives(
     from .pairs import digest, file_pairs, scene_triples
 
     began = time.perf_counter()
-    drawn = list(scene_triples(triples, seed)) if pairs is None else file_pairs(pairs)
+    drawn = list(scene_triples(triples, seed, questions)) if pairs is None else file_pairs(pairs)
     settings: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
-    start(output, "negatives", model=model, pairs=pairs and str(pairs), triples=len(drawn), **settings)
+    start(
+        output,
+        "negatives",
+        model=model,
+        pairs=pairs and str(pairs),
+        triples=len(drawn),
+        questions=questions,
+        **settings,
+    )
     loaded = load(model)
     module = family_of(loaded.model).decoding_module(loaded.model)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name
@@ -115,27 +127,51 @@ def vector(
     ] = None,
     scenes: Annotated[int, typer.Option(min=2, help="Pairs of captions of rendered scenes.")] = 50,
     rank: Annotated[int, typer.Option(min=1, help="Directions a layer, of nullu.")] = 8,
+    mask_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of a picture's patches that vti masks.")
+    ] = 0.99,
+    trials: Annotated[int, typer.Option(min=1, help="Masks per picture, of vti.")] = 50,
+    rows: Annotated[
+        Literal["code", "token"],
+        typer.Option(help="What vti's visual components are taken over: rows as the authors cut them, or tokens."),
+    ] = "code",
     output: Annotated[Path, typer.Option(help="The file of vectors, in safetensors form.")] = Path(
         "vectors.safetensors"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes and of the masks.")] = 0,
 ) -> None:
-    """Vectors that VTI, Nullu or Revis steer with, from right and hallucinated captions of the same pictures."""
+    """Vectors that VTI, Nullu or Revis steer with, from right and hallucinated captions of the same pictures. VTI's visual
+    direction is made too where the vision encoder sees images as one grid. The same command goes on where it stopped.
+    """
     from lvlm_decode_evals.runner import load
 
+    from ..engine.hf.decoder import fingerprint
     from ..engine.vectors import save
     from ..families import family_of
     from . import vectors as train
-    from .pairs import file_pairs, scene_pairs
+    from .pairs import digest, file_pairs, scene_pairs
 
     drawn = scene_pairs(scenes, seed) if pairs is None else file_pairs(pairs)
     loaded = load(model)
-    found = train.directions(loaded.model, loaded.processor, drawn, kind, rank)
+    family = family_of(loaded.model)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name
-    about = {"model": model, "pairs": len(drawn), "source": source}
+    about: dict[str, Any] = {"model": model, "pairs": len(drawn), "source": source}
+    masks: dict[str, Any] = {"share": mask_share, "trials": trials, "rows": rows, "seed": seed}
+    sees = kind == "vti" and family.has_grid
+    about |= {"masks": masks} if sees else {}
+    module = family.decoding_module(loaded.model)
+    known = {"kind": kind, "words": digest(drawn), "fingerprint": fingerprint(module), **about}
+    kept = train.Kept(output.with_name(f"{output.name}.parts"), known)
+    found = train.directions(loaded.model, loaded.processor, drawn, kind, rank, kept)
+    visual = train.visual(loaded.model, loaded.processor, drawn, **masks, kept=kept) if sees else None
     output.parent.mkdir(parents=True, exist_ok=True)
-    save(output, kind, found, family_of(loaded.model).decoding_module(loaded.model), about)
+    save(output, kind, found, module, about, visual)
+    kept.forget()
     typer.echo(f"{output}: {kind} vectors {tuple(found.shape)} from {len(drawn)} pairs")
+    if visual is not None:
+        typer.echo(f"{output}: visual direction {tuple(visual.shape)} (layers, tokens, width)")
+    elif kind == "vti":
+        typer.echo(f"no visual direction: {family.config.model_type} sees images in tiles or at their own resolution")
 
 
 app.command("draft-head")(draft_head)

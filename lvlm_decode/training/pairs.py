@@ -32,13 +32,17 @@ class Triple:
         return self.image if isinstance(self.image, Image.Image) else Image.open(self.image).convert("RGB")
 
 
-def scene_triples(count: int, seed: int = 0) -> Iterator[Triple]:
+def scene_triples(count: int, seed: int = 0, questions: str = "existence") -> Iterator[Triple]:
     """``count`` triples over rendered training scenes: captions that name an absent object, and wrong yes/no answers.
 
     The absent objects are ones that usually stand beside what is there, as in the training of the small models.
+
+    Args:
+        questions: what the yes/no questions are about: "existence" of objects alone, or "all" for existence, count, position
+            and colour.
     """
     from lvlm_decode_data.scenes import render, scene_seed
-    from lvlm_decode_data.texts import CAPTION_PROMPTS, ONE_WORD, CoOccurrence, caption, with_article
+    from lvlm_decode_data.texts import CAPTION_PROMPTS, ONE_WORD, CoOccurrence, caption, with_article, yes_no_pairs
 
     rng = random.Random(seed)
     drawn = [render(scene_seed("train", index))[:2] for index in rng.sample(range(20_000), max(count // 3, 1))]
@@ -52,8 +56,12 @@ def scene_triples(count: int, seed: int = 0) -> Iterator[Triple]:
             yield Triple(image, rng.choice(CAPTION_PROMPTS), chosen, caption(random.Random(words), scene, absent))
             continue
         there = rng.random() < 0.5
-        name = rng.choice(sorted(scene.categories)) if there else absent
         answers = ("Yes", "No") if there else ("No", "Yes")
+        if questions == "all":
+            right, wrong = rng.choice(list(yes_no_pairs(rng, scene, prior).values()))
+            yield Triple(image, (right if there else wrong) + ONE_WORD, *answers)
+            continue
+        name = rng.choice(sorted(scene.categories)) if there else absent
         yield Triple(image, f"Is there {with_article(name)} in the image?{ONE_WORD}", *answers)
 
 
