@@ -6,6 +6,7 @@ import functools
 import torch
 import transformers
 
+import lvlm_decode_data
 from lvlm_decode.engine.hf import decoder, versions
 from lvlm_decode.engine.modes import NEEDS
 from lvlm_decode.families import FAMILIES as REGISTERED
@@ -74,8 +75,16 @@ def directions(family: str, *more: int) -> torch.Tensor:
 DIRECTIONS = {"vti": directions, "revis": directions, "nullu": lambda family: directions(family, 6)}
 
 
+@functools.cache
+def pool() -> tuple[str, ...]:
+    """Unrelated images: shipped scenes, which no test shows to a model as small as these."""
+    return tuple(str(scene.path) for scene in lvlm_decode_data.load_scenes("heldout")[:3])
+
+
 def method_of(name: str, family: str, parameters=None):
     parameters = dict(SMALL.get(name, {}) if parameters is None else parameters)
+    if name == "cicd":
+        parameters["images"] = pool()
     if name == "dcd":
         parameters["negative"] = projector(family)
     if name in DIRECTIONS:

@@ -104,8 +104,8 @@ def often(values):
 
 @pytest.mark.parametrize("name", often(METHODS))
 def test_every_method_gives_the_tokens_of_the_cpu(name):
-    if name in ("vti", "nullu", "revis"):
-        pytest.skip(f"{name} reads a file of vectors, which its own tests make")
+    if name in ("vti", "nullu", "revis", "cicd"):
+        pytest.skip(f"{name} reads files, which its own tests make")
     if name == "scmoe":
         pytest.skip("transformers counts the tokens of experts by an operator that has no integer form on the CPU")
     family = "instructblip" if "qformer" in load(name).needs else "llava"

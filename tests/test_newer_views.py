@@ -1,19 +1,23 @@
-"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD, CRoPS, ONLY, CausalMM."""
+"""Views and branches of the methods of 2025 and 2026: LayerCD, MoD, CRoPS, ONLY, CausalMM, CICD."""
 
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
+from contract import pool
 from helpers import spelled_logits
+from PIL import Image
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPImageProcessor, DynamicCache
 
 from lvlm_decode.engine import hf
 from lvlm_decode.engine.run import Run
-from lvlm_decode.errors import UnsupportedError
+from lvlm_decode.errors import InputError, MissingFileError, ParameterError, UnsupportedError
 from lvlm_decode.method import BELOW, Step
 from lvlm_decode.methods.causalmm import CausalMM, edited
+from lvlm_decode.methods.cicd import CICD, another, filling, pictures_of
 from lvlm_decode.methods.crops import CRoPS
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
@@ -477,3 +481,129 @@ def test_causalmm_shuffles_every_head_with_the_samples_own_generator():
     alone = Run(tiny("llava").model, CausalMM(), tiny("llava").inputs(["ab"], seed=1), processor=None, seed=0)
     assert torch.equal(one, other)
     torch.testing.assert_close(alone.samples[1][0].images[0].features, one)
+
+
+# --- CICD
+
+
+@pytest.fixture
+def paint(tmp_path):
+    """Writes a picture of so many pixels, noise of a seed, and gives its path."""
+
+    def write(name: str, seed: int, size=(40, 28), folder=tmp_path):
+        drawn = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(drawn).save(folder / name)
+        return folder / name
+
+    return write
+
+
+def test_cicd():
+    method = CICD(images="unread", alpha=2.0, beta=0.02, threshold=0.05)
+    contrasted = []
+
+    def literal(b, t, logits):
+        main, other = logits
+        p, q = main.softmax(-1), other.softmax(-1)
+        m = (p + q) / 2
+        d = min(1.0, float(0.5 * (m * (m / p).log()).sum() + 0.5 * (m * (m / q).log()).sum()))
+        a = min(2.0, 1 - math.log10(d)) if d > 0.05 else 0.0
+        contrasted.append(a)
+        return masked((1 + a) * main - a * other, main, 0.02)
+
+    for scale in (0.4, 1.2, 3.0):
+        assert_scores(method, step(2, (1.0,), scale=scale), literal)
+    assert {0.0, 2.0} < set(contrasted), "all three ranges of the divergence were met"
+
+
+def test_cicd_is_the_authors_loop():
+    """What their sampling loop made of these logits: one far pair, one near, and one that its gate holds back."""
+    k = torch.arange(8.0)
+    main = 3 * k.sin()
+    near = main + 0.3 * k.cos()
+    low = -math.inf
+    for other, threshold, beta, want in (
+        (3 * k.cos(), 1e-4, 0.1, [low, 3.57089, 7.33344, low, low, low, low, 1.63420]),
+        (near, 1e-4, 0.02, [-0.9, 2.03814, 3.10242, 1.31435, low, low, -1.70240, 1.29245]),
+        (near, 0.1, 0.02, [0.0, 2.52441, 2.72789, 0.42336, low, low, -0.83825, 1.97096]),
+    ):
+        given = Step(torch.stack([main, other])[:, None, None], torch.tensor([[0]]), (1.0,))
+        out = CICD(images="unread", beta=beta, threshold=threshold).scores(given)[0, 0]
+        kept = torch.tensor(want) > low
+        assert torch.equal(out > main.max() - main.max() - BELOW / 2, kept)
+        torch.testing.assert_close(out[kept], torch.tensor(want)[kept], atol=1e-5, rtol=1e-5)
+
+
+def test_cicd_with_banned_tokens_and_equal_images():
+    main = torch.randn(1, 1, N, generator=torch.Generator().manual_seed(0))
+    main[..., 3] = -math.inf
+    for other in (main, main.roll(1, -1)):
+        given = Step(torch.stack([main, other]), torch.tensor([[0]]), (1.0,))
+        out = CICD(images="unread", beta=None).scores(given)
+        assert torch.isfinite(out[..., :3]).all() and out[0, 0, 3] == -math.inf
+        if other is main:
+            torch.testing.assert_close(out, main)
+
+
+def test_cicd_shows_a_picture_of_the_pool():
+    """The view's pixels are one of the pool's, the one the sample's own generator draws, alone and in a batch."""
+    zoo = tiny("llava")
+    texts = ["is it", "ab", "what is it?", "no"]
+    method = CICD(images=pool())
+    run = run_of("llava", method, texts)
+    seen = [run.samples[1][row].vision["pixel_values"] for row in range(len(texts))]
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.family.pixel_statistics)
+    pictures = [(filling(path, 28, 28) - mean) / std for path in pictures_of(pool())]
+    found = [
+        next(i for i, picture in enumerate(pictures) if torch.allclose(own[0], picture, atol=1e-5)) for own in seen
+    ]
+    assert len(set(found)) > 1, "each sample draws its own"
+    for row, text in enumerate(texts):
+        alone = Run(zoo.model, method, zoo.inputs([text], seed=row), processor=zoo.processor, seed=0)
+        assert torch.equal(alone.samples[1][0].vision["pixel_values"], seen[row])
+
+
+def test_cicd_leaves_a_row_without_image_alone():
+    run = run_of("llava", CICD(images=pool(), beta=None), ["ab", "is it"], images=[0, 1])
+    with torch.no_grad():
+        lanes = run.open()
+        scores, main = lanes.prefill()[0][:, -1], lanes.last_step.logits[0][:, -1]
+    torch.testing.assert_close(scores[0], main[0])
+    assert (scores[1] - main[1]).abs().max() > 1e-2
+
+
+def test_cicd_passes_over_the_samples_own_picture(paint):
+    own, other = paint("own.png", 1), paint("other.png", 2)
+    shown = filling(own, 28, 28)[None]
+    assert torch.equal(another([own, other])(shown), filling(other, 28, 28)[None])
+    assert torch.equal(another([other, own])(shown), filling(other, 28, 28)[None])
+    with pytest.raises(InputError, match="none of the 1 pictures of the pool is another than the sample's own"):
+        another([own])(shown)
+
+
+@pytest.mark.parametrize("size", [(60, 31), (31, 60), (28, 28)], ids=["wide", "high", "as it is"])
+def test_cicd_cuts_a_picture_as_clip_does(paint, size):
+    path = paint("a.png", 3, size)
+    how = dict(do_normalize=False, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    with Image.open(path) as picture:
+        want = CLIPImageProcessor(**how)(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert (filling(path, 28, 28) - want).abs().mean() < 0.01
+    assert filling(path, 20, 44).shape == (3, 20, 44)
+
+
+def test_cicd_pools(paint, tmp_path):
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    with pytest.raises(ParameterError, match="a folder of pictures, or the paths of some"):
+        CICD()
+    with pytest.raises(InputError, match="holds no picture"):
+        run_of("llava", CICD(images=folder))
+    with pytest.raises(MissingFileError, match=r"nowhere is missing; give a folder of pictures"):
+        run_of("llava", CICD(images=tmp_path / "nowhere"))
+    (folder / "a.txt").write_text("no picture")
+    paint("b.png", 1, folder=folder)
+    paint("a.png", 2, folder=folder)
+    assert [path.name for path in pictures_of(folder)] == ["a.png", "b.png"]
+    (folder / "a.png").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"a\.png cannot be read as a picture .* take it out of images"):
+        run_of("llava", CICD(images=(folder / "a.png",)))

@@ -18,6 +18,7 @@ from lvlm_decode.speculative.drafters import DRAFTERS, get
 CLASSES = {name: load(name) for name in METHODS} | {name: get(name) for name in DRAFTERS}
 #: Without these a class cannot be made.
 NEEDED = {
+    "cicd": {"images": "a folder"},
     "vti": {"vectors": "a file"},
     "nullu": {"vectors": "a file"},
     "revis": {"vectors": "a file"},

@@ -53,6 +53,10 @@ def method_for(name: str, model: torch.nn.Module) -> Method:
         return parse(name, negative=family.projector().state_dict())
     if name in ("vti", "revis"):
         return parse(name, vectors=torch.randn(layers, width, generator=generator))
+    if name == "cicd":
+        from lvlm_decode_data import load_scenes
+
+        return parse(name, images=tuple(str(scene.path) for scene in load_scenes("heldout")[:2]))
     if name == "nullu":
         return parse(name, vectors=torch.linalg.qr(torch.randn(layers, width, 4, generator=generator)).Q)
     return parse(name)

@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "lqcd": ".lqcd:LQCD",
     "cad": ".cad:CAD",
     "vdd": ".vdd:VDD",
+    "cicd": ".cicd:CICD",
     "code": ".code:CODE",
     "pai": ".pai:PAI",
     "spin": ".spin:SPIN",

@@ -28,7 +28,7 @@ MOST = {
     "max_description": 1024,
 }
 #: Parameters that name files or patterns; only the operator gives them.
-OPERATORS = frozenset({"vectors", "negative", "positive", "model", "suggestion"})
+OPERATORS = frozenset({"images", "vectors", "negative", "positive", "model", "suggestion"})
 
 
 @dataclass(frozen=True)
