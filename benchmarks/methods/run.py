@@ -20,6 +20,7 @@ import argparse
 import gzip
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -54,7 +55,11 @@ LEARNED = {
     "nullu": {"vectors": "nullu.safetensors"},
     "revis": {"vectors": "revis.safetensors"},
 }
+#: What a method runs with besides: the strengths of VTI's example, which steers the vision encoder too.
+BESIDE = {"vti": {"image": 0.9, "text": 0.9}}
 SUMS = ("vcd+ritual", "vista+vcd", "vaf+m3id")
+#: How many pictures CICD draws an unrelated one from: the held-out scenes after those asked about.
+POOL = 50
 # Controls are added to every run by the runner itself.
 CONTROLS = ("plain", "mask")
 # MVP answers questions that have one of a few words for an answer.
@@ -88,22 +93,37 @@ def searches(method: str) -> bool:
     return any(hasattr(type(part), "decode") for part in parse(method).parts())
 
 
-def chosen(model, parts: Path | None) -> list[str]:
-    """The methods that this model can run, in the registry's order, then some sums."""
+def pool(number: int, folder: Path) -> Path:
+    """A folder of scenes that are not among the first `number`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for scene in scenes(number + POOL, folder)[number:]:
+        if not (folder / scene.path.name).exists():
+            shutil.copy(scene.path, folder)
+    return folder
+
+
+def written(name: str, parameters: dict) -> str:
+    return f"{name}({','.join(f'{key}={value}' for key, value in parameters.items())})"
+
+
+def chosen(model, parts: Path | None, pictures: Path) -> list[str]:
+    """The methods that this model can run, in the registry's order, then some sums. pictures: CICD's pool."""
     family, names = family_of(model), []
     for name in METHODS:
         if name in CONTROLS:
             continue
-        text = PARAMETERS.get(name, name)
+        text = written(name, {"images": pictures}) if name == "cicd" else PARAMETERS.get(name, name)
         files = {} if parts is None else {key: parts / file for key, file in LEARNED.get(name, {}).items()}
         if files and all(path.is_file() for path in files.values()):
-            text = f"{name}({','.join(f'{key}={path}' for key, path in files.items())})"
+            text = written(name, files)
         try:
             check_needs(parse(text), family)
         except (UnsupportedError, ParameterError) as error:
             print(f"left out: {error}")
             continue
         names.append(text)
+        if name in BESIDE:
+            names.append(written(name, files | BESIDE[name]))
     return [*names, *SUMS]
 
 
@@ -130,7 +150,7 @@ def source_of(given: argparse.Namespace, name: str, drawn: Sequence) -> Source:
 def runs(given: argparse.Namespace, loaded, stop) -> list[EvaluationRun]:
     """The runs in the order they are made; each of a benchmark holds what the ones before it asked, or other methods."""
     drawn = scenes(given.images, given.out / "scenes")
-    names = given.methods or chosen(loaded.model, given.parts)
+    names = given.methods or chosen(loaded.model, given.parts, pool(given.images, given.out / "pool"))
     sampled = [name for name in names if not searches(name)]
     searched = [name for name in names if searches(name)]
     made = []
@@ -195,13 +215,17 @@ def cost(results: Sequence[Result]) -> dict:
     return total | {"hours": round(total["seconds"] / 3600, 3)}
 
 
+def without_folders(given: argparse.Namespace, text: str) -> str:
+    return text.replace(f"{given.parts}/", "").replace(f"{given.out}/", "")
+
+
 def record(given: argparse.Namespace, loaded) -> None:
     """Tables, rates and raw answers of what is finished."""
     found, owed = finished(given, loaded)
     results = [result for name in given.benchmarks for result in found.get(name, ())]
     # A folder of this machine says nothing to a reader.
-    results = [replace(r, method=r.method.replace(f"{given.parts}/", "")) for r in results]
-    owed = [line.replace(f"{given.parts}/", "") for line in owed]
+    results = [replace(r, method=without_folders(given, r.method)) for r in results]
+    owed = [without_folders(given, line) for line in owed]
     seeds = {name: sorted({result.seed for result in found[name]}) for name in given.benchmarks if name in found}
     cells = [
         {
