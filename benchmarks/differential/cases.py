@@ -25,6 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.steer import Add, Project, Turn
 from lvlm_decode.method import Method, Step
+from lvlm_decode.methods.cicd import CICD
 from lvlm_decode.methods.hgai import HGAI
 from lvlm_decode.methods.icd import ICD
 from lvlm_decode.methods.layercd import LayerCD
@@ -34,7 +35,7 @@ from lvlm_decode.methods.ritual import RITUAL
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
 from lvlm_decode.methods.vcd import VCD, diffuse
-from lvlm_decode.training.vectors import nullu
+from lvlm_decode.training.vectors import nullu, visual_direction
 
 HERE = Path(__file__).resolve().parent
 Named = dict[str, Tensor]
@@ -245,6 +246,12 @@ def icd_scores(seed: int, alpha: float, beta: float) -> Named:
     return scored(ICD(alpha=alpha, beta=beta), logits(seed, 2), -alpha)
 
 
+@part("cicd.scores")
+def cicd_scores(seed: int, beta: float, threshold: float, alpha: float = 3.0) -> Named:
+    method = CICD(images="never read: the other image's logits are given", alpha=alpha, beta=beta, threshold=threshold)
+    return scored(method, logits(seed, 2), 1.0)
+
+
 @part("ritual.answer")
 def ritual_answer(seed: int, alpha: float, beta: float, transform: str) -> Named:
     model = llava(seed)
@@ -304,6 +311,17 @@ def vista_turn(seed: int, strength: float) -> Named:
 def vti_turn(seed: int, text: float) -> Named:
     vector, states = draw(seed, 16), draw(seed + 1, 2, 3, 16)
     return {"states": Turn({0: vector}, 0.1 * text).edit(0, states)}
+
+
+def encoder_states(seed: int) -> Tensor:
+    """(pairs, copies, l + 1, n, D) states of a vision encoder; the last copy of a picture is the whole one."""
+    return draw(seed, 5, 4, 4, 3, 6)
+
+
+@part("vti.visual")
+def vti_visual(seed: int, rows: str = "code") -> Named:
+    seen = encoder_states(seed)
+    return {"direction": visual_direction(seen[:, :-1].mean(1) - seen[:, -1], rows)}
 
 
 @part("revis.gate")

@@ -54,6 +54,7 @@ REPOSITORIES = {
     "CAI": ("Iris1946/CAI", "ed59bc8e31"),
     "CausalMM": ("The-Martyr/CausalMM", "6d1ae4ed68"),
     "ClearSight": ("ustc-hyin/ClearSight", "5466c945be"),
+    "CICD": ("ZhQingan/CICD", "2effda0e31"),
     "CODE": ("IVY-LVLM/CODE", "31adf82f53"),
     "context-aware-decoding": ("xhan77/context-aware-decoding", "1281d7fcd0"),
     "CRoPS": ("ubamba98/CRoPS-Mitigate-Hallucinations-in-Vision-Language-Models", "6a01919997"),
@@ -175,6 +176,22 @@ def icd_scores(repository: Repository, seed: int, alpha: float, beta: float) -> 
     masks = {"attention_mask": 1, "attention_mask_cd": 1}
     given = {"inputs_embeds_cd": 1, "cd_alpha": alpha, "cd_beta": beta}
     return {"scores": sampled(sample, stand, torch.tensor([[1, 2]]), **given, **masks)["scores"]}
+
+
+@part(
+    "cicd.scores",
+    "CICD",
+    SAMPLE,
+    "sample",
+    [{"seed": 5, "beta": 0.1, "threshold": 1e-4}, {"seed": 6, "beta": 0.02, "threshold": 0.12}],
+    [{"alpha": 1.2}, {"beta": 0.5}, {"threshold": 0.3}],
+)
+def cicd_scores(repository: Repository, seed: int, beta: float, threshold: float) -> Named:
+    main, other = cases.logits(seed, 2)
+    stand = Stand({"": recorded(main), "cd": recorded(other)})
+    sample = repository.load(SAMPLE, "sample").sample
+    given = {"images_cd": 1, "cd_beta": beta, "cross_jsd_th": threshold}
+    return {"scores": sampled(sample, stand, torch.tensor([[1, 2]]), **given)["scores"]}
 
 
 @part(
@@ -421,6 +438,33 @@ def vti_turn(repository: Repository, seed: int, text: float) -> Named:
     layer = repository.load("vti_utils/llm_layers.py", "VTILayer").VTILayer(draw(seed, 1, 16), [text])
     with unhalved():
         return {"states": layer(draw(seed + 1, 2, 3, 16))}
+
+
+@part(
+    "vti.visual",
+    "VTI",
+    "vti_utils/utils.py",
+    "obtain_visual_vti; PCA (pca.py)",
+    [{"seed": 5}, {"seed": 6}],
+    [{"rows": "token"}],
+    "the vision encoder's states are given: those of three masked copies of each picture, and of the whole one",
+)
+def vti_visual(repository: Repository, seed: int) -> Named:
+    seen = cases.encoder_states(seed)
+    pca = repository.load("vti_utils/pca.py", "svd_flip", "PCA").PCA
+    names = ("average_tuples", "get_visual_hiddenstates", "obtain_visual_vti")
+    code = repository.load("vti_utils/utils.py", *names, PCA=pca)
+
+    def encoder(place: Tensor, **asked: Any) -> SimpleNamespace:
+        pair, copy = place[0].int().tolist()
+        return SimpleNamespace(hidden_states=[level[None] for level in seen[pair, copy]])
+
+    # In the place of a picture stands where its states are found.
+    places = [[torch.tensor([pair, copy]) for copy in range(seen.shape[1])] for pair in range(len(seen))]
+    with on_cpu():
+        model = SimpleNamespace(vision_model=encoder)
+        direction, _ = code.obtain_visual_vti(model, [[copies[:-1], copies[-1]] for copies in places])
+    return {"direction": direction[1:]}
 
 
 @part(
