@@ -166,7 +166,7 @@ def eval_command(
     # Before torch is imported, which takes seconds.
     check_limit(limit)
     from .api import Evaluation, prepare
-    from .plan import Decoding, check_seeds
+    from .plan import GREEDY, Decoding, check_seeds
     from .runner import Options, Share, failures, load, processes
     from .tables import render
 
@@ -217,10 +217,23 @@ def eval_command(
         )
     if shown is not None and shown.decoding is not None:
         wanted = shown.decoding
+    elif shown is not None and wanted is None:
+        wanted = GREEDY
+        typer.echo(
+            f"warning: protocol {shown.name} leaves decoding to the rows of its table; these answers are greedy, unless "
+            "--num-beams or --do-sample is given.",
+            err=True,
+        )
     source, label = None, None
     if shown is not None:
         source = None if is_tiny(model) else protocol_source(shown, chosen, images)
         label = f"{shown.name} on emoji scenes" if source is None else shown.label(chosen)
+        if source is not None and shown.checkpoints and shown.checkpoint(model) is None:
+            typer.echo(
+                f"warning: protocol {shown.name} was run on {', '.join(shown.checkpoints)}; {model} is another model, and is "
+                "asked in its own template.",
+                err=True,
+            )
         if label != shown.name and source is not None:
             typer.echo(f"warning: the answers are of protocol {label}; its own is {shown.ground_truth}.", err=True)
     prepared = prepare(

@@ -327,7 +327,10 @@ def run_of(
         decoding_for(method, decoding)
     tokens = None if tiny else config.max_new_tokens
     options = Options(max_new_tokens=tokens, suffix=config.suffix, template=config.template, times=bool(how))
-    return EvaluationRun(config.evaluator, source, loaded, out, list(methods), seeds, limit, options, **how)
+    followed = label_of(config, tiny) if config.protocol else None
+    return EvaluationRun(
+        config.evaluator, source, loaded, out, list(methods), seeds, limit, options, protocol=followed, **how
+    )
 
 
 def dtype_of(tables: Sequence[PaperTable]) -> str | None:
@@ -380,6 +383,19 @@ def source_of(config: PaperTable, tiny: bool, images: Path | None, questions: Pa
 # --- ours beside the published
 
 
+def label_of(config: PaperTable, tiny: bool) -> str:
+    """What settings and tables call answers to a table's rows: its protocol, and where they are not quite of it."""
+    if tiny:
+        return f"{config.protocol.name if config.protocol else UNKNOWN} on emoji scenes"
+    return config.protocol.label(config.evaluator) if config.protocol else UNKNOWN
+
+
+def other_images(config: PaperTable, results: Sequence[Result]) -> bool:
+    """Whether answers are about other images than the list of the table's protocol, as --questions allows."""
+    key = config.protocol and config.protocol.list_key
+    return key is not None and any((r.settings.get("data") or {}).get("questions_sha256") != key for r in results)
+
+
 def paper_blocks(
     config: PaperTable, results: Sequence[Result], model: str, replicates: int = REPLICATES
 ) -> list[Block]:
@@ -408,8 +424,9 @@ def paper_blocks(
             for key in keys:
                 lines.append(_line(config, row, split, columns[key], published.get(key), ours.get(key)))
     titles = ("Row", "Method", "Decoding", "Split", "Metric", "Ours", "Published", "Ours - published")
-    measured = config.protocol.label(chosen) if config.protocol else UNKNOWN
-    measured += " on emoji scenes" if is_tiny(model) else ""
+    measured = label_of(config, is_tiny(model))
+    if not is_tiny(model) and other_images(config, results):
+        measured += " with other images"
     notes = tuple(_notes(config, model))
     gains = _gains(config, chosen, columns, found, replicates)
     return [

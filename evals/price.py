@@ -8,7 +8,7 @@ compares; which of them say what a model can do is `Evaluator.ability`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +57,8 @@ class Line:
     label: str
     control: str
     differences: dict[Figure, Value] = field(default_factory=dict)
+    # The other rates of the benchmarks: weighed where the method is better in a figure, and not shown.
+    others: dict[Figure, Value] = field(default_factory=dict)
     # Of the benchmark whose answers are the longest: on one word the time is that of the prompt. Milliseconds a token.
     times: tuple[float, float] | None = None
     # What that benchmark is called, and how it was measured.
@@ -72,16 +74,23 @@ class Line:
             self.timed, self.timed_by = name, protocol_of(method.results[0])
 
 
-def figures(evaluator: Evaluator, split: str, protocol: str) -> list[Figure]:
-    """What a benchmark contributes: its ability figures, or its first compared one and a caption's recall and length."""
+def figures(evaluator: Evaluator, split: str, protocol: str, there: Collection[str]) -> list[Figure]:
+    """What a benchmark contributes: its ability figures, or its first compared one and a caption's recall and length.
+
+    there: keys of the columns that this split has.
+    """
 
     def figure(kind: str, key: str) -> Figure:
         return Figure(kind, f"{name}: {columns[key].title}", columns[key], name, protocol)
 
-    columns = {column.key: column for column in evaluator.columns}
+    columns = {column.key: column for column in evaluator.columns if column.key in there}
     name = _name(evaluator, split)
-    found = [figure("ability", key) for key in evaluator.ability]
-    found += [figure("hallucination", key) for key in evaluator.hallucination]
+    found = [figure("ability", key) for key in evaluator.ability if key in there]
+    # A split of its own kind of question (AMBER's yes-no questions) has others than the benchmark's first.
+    hallucination = [key for key in evaluator.hallucination if key in there]
+    if not hallucination and not evaluator.ability:
+        hallucination = [key for key, column in columns.items() if column.paired and column.better][:1]
+    found += [figure("hallucination", key) for key in hallucination]
     captions = ("recall", "length") if evaluator.equal_columns else ()
     return found + [
         _of_captions("caption", columns[key], evaluator, name, protocol) for key in captions if key in columns
@@ -146,10 +155,16 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
                 continue  # the table of this split says why
             line = found.setdefault((method.label, control.label), Line(method.label, control.label))
             name, protocol = _name(evaluator, split), protocol_of(method.results[0])
-            for figure in figures(evaluator, split, protocol):
-                if figure.column.key in pair.differences:
-                    interval = pair.differences[figure.column.key]
-                    line.differences[figure] = difference_value(interval, figure.column, pair.clusters)
+            shown = figures(evaluator, split, protocol, pair.differences)
+            for figure in shown:
+                interval = pair.differences[figure.column.key]
+                line.differences[figure] = difference_value(interval, figure.column, pair.clusters)
+            for column in evaluator.columns:
+                if column.kind == "count" or not column.better or column in [figure.column for figure in shown]:
+                    continue
+                if column.key in pair.differences:
+                    other = Figure("other", f"{name}: {column.title}", column, name, protocol)
+                    line.others[other] = difference_value(pair.differences[column.key], column, pair.clusters)
             if evaluator.equal_columns:
                 equal = equal_length_values(evaluator, method, control, replicates)
                 column = evaluator.equal_columns[0]
@@ -160,28 +175,40 @@ def lines(results: Sequence[Result], replicates: int = REPLICATES) -> list[Line]
 
 
 def trade(line: Line) -> str | None:
-    """One sentence where a method is better in one figure and worse in another, both beyond their intervals."""
-    better, worse, shorter = [], [], []
-    gains_chair = {figure.of for figure, value in line.differences.items() if figure.column.key == "chair_s"
-                   and figure.kind == "hallucination" and value.starred and value.value < 0}  # fmt: skip
-    for figure, value in line.differences.items():
-        if not value.starred:
+    """One sentence where a method is better in one figure and worse in another rate, both beyond their intervals, or where
+    captions name fewer absent objects and no difference is left at equal length.
+    """
+    better, worse, kept = [], [], []
+    # Benchmarks whose own figure says that the method is worse; their other rates need not repeat it.
+    said_of = set()
+    for figure, value in [*line.differences.items(), *line.others.items()]:
+        if not value.starred or figure.kind == "equal" or (figure.kind == "other" and figure.of in said_of):
             continue
         said = f"{figure.title} {value.text().partition(' [')[0]}"
-        if figure.column.better * value.value > 0:
-            better += [said] if figure.kind != "equal" else []
-        elif figure.column.better:
-            worse += [said] if figure.kind != "equal" else []
-        elif figure.column.key == "length" and value.value < 0 and figure.of in gains_chair:
-            equal = next(v for f, v in line.differences.items() if (f.kind, f.of) == ("equal", figure.of))
-            which = figure.title.removesuffix(figure.column.title)
-            shorter.append(
-                f"{which}captions are {-value.value:.1f} tokens shorter, and at equal length CHAIRs is {equal.text()}"
-            )
-    costs = [*([f"worse in {', '.join(worse)}"] if worse else []), *shorter]
+        if figure.column.better * value.value < 0:
+            worse.append(said)
+            said_of |= {figure.of} if figure.kind in ("hallucination", "ability") else set()
+        elif figure.column.better and figure.kind != "other":
+            better.append(said)
+            kept += _at_equal_length(line, figure)
+    costs = [*([f"worse in {', '.join(worse)}"] if worse else []), *kept]
     if not (better and costs):
         return None
     return f"{line.label} against {line.control}: better in {', '.join(better)}; {'; '.join(costs)}."
+
+
+def _at_equal_length(line: Line, gain: Figure) -> list[str]:
+    """What is left of a gain in CHAIRs at equal length, where that is nothing that can be told from chance."""
+    if gain.column.key != "chair_s":
+        return []
+    of_these = {f.kind: (f, value) for f, value in line.differences.items() if f.of == gain.of and f.kind == "equal"}
+    lengths = [(f, value) for f, value in line.differences.items() if f.of == gain.of and f.column.key == "length"]
+    if "equal" not in of_these or (of_these["equal"][1].starred and of_these["equal"][1].value < 0):
+        return []
+    where = next((f.title.removesuffix(f.column.title) for f, _ in lengths), "")
+    shorter = [f"captions are {-value.value:.1f} tokens shorter, and " for _, value in lengths
+               if value.starred and value.value < 0]  # fmt: skip
+    return [f"{where}{''.join(shorter)}at equal length CHAIRs is {of_these['equal'][1].text()}"]
 
 
 def price_blocks(results: Sequence[Result], replicates: int = REPLICATES) -> list[Block]:

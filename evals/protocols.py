@@ -253,6 +253,10 @@ class Protocol:
         other = self.other_truth(chosen)
         return f"{self.name} with {other}" if other else self.name
 
+    def checkpoint(self, model: str) -> str | None:
+        """Which of its checkpoints a model is, by its hub id or its folder's name; None where it is another one."""
+        return next((known for known in self.checkpoints if Path(known).name == Path(model).name), None)
+
     @property
     def list_key(self) -> str | None:
         """What tells the list of images from others; None where it is none of `LISTS`."""
@@ -336,7 +340,7 @@ def setup(found: Protocol, benchmark: str, model: str, on_scenes: bool, given: M
         options=found.on_scenes(options) if on_scenes else options,
         max_new_tokens=found.max_new_tokens,
         suffix="" if on_scenes else found.suffix,
-        template=None if on_scenes else found.templates.get(model),
+        template=None if on_scenes else found.templates.get(found.checkpoint(model) or model),
         decoding=found.decoding,
         seeds=found.seeds,
         dtype=None if on_scenes else found.dtype,

@@ -52,6 +52,7 @@ from .configs import (
     is_tiny,
     measured_by,
     on_scenes,
+    other_images,
     our_gain,
     our_values,
     published_mark,
@@ -188,7 +189,7 @@ def _other_data(config: PaperTable, results: Sequence[Result]) -> str:
     """
     if config.protocol is None or config.protocol.list_key is None:
         return ""
-    if any((r.settings.get("data") or {}).get("questions_sha256") != config.protocol.list_key for r in results):
+    if other_images(config, results):
         return "other images were asked about than the protocol's list"
     truth = config.protocol.other_truth(config.evaluator)
     return f"the captions are held against {truth}, the protocol's is {config.protocol.ground_truth}" if truth else ""
@@ -398,7 +399,9 @@ def execute(
         for number in numbers[1:] or numbers:
             ask_all(number)
     except OutOfTime:
-        tell("The time is spent; the same command goes on from here.")
+        # A budget that ends with the last question leaves nothing to go on with.
+        if remaining(jobs, run) != 0:
+            tell("The time is spent; the same command goes on from here.")
     return broken
 
 
@@ -563,7 +566,7 @@ def reproduce_command(
     whose verdict no answer can change are not asked; `lvlm-decode table` runs them all the same. Exit status 3: finished, but
     a table or some questions could not be asked (files that are missing, say); the output says which.
     """
-    tables = [read_config(table_path(path)) for path in configs]
+    tables = [read_config(path) for path in dict.fromkeys(table_path(path) for path in configs)]
     models = {model or str(table.model) for table in tables if model or table.model}
     if len(models) > 1:
         raise SettingsError(

@@ -143,9 +143,17 @@ def _common(result: Result) -> dict[str, Any]:
     return {name: value for name, value in result.settings.items() if name not in left_out}
 
 
+# Options that say where a file lies, which is another place on another machine.
+_FILES = ("objects", "vocabulary")
+
+
 def protocol_of(result: Result) -> str:
-    """The published way of measuring that a run followed by name, or "none"."""
-    return str(result.settings.get("protocol") or NO_PROTOCOL)
+    """The published way of measuring that a run followed by name, or "none"; and with what other options it was scored."""
+    name = str(result.settings.get("protocol") or NO_PROTOCOL)
+    scored = result.evaluator.options()
+    asked = scored | (result.settings.get("scoring") or {})
+    other = [f"{key} {value}" for key, value in scored.items() if value != asked[key] and key not in _FILES]
+    return f"{name}, scored with {', '.join(other)}" if other and name != NO_PROTOCOL else name
 
 
 def _parameters(result: Result) -> Mapping[str, Any]:
@@ -369,7 +377,10 @@ def matched(method: Entry, methods: Sequence[Entry]) -> list[Entry]:
 def differences_block(
     evaluator: Evaluator, split: str, methods: Sequence[Entry], replicates: int = REPLICATES
 ) -> Block | None:
-    """Paired differences of every method against each of its matched controls; None when there is nothing to pair."""
+    """Paired differences of every method against each of its matched controls, and below them what could not be paired.
+
+    None when there is nothing to pair and nothing to say about it; a block without lines where there is a sentence alone.
+    """
     columns = [column for column in evaluator.columns if column.paired]
     lines, missing = [], []
     for method in methods:
@@ -387,7 +398,7 @@ def differences_block(
             missing.append(
                 f"{method.label} lacks its matched controls {'; '.join(absent)}: run lvlm-decode eval again."
             )
-    if not lines:
+    if not lines and not missing:
         return None
     shown = [*evaluator.equal_columns, *columns]
     titles = ("Method", "Control", *(f"Δ {c.title}" for c in shown), "Gained/lost", "p", "p by image")
@@ -404,12 +415,16 @@ def differences_block(
 def equal_length_values(
     evaluator: Evaluator, method: Entry, control: Entry, replicates: int = REPLICATES
 ) -> list[str | Value]:
-    """Differences of the rates that length decides, with both answers to a question cut to the shorter one."""
+    """Differences of the rates that length decides, with both answers to a question cut to the shorter one, seed by seed.
+
+    Where only one of the two has several seeds, each of them is cut together with the other's one run.
+    """
     if not evaluator.equal_columns:
         return []
-    cut = evaluator.equal_length([*_scored(method), *_scored(control)])
-    ours, theirs = cut[: len(_scored(method))], cut[len(_scored(method)) :]
-    found = compare(evaluator, ours, theirs, replicates=replicates)
+    ours, theirs = _scored(method), _scored(control)
+    pairs = [(ours[i % len(ours)], theirs[i % len(theirs)]) for i in range(max(len(ours), len(theirs)))]
+    cut = [evaluator.equal_length(pair) for pair in pairs]
+    found = compare(evaluator, [mine for mine, _ in cut], [other for _, other in cut], replicates=replicates)
     return [difference_value(found.differences[c.key], c, found.clusters) for c in evaluator.equal_columns]
 
 
@@ -445,12 +460,13 @@ def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, repl
     if (protocol := _protocol(methods)) != NO_PROTOCOL:
         found.append(f"Protocol: {protocol}.")
     found.append(
-        f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), Wilson's interval where all replicates "
-        "are equal; ±: standard deviation over seeds. "
+        f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), of a rate Wilson's interval where all "
+        "replicates are equal; ±: standard deviation over seeds. "
         f"* marks a difference whose interval excludes zero; p: exact McNemar over questions ({evaluator.verdict}), "
-        f"p by image: exact sign-flip test of the net gain per image. {comparisons} comparisons, not corrected for "
-        "multiplicity."
+        f"p by image: exact sign-flip test of the net gain per image. {_counted(comparisons)}"
     )
+    if evaluator.equal_columns and comparisons:
+        found.append("@min: the two captions of an image are cut to the shorter one, seed by seed.")
     if images < FEW_IMAGES:
         found.append(
             f"Only {images} images: such intervals are too short, so nothing is marked; take them for a sketch."
@@ -462,6 +478,10 @@ def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, repl
     return found
 
 
+def _counted(comparisons: int) -> str:
+    return f"{comparisons} comparisons, not corrected for multiplicity." if comparisons != 1 else "1 comparison."
+
+
 def blocks(results: Sequence[Result], replicates: int = REPLICATES) -> list[Block]:
     """All blocks of a run, two for each split."""
     made: list[Block] = []
@@ -470,7 +490,9 @@ def blocks(results: Sequence[Result], replicates: int = REPLICATES) -> list[Bloc
         differences = differences_block(evaluator, split, methods, replicates)
         below = notes(evaluator, methods, len(differences.lines) if differences else 0, replicates)
         made.append(results_block(evaluator, split, methods, replicates))
-        if differences:
+        if differences and not differences.lines:
+            below = [*differences.notes, *below]
+        elif differences:
             made.append(differences)
             made[-2] = replace(made[-2], elsewhere=tuple(below))
         made[-1] = replace(made[-1], notes=(*made[-1].notes, *below))

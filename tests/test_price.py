@@ -2,14 +2,16 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 from runs import IMAGES, SAMPLE, captions, cli, naturalbench, pope, result
 
+from lvlm_decode_evals import evaluator
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.plan import TIMES
 from lvlm_decode_evals.price import lines, price_blocks, trade
-from lvlm_decode_evals.tables import blocks, render
+from lvlm_decode_evals.tables import blocks, equal_length_values, gather, render
 
 
 def test_a_gain_paid_for_in_ability_is_said_in_one_line():
@@ -42,6 +44,84 @@ def test_shorter_captions_are_named_with_the_gain_at_equal_length():
     (line,) = lines([captions("plain", long), captions("pai", "A dog and so on, with many words to fill a line.")], 200)
     assert "Recall -50.0" in trade(line)
     assert "lvlm-decode eval naturalbench" in render(price_blocks(results, 200))
+
+
+def half(even, odd):
+    """Captions of every image, by turns."""
+    return [Answer(i, odd if i % 2 else even, image=str(i), label=["dog", "cat"]) for i in range(IMAGES)]
+
+
+def test_a_rate_beside_the_first_that_falls_is_a_loss_too():
+    plain = captions("plain", "A dog, a dog, a dog, a dog, a dog, a cat, a cat and a car.")
+    said = half("A car, a car, a car, a car, a car, a dog, a dog, a cat.", "A dog and a cat with nothing else at all.")
+    (line,) = lines([plain, result("chair", "captions", "x", said)], 200)
+    assert "better in chair: CHAIRs -50.0; worse in chair: CHAIRi +37.5" in trade(line)
+    # Where the first says it, the others do not repeat it.
+    (line,) = lines([captions("plain", "A dog."), captions("x", "A dog and a cat and a car.")], 200)
+    assert trade(line).endswith("better in Recall +50.0; worse in chair: CHAIRs +100.0.")
+
+    def asked(method, present, absent):
+        given = [Answer(2 * i, "Yes" if i < present else "No", image=str(i), label="yes") for i in range(IMAGES)]
+        given += [Answer(2 * i + 1, "No" if i < absent else "Yes", image=str(i), label="no") for i in range(IMAGES)]
+        return result("pope", "random", method, given)
+
+    (line,) = lines([asked("plain", IMAGES, 10), asked("x", IMAGES // 2, IMAGES)], 200)
+    assert trade(line).endswith("Accuracy +12.5; worse in pope random: Recall -50.0.")
+    assert [f.title for f in line.differences] == ["pope random: Accuracy"]
+
+
+def test_a_gain_that_stays_at_equal_length_is_no_cost_and_one_that_goes_is():
+    (line,) = lines(
+        [captions("plain", "A car, a dog and a cat here now"), captions("x", "A dog, a dog and a cat here")], 200
+    )
+    assert trade(line) is None and any(f.kind == "equal" and v.starred for f, v in line.differences.items())
+    long, short = "A dog and a cat on the floor in the room there with a {}.", "A dog and a cat."
+    plain = result("chair", "captions", "plain", half(long.format("car"), short))
+    (line,) = lines([plain, result("chair", "captions", "x", half(short, long.format("thing")))], 200)
+    said = "better in chair: CHAIRs -50.0; at equal length CHAIRs is +0.0"
+    assert said in trade(line) and "shorter" not in trade(line)
+
+
+def test_a_split_of_another_kind_of_question_has_a_figure_of_its_own():
+    def answers(right):
+        meta = {"type": "discriminative-hallucination"}
+        return [
+            Answer(f"{i}/0", "No" if i < right else "Yes", image=str(i), label="no", meta=meta) for i in range(IMAGES)
+        ]
+
+    runs = [result("amber", "discriminative", method, answers(right)) for method, right in (("plain", 10), ("x", 35))]
+    (line,) = lines(runs, 200)
+    assert [figure.title for figure in line.differences] == ["amber discriminative: Accuracy"]
+
+
+def test_captions_of_several_seeds_are_cut_seed_by_seed():
+    """Each pair by itself: a run with short captions shortens no other seed's."""
+    texts = {
+        0: ("A dog and so on and so on and a car.", "A dog and so on and so on and a cat."),
+        1: ("A dog.", "A dog."),
+    }
+    runs = {
+        method: [replace(captions(method, texts[seed][place], decoding=SAMPLE), seed=seed) for seed in texts]
+        for place, method in enumerate(("plain", "x"))
+    }
+    methods = next(iter(gather([*runs["plain"], *runs["x"]]).values()))
+    plain, other = sorted(methods, key=lambda entry: entry.name != "plain")
+    value, *_ = equal_length_values(other.results[0].evaluator, other, plain, 200)
+    assert value.value == -0.5
+
+
+def test_a_method_without_any_control_is_told(tmp_path):
+    (block,) = blocks([pope("vcd", 30)], 200)
+    assert any("vcd, greedy lacks its matched controls" in note for note in block.notes)
+
+
+def test_a_run_of_a_protocol_that_is_scored_otherwise_says_so():
+    def run(**options):
+        made = captions("plain", "A dog.", protocol="opera-64", scoring={"unfinished": "drop"})
+        return replace(made, evaluator=evaluator("chair", **options))
+
+    (drop,), (keep,) = blocks([run(unfinished="drop")], 200), blocks([run(unfinished="keep")], 200)
+    assert (drop.protocol, keep.protocol) == ("opera-64", "opera-64, scored with unfinished keep")
 
 
 def test_captions_of_two_protocols_share_no_figure():

@@ -169,6 +169,9 @@ def test_what_a_protocol_decides_cannot_be_given_beside_it():
     assert (fixed.max_new_tokens, fixed.seeds, fixed.decoding.do_sample) == (64, (42,), True)
     assert fixed.template == found.templates[LLAVA]
     assert setup(found, "chair", "another/model", False, {}).template is None
+    # A folder of one's own counts by its name, as in `reproduce`.
+    assert setup(found, "chair", "/models/llava-1.5-7b-hf", False, {}).template == fixed.template
+    assert (found.checkpoint("mine/llava-1.5-7b-hf"), found.checkpoint("llava-hf/llava-1.5-13b-hf")) == (LLAVA, None)
     damro = protocol("damro-1024")
     assert setup(damro, "chair", LLAVA, False, {}).dtype == "float32"
     with pytest.raises(SettingsError, match="protocol damro-1024 decides --dtype"):
@@ -233,6 +236,9 @@ def test_two_protocols_in_one_table_are_told_apart(command, tmp_path):
         out = tmp_path / name
         done = command("eval", "chair", "--protocol", name, "--limit", 2, "--out", out)
         assert done.exit_code == 0, done.output
+        # Their tables have greedy rows and others: what is not said is greedy, and told.
+        assert f"protocol {name} leaves decoding to the rows of its table" in done.output
+        assert {p.parent.parent.name for p in out.rglob("answers.jsonl")} == {"greedy"}
     shown = command("table", tmp_path)
     assert shown.exit_code == 0, shown.output
     # These are tables of their own that say which they are.

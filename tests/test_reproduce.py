@@ -298,6 +298,11 @@ def test_the_budget_stops_between_batches_and_keeps_what_was_answered(tmp_path, 
     assert said == ["The time is spent; the same command goes on from here."] and not answered(tmp_path / "out")
     assert execute([job], "tiny", True, 0, said.append, quiet=True) == {}
     assert said[1].startswith("The rest will take about ") and said[2] == said[0]
+    # Nothing is left where the first round was all.
+    said.clear()
+    whole = replace(job, out=tmp_path / "whole", samples=8)
+    assert execute([whole], "tiny", True, 0, said.append, quiet=True) == {}
+    assert not any("goes on from here" in sentence for sentence in said)
     assert {content.count(b"\n") for content in answered(tmp_path / "out").values()} == {8}
 
 
