@@ -25,13 +25,21 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from lvlm_decode import attach, detach
 from lvlm_decode.engine.steer import Add, Project, Turn
 from lvlm_decode.method import Method, Step
+from lvlm_decode.methods.avisc import AvisC
+from lvlm_decode.methods.causalmm import CausalMM, edited, weights_of
 from lvlm_decode.methods.cicd import CICD
+from lvlm_decode.methods.crops import CRoPS
+from lvlm_decode.methods.deco import DeCo
+from lvlm_decode.methods.dola import DoLa
 from lvlm_decode.methods.hgai import HGAI
 from lvlm_decode.methods.icd import ICD
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
+from lvlm_decode.methods.mod import MoD, divergence
+from lvlm_decode.methods.only import ONLY
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.ritual import RITUAL
+from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
 from lvlm_decode.methods.vcd import VCD, diffuse
@@ -268,6 +276,117 @@ def m3id_answer(seed: int, beta: float, first: int, decay: float = 0.02) -> Name
 def layercd_answer(seed: int, alpha: float, beta: float, layer: int = 1) -> Named:
     model = llava(seed)
     return answer(model, LayerCD(alpha=alpha, beta=beta, layer=layer), prompt(model, seed))
+
+
+@contextmanager
+def chance(seed: int) -> Iterator[None]:
+    """Permutations, and numbers from 0 to 1, from numpy's frozen generator."""
+    drawn = np.random.RandomState(seed)
+
+    def permutation(count: int, **more: Any) -> Tensor:
+        return torch.tensor(drawn.permutation(count))
+
+    def uniform(*shape: Any, **more: Any) -> Tensor:
+        size = tuple(shape[0]) if isinstance(shape[0], list | tuple | torch.Size) else shape
+        return torch.tensor(drawn.random_sample(size), dtype=torch.float32)
+
+    with mock.patch.object(torch, "randperm", permutation), mock.patch.object(torch, "rand", uniform):
+        yield
+
+
+def attention_like(seed: int, *shape: int) -> Tensor:
+    return draw(seed, *shape, scale=2.0).softmax(-1)
+
+
+@part("avisc.answer")
+def avisc_answer(seed: int, alpha: float, beta: float, gamma: float, deviations: float) -> Named:
+    model = llava(seed, **LONG)
+    method = AvisC(alpha=alpha, beta=beta, gamma=gamma, deviations=deviations)
+    return answer(model, method, prompt(model, seed, before=BEFORE))
+
+
+@part("mod.answer")
+def mod_answer(
+    seed: int, positive: float, negative: float, beta: float, threshold: float, share: float, gate: Any = "first"
+) -> Named:
+    model = llava(seed, **LONG)
+    method = MoD(positive=positive, negative=negative, beta=beta, threshold=threshold, share=share, gate=gate)
+    return answer(model, method, prompt(model, seed, before=BEFORE))
+
+
+@part("mod.divergence")
+def mod_divergence(seed: int, scale: float) -> Named:
+    return {"nats": divergence(*(scale * logits(seed, 2)))}
+
+
+@part("sid.answer")
+def sid_answer(seed: int, alpha: float, beta: float, kept: int, rank_layer: int = 1) -> Named:
+    model = llava(seed)
+    method = SID(alpha=alpha, beta=beta, share=kept / model.config.image_seq_length, rank_layer=rank_layer)
+    return answer(model, method, prompt(model, seed))
+
+
+@part("only.answer")
+def only_answer(
+    seed: int, positive: float, negative: float, gamma: float, beta: float, layer: int, normed: bool | None = None
+) -> Named:
+    model = llava(seed, layers=32, **LONG)
+    method = ONLY(positive=positive, negative=negative, gamma=gamma, beta=beta, layer=layer, normed=normed)
+    return answer(model, method, prompt(model, seed, before=BEFORE))
+
+
+@part("crops.answer")
+def crops_answer(
+    seed: int,
+    decay: float,
+    alpha: float,
+    beta: float,
+    gate: float,
+    share: float = 0.25,
+    text_tokens: tuple[int, int] = (10, 40),
+    rank_layer: int = 1,
+) -> Named:
+    model = llava(seed)
+    method = CRoPS(
+        decay=decay,
+        alpha=alpha,
+        beta=beta,
+        gate=gate,
+        share=share,
+        text_tokens=(text_tokens[0], text_tokens[1]),
+        rank_layer=rank_layer,
+    )
+    return answer(model, method, prompt(model, seed, before=9, after=12))
+
+
+@part("causalmm.edit")
+def causalmm_edit(seed: int, form: Any) -> Named:
+    attention, states = attention_like(seed, 2, 4, 17, 17), draw(seed + 1, 2, 16, 6)
+    with chance(seed):
+        changed = edited(attention, form, torch.Generator())
+    return {"attention": changed, "states": states * weights_of(changed)[..., None]}
+
+
+@part("causalmm.answer")
+def causalmm_answer(seed: int, alpha: float, beta: float, form: Any) -> Named:
+    model = llava(seed)
+    with chance(seed):
+        return answer(model, CausalMM(alpha=alpha, beta=beta, form=form), prompt(model, seed))
+
+
+# --- Layers
+
+
+@part("dola.answer")
+def dola_answer(seed: int, layers: list[int], beta: float, norm_early: bool = False) -> Named:
+    model = llava(seed, layers=8)
+    return answer(model, DoLa(layers=tuple(layers), beta=beta, norm_early=norm_early), prompt(model, seed))
+
+
+@part("deco.answer")
+def deco_answer(seed: int, alpha: float, layers: list[int], top_k: int, top_p: float) -> Named:
+    model = llava(seed, layers=8)
+    return answer(model, DeCo(alpha=alpha, layers=tuple(layers), top_k=top_k, top_p=top_p), prompt(model, seed))
 
 
 # --- Attention

@@ -26,7 +26,7 @@ import torch
 import transformers
 from cases import TOKENS, Named, distribution
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_outputs
 from transformers.models.llama import modeling_llama
 
 from lvlm_decode.engine.hf.kwargs import take_cache, with_cache
@@ -57,10 +57,13 @@ class Repository:
     def digest(self, file: str) -> str:
         return hashlib.sha256(self.read(file).encode()).hexdigest()
 
-    def load(self, file: str, *names: str, **given: Any) -> SimpleNamespace:
+    def load(
+        self, file: str, *names: str, drop: Callable[[ast.stmt], bool] | None = None, **given: Any
+    ) -> SimpleNamespace:
         """The functions, classes and constants of these names; ``Class.method`` is the method alone.
 
         Args:
+            drop: which statements are left out, where code cannot run as it is released.
             given: names that they use, beside those of torch, numpy and typing.
         """
         tree = ast.parse(self.read(file))
@@ -74,13 +77,22 @@ class Repository:
                     if getattr(node, "name", None) == piece
                     or (isinstance(node, ast.Assign) and any(getattr(t, "id", None) == piece for t in node.targets))
                 )
-            if isinstance(scope, ast.FunctionDef | ast.ClassDef):
-                scope.decorator_list = [
-                    one for one in scope.decorator_list if "dataclass" in ast.dump(one) or "no_grad" in ast.dump(one)
-                ]
+            for node in ast.walk(scope):
+                # Those that write documentation are left out.
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    known = ("dataclass", "no_grad", "staticmethod", "property")
+                    node.decorator_list = [one for one in node.decorator_list if ast.dump(one).find("docstring") < 0]
+                    assert all(any(word in ast.dump(one) for word in known) for one in node.decorator_list)
             wanted.append(scope)
+        module = ast.Module(wanted, [])
+        if drop is not None:
+            for scope in list(ast.walk(module)):
+                for field, body in ast.iter_fields(scope):
+                    if isinstance(body, list) and any(isinstance(one, ast.stmt) and drop(one) for one in body):
+                        kept = [one for one in body if not (isinstance(one, ast.stmt) and drop(one))]
+                        setattr(scope, field, kept or [ast.Pass(lineno=1, col_offset=0)])
         code = compile(
-            ast.Module(wanted, []),
+            module,
             str(self.path / file),
             "exec",
             flags=__future__.annotations.compiler_flag,
@@ -103,6 +115,8 @@ class Repository:
             "LogitsProcessor": transformers.LogitsProcessor,
             "LogitsProcessorList": transformers.LogitsProcessorList,
             "StoppingCriteriaList": transformers.StoppingCriteriaList,
+            "BaseModelOutputWithPast": modeling_outputs.BaseModelOutputWithPast,
+            "CausalLMOutputWithPast": modeling_outputs.CausalLMOutputWithPast,
             "apply_rotary_pos_emb": rotated,
             "repeat_kv": modeling_llama.repeat_kv,
             "print": lambda *args, **more: None,
@@ -149,9 +163,15 @@ def forward(model: Any, pixels: Tensor | None, **more: Any) -> Branch:
         images = {} if pixels is None else {"pixel_values": pixels}
         with torch.no_grad():
             out = model(input_ids=ids, use_cache=False, **images, **more, **asked)
-        return SimpleNamespace(logits=out.logits, attentions=out.attentions, hidden_states=out.hidden_states)
+        return said(out.logits, out)
 
     return run
+
+
+def said(logits: Tensor, out: Any = None, past: Any = None) -> SimpleNamespace:
+    """An output as sampling loops take it apart."""
+    attentions, states = getattr(out, "attentions", None), getattr(out, "hidden_states", None)
+    return SimpleNamespace(logits=logits, attentions=attentions, hidden_states=states, past_key_values=past)
 
 
 def without_image(model: Any) -> Branch:
@@ -162,15 +182,8 @@ def without_image(model: Any) -> Branch:
 
 def recorded(given: Tensor) -> Branch:
     """A branch that says what was drawn: (T, N) logits, one row a step."""
-    state = {"step": -1}
-
-    def run(ids: Tensor, **asked: Any) -> SimpleNamespace:
-        state["step"] += 1
-        return SimpleNamespace(
-            logits=given[None, state["step"] : state["step"] + 1], attentions=None, hidden_states=None
-        )
-
-    return run
+    rows = iter(given)
+    return lambda ids, **asked: said(next(rows)[None, None])
 
 
 class Stand:
@@ -198,35 +211,213 @@ class Stand:
             setattr(self, name, self._prepared(ending))
 
     def _prepared(self, ending: str) -> Callable[..., dict[str, Any]]:
-        return lambda input_ids, **kwargs: {"branch": ending, "ids": input_ids}
+        return lambda input_ids, past_key_values=None, **kwargs: {
+            "branch": ending,
+            "ids": input_ids,
+            "past_key_values": past_key_values,
+        }
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, **more: Any) -> Any:
-        return model_kwargs
+        return {**model_kwargs, "past_key_values": outputs.past_key_values}
 
     def __call__(self, branch: str, ids: Tensor, **asked: Any) -> Any:
-        if asked.get("mask_idx") is not None:
-            return self.branches[branch](ids, hidden=asked["mask_idx"])
-        more = {"output_attentions": True} if asked.get("output_attentions") else {}
-        return self.branches[branch](ids, **more)
+        flags = ("return_dict", "output_attentions", "output_hidden_states")
+        given = {key: value for key, value in asked.items() if value is not None and (key not in flags or value)}
+        given.pop("return_dict", None)
+        return self.branches[branch](ids, **given)
 
 
-def sampled(sample: Callable[..., Any], stand: Stand, ids: Tensor, tokens: int = TOKENS, **kwargs: Any) -> Named:
-    """The tokens of an authors' sampling loop, where the most probable one is drawn, and what they are drawn from."""
+def sampled(
+    sample: Callable[..., Any], stand: Any, ids: Tensor, tokens: int = TOKENS, process: Any = None, **kwargs: Any
+) -> Named:
+    """The tokens of an authors' sampling loop, where the most probable one is drawn, and what they are drawn from.
+
+    Args:
+        process: a processor of logits of their own.
+    """
     seen: list[Tensor] = []
 
     def keep(input_ids: Tensor, scores: Tensor) -> Tensor:
-        seen.append(scores.clone())
-        return scores
+        seen.append(scores.clone() if process is None else process(input_ids, scores))
+        return seen[-1]
 
-    def ended(input_ids: Tensor, scores: Any) -> bool:
-        return input_ids.shape[1] >= ids.shape[1] + tokens
+    class Ended(list[Any]):
+        def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+            return torch.tensor([input_ids.shape[1] >= ids.shape[1] + tokens])
 
     def most(probabilities: Tensor, num_samples: int) -> Tensor:
         return probabilities.argmax(-1, keepdim=True)
 
     with mock.patch.object(torch, "multinomial", most), torch.no_grad():
-        out = sample(stand, ids, logits_processor=keep, stopping_criteria=ended, **kwargs)
+        out = sample(stand, ids, logits_processor=keep, stopping_criteria=Ended(), **kwargs)
+    out = out[0] if isinstance(out, tuple) else out
     return {"tokens": out[0, ids.shape[1] :], "scores": distribution(torch.stack([scores[0] for scores in seen]))}
+
+
+def embedded(model: Any, ids: Tensor, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+    """(1, T, D) what the first decoder layer is given."""
+    embeddings = model.get_input_embeddings()(ids)
+    if pixels is not None:
+        features = model.get_image_features(pixels).pooler_output[0]
+    if features is not None:
+        embeddings[ids == model.config.image_token_id] = features
+    return embeddings.detach()
+
+
+def eager(model: Any) -> Any:
+    """A copy of the model that can say what it attends to."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+class Whole:
+    """What the ``forward`` of an authors' LLaVA finds on itself; the whole text is read at every step.
+
+    A step that is not the first one is given the embeddings of the first, so that what was done to those of the image lasts.
+
+    Args:
+        decoder: (inputs_embeds, ...) -> states.
+    """
+
+    def __init__(self, model: Any, pixels: Tensor | None, decoder: Any = None, **attributes: Any):
+        self.whole, self.pixels, self.kept = model, pixels, torch.empty(0)
+        self.decoder = decoder or model.model.language_model
+        self.lm_head = model.lm_head
+        self.config = SimpleNamespace(
+            output_attentions=False, output_hidden_states=False, use_return_dict=True, use_cache=False, pretraining_tp=1
+        )
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def prepare_inputs_labels_for_multimodal(self, ids: Tensor, mask: Any, past: Any, labels: Any, *images: Any) -> Any:
+        if past is None:
+            return None, mask, past, embedded(self.whole, ids, self.pixels), labels
+        new = embedded(self.whole, ids[:, self.kept.shape[1] :])
+        return None, mask, past, torch.cat([self.kept, new], 1), labels
+
+    def model(self, inputs_embeds: Tensor, past_key_values: Any = None, **asked: Any) -> Any:
+        if past_key_values is None:
+            self.kept = inputs_embeds
+        given = {key: value for key, value in asked.items() if key.startswith("output_") and value}
+        return self.decoder(inputs_embeds=inputs_embeds, use_cache=False, **given)
+
+    def branch(self, theirs: Callable[..., Any], **more: Any) -> Branch:
+        """Their ``forward`` on this."""
+
+        def run(ids: Tensor, **asked: Any) -> SimpleNamespace:
+            out = theirs(self, input_ids=ids, return_dict=True, **more, **asked)
+            return said(out.logits, out, past=True)
+
+        return run
+
+
+# --- Their model
+
+
+class Bare(nn.Module):
+    """What a model of the authors is derived from."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+
+    def post_init(self) -> None:
+        pass
+
+
+#: What stands in a file of LLaMA up to transformers 4.35.
+LLAMA = (
+    "_make_causal_mask",
+    "_expand_mask",
+    "LlamaRMSNorm",
+    "LlamaRotaryEmbedding",
+    "rotate_half",
+    "apply_rotary_pos_emb",
+    "repeat_kv",
+    "LlamaMLP",
+    "LlamaAttention",
+    "LlamaDecoderLayer",
+    "LlamaModel",
+)
+
+
+def llama(repository: Repository, file: str, model: Any, leave: Iterable[str] = (), **settings: Any) -> Any:
+    """The authors' own decoder with the weights of the model's.
+
+    Args:
+        leave: names that their file does not have.
+        settings: of the configuration.
+    """
+    kind = repository.load(
+        file,
+        *(name for name in LLAMA if name not in leave),
+        LlamaPreTrainedModel=Bare,
+        ACT2FN={"silu": nn.functional.silu},
+    ).LlamaModel
+    text = model.config.get_text_config()
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    sizes = ("vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act")
+    config = SimpleNamespace(
+        **{name: getattr(text, name) for name in names + sizes},
+        pretraining_tp=1,
+        rope_scaling=None,
+        pad_token_id=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        use_cache=True,
+        use_return_dict=True,
+        **settings,
+    )
+    own = kind(config).float().eval()
+    missing, unknown = own.load_state_dict(model.model.language_model.state_dict(), strict=False)
+    assert not unknown and all("inv_freq" in name or "cached" in name for name in missing)
+    return own
+
+
+class Reading:
+    """A branch whose cache is the authors' own: it reads the prompt, then a token at a time.
+
+    Args:
+        theirs: (inputs_embeds, past_key_values, ...) -> an output with ``past_key_values``, or a pair of which it is the first.
+    """
+
+    def __init__(self, theirs: Callable[..., Any], model: Any, pixels: Tensor | None):
+        self.theirs, self.model, self.pixels = theirs, model, pixels
+
+    def __call__(self, ids: Tensor, past_key_values: Any = None, **asked: Any) -> Any:
+        if past_key_values is None:
+            given = embedded(self.model, ids, self.pixels)
+        else:
+            given = embedded(self.model, ids[:, -1:])
+        return self.theirs(
+            inputs_embeds=given, past_key_values=past_key_values, use_cache=True, return_dict=True, **asked
+        )
+
+
+class Layer:
+    """A decoder layer of today as transformers 4.36 to 4.49 called it; also says what it attends to."""
+
+    def __init__(self, layer: Any, rotary: Any):
+        self.layer, self.rotary = layer, rotary
+        self.attention: list[Tensor] = []
+        layer.self_attn.register_forward_hook(lambda module, args, out: self.attention.append(out[1]))
+
+    @property
+    def mlp(self) -> Any:
+        return self.layer.mlp
+
+    def __call__(
+        self, hidden_states: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_value: Any, **more: Any
+    ) -> Any:
+        out = self.layer(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_embeddings=self.rotary(hidden_states, position_ids),
+            **with_cache(past_key_value),
+        )
+        weights = self.attention.pop()
+        return (out, weights, past_key_value) if more.get("output_attentions") else (out, past_key_value)
 
 
 # --- Their attention, in a model of today
