@@ -27,6 +27,7 @@ def mitigated(
     """
     started = False
     lead = lanes.lead
+    wanted = ("hidden_states", "output_hidden_states"), ("attentions", "output_attentions")
 
     def own(states: Any, name: str, first: bool) -> Any:
         """Of one layer's hidden states or attentions: the caller's rows, queries and slots."""
@@ -45,7 +46,6 @@ def mitigated(
         nonlocal started
         tokens = args[0] if args else kwargs["input_ids"]
         keep = hf.kept_of(kwargs)
-        wanted = ("hidden_states", "output_hidden_states"), ("attentions", "output_attentions")
         call = {option: kwargs[option] for _, option in wanted if kwargs.get(option) is not None}
         first = not started
         if started:
@@ -56,13 +56,13 @@ def mitigated(
             scores, out = lanes.prefill(tail, keep or 1, **call)
             if prompted is not None:
                 prompted()
-        out.logits = scores
+        # An item: an attribute of an output is looked for among all its fields.
+        out["logits"] = scores
         for name, option in wanted:
             states = getattr(out, name, None)
-            if not kwargs.get(option):
-                setattr(out, name, None)
-            elif states is not None:
-                setattr(out, name, tuple(own(layer, name, first) for layer in states))
+            if states is not None:
+                asked = kwargs.get(option)
+                setattr(out, name, tuple(own(layer, name, first) for layer in states) if asked else None)
         return out
 
     return forward

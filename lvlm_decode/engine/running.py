@@ -5,8 +5,7 @@ A context variable, so that calls in other threads and calls nested in this one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,14 +28,17 @@ class Runner(Protocol):
 _running: ContextVar[Runner | None] = ContextVar("lvlm_decode_running", default=None)
 
 
-@contextmanager
-def running(runner: Runner) -> Iterator[None]:
+class running:
     """Forwards in the block are those of ``runner``."""
-    token = _running.set(runner)
-    try:
-        yield
-    finally:
-        _running.reset(token)
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+
+    def __enter__(self) -> None:
+        self._token = _running.set(self._runner)
+
+    def __exit__(self, *error: object) -> None:
+        _running.reset(self._token)
 
 
 def current() -> Runner | None:

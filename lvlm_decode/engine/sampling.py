@@ -169,7 +169,19 @@ class KeyedDraw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter(-1, drawn, 0.0)
 
 
+class _Guarded(LogitsProcessorList):
+    """The caller's processors and then ``guard``, whose signature transformers would look up for every token."""
+
+    def __init__(self, processors: Sequence[Any], guard: SomethingLeft):
+        super().__init__(processors)
+        self._guard = guard
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return self._guard(input_ids, super().__call__(input_ids, scores, **kwargs))
+
+
 def guarded(processors: LogitsProcessorList, guard: SomethingLeft) -> LogitsProcessorList:
     """``processors`` followed by ``guard``, before a keyed draw, which would leave one token of none."""
-    at = len(processors) - any(isinstance(one, KeyedDraw) for one in processors)
-    return LogitsProcessorList([*processors[:at], guard, *processors[at:]])
+    if not any(isinstance(one, KeyedDraw) for one in processors):
+        return _Guarded(processors, guard)
+    return LogitsProcessorList([*processors[:-1], guard, processors[-1]])
