@@ -26,6 +26,7 @@ from lvlm_decode import attach, detach
 from lvlm_decode.engine.steer import Add, Project, Turn
 from lvlm_decode.method import Method, Step
 from lvlm_decode.methods.avisc import AvisC
+from lvlm_decode.methods.cai import CAI
 from lvlm_decode.methods.causalmm import CausalMM, edited, weights_of
 from lvlm_decode.methods.cicd import CICD
 from lvlm_decode.methods.crops import CRoPS
@@ -33,8 +34,10 @@ from lvlm_decode.methods.deco import DeCo
 from lvlm_decode.methods.dola import DoLa
 from lvlm_decode.methods.hgai import HGAI
 from lvlm_decode.methods.icd import ICD
+from lvlm_decode.methods.ilvad import ILVAD, log_factors, most_looking
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
+from lvlm_decode.methods.memvr import MemVR
 from lvlm_decode.methods.mod import MoD, divergence
 from lvlm_decode.methods.only import ONLY
 from lvlm_decode.methods.pai import PAI
@@ -43,7 +46,8 @@ from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
 from lvlm_decode.methods.vcd import VCD, diffuse
-from lvlm_decode.training.vectors import nullu, visual_direction
+from lvlm_decode.methods.vista import VISTA
+from lvlm_decode.training.vectors import nullu, revis, visual_direction, vti
 
 HERE = Path(__file__).resolve().parent
 Named = dict[str, Tensor]
@@ -417,7 +421,64 @@ def vaf_answer(seed: int, enhance: float, suppress: float, layers: list[int]) ->
     return answer(model, VAF(enhance=enhance, suppress=suppress, layers=(layers[0], layers[1])), inputs)
 
 
+@part("cai.answer")
+def cai_answer(seed: int, threshold: float, first_layer: int, gamma: float | None) -> Named:
+    model = llava(seed)
+    return answer(model, CAI(threshold=threshold, first_layer=first_layer, gamma=gamma), prompt(model, seed))
+
+
+@part("ilvad.map")
+def ilvad_map(seed: int, alpha: float, tau: float) -> Named:
+    # (tokens, L, H, n) attention of an answer's tokens to the image; the first of them is the prompt's.
+    attention = attention_like(seed, 6, 4, 4, 24)[..., :16]
+    looks = [most_looking(attention[1:, layer, :, None])[:, 0].mean(0) for layer in range(4)]
+    return {"logarithms": log_factors(torch.stack(looks), alpha, tau)}
+
+
+@part("ilvad.answer")
+def ilvad_answer(seed: int, alpha: float, tau: float, tokens: int, layers: list[int]) -> Named:
+    model = llava(seed)
+    method = ILVAD(alpha=alpha, tau=tau, tokens=tokens, layers=(layers[0], layers[1]))
+    return answer(model, method, prompt(model, seed))
+
+
 # --- Steering
+
+
+@part("vista.answer")
+def vista_answer(seed: int, strength: float, gamma: float, window: list[int], first_coordinate: Any = "code") -> Named:
+    model = llava(seed)
+    method = VISTA(strength=strength, gamma=gamma, window=(window[0], window[1]), first_coordinate=first_coordinate)
+    return answer(model, method, prompt(model, seed))
+
+
+@part("memvr.answer")
+def memvr_answer(seed: int, ratio: float, threshold: float, layers: list[int]) -> Named:
+    model = llava(seed, layers=8)
+    method = MemVR(ratio=ratio, threshold=threshold, layers=(layers[0], layers[1]))
+    return answer(model, method, prompt(model, seed))
+
+
+@part("vti.direction")
+def vti_direction(seed: int, layers: int) -> Named:
+    right, wrong = draw(seed, 6, layers, 8), draw(seed + 1, 6, layers, 8)
+    return {"direction": vti(right - wrong)}
+
+
+#: Whose states are drawn for Revis' vectors: right and hallucinated captions with the image and without, and a sentence that
+#: says nothing.
+CAPTIONS = ("right", "wrong", "right, blind", "wrong, blind", "nothing, blind")
+
+
+def caption_states(seed: int) -> dict[str, Tensor]:
+    """Caption -> (pairs, L + 1, D) states, those of the embeddings first."""
+    return {name: draw(seed + number, 9, 4, 8) for number, name in enumerate(CAPTIONS)}
+
+
+@part("revis.vectors")
+def revis_vectors(seed: int, right: str = "right", nothing: str = "nothing, blind") -> Named:
+    states = {name: own[:, 1:] for name, own in caption_states(seed).items()}
+    return {"vectors": revis(states[right] - states["right, blind"], states["wrong, blind"] - states[nothing])}
 
 
 @part("vista.turn")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import io
+import random
+import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +23,20 @@ from transformers import DynamicCache
 from transformers.utils import ModelOutput
 from upstream import (
     Layer,
+    Missing,
+    OldCache,
     Reading,
     Repository,
     Stand,
     Whole,
     adapted,
     as_theirs,
+    causal,
     eager,
     embedded,
     forward,
     greedy,
+    greedy_whole,
     layers_of,
     llama,
     old,
@@ -760,7 +768,273 @@ def vaf_answer(repository: Repository, seed: int, enhance: float, suppress: floa
     return greedy(model, prompt(model, seed, before=cases.BEFORE))
 
 
+@part(
+    "cai.answer",
+    "CAI",
+    "utils/llava_utils.py",
+    "set_cai_args, model_forward, attn_forward, sample, CFGLogits; LlamaModel",
+    [
+        {"seed": 0, "threshold": 0.5, "first_layer": 1, "gamma": None},
+        {"seed": 1, "threshold": 0.9, "first_layer": 0, "gamma": 3.0},
+    ],
+    [{"threshold": 3.0}, {"first_layer": 2}, {"gamma": 2.9}],
+    "torch.cuda.synchronize() is made to do nothing",
+)
+def cai_answer(repository: Repository, seed: int, threshold: float, first_layer: int, gamma: float | None) -> Named:
+    model = llava(seed)
+    inputs = prompt(model, seed)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    decoder = llama(repository, "transformers/src/transformers/models/llama/modeling_llama.py", model)
+    names = ("set_cai_args", "model_forward", "attn_forward", "sample", "CFGLogits")
+    old_functions = repository.load(
+        "transformers/src/transformers/models/llama/modeling_llama.py",
+        "rotate_half",
+        "apply_rotary_pos_emb",
+        "repeat_kv",
+    )
+    theirs = repository.load("utils/llava_utils.py", *names, time=time, **vars(old_functions))
+    config = SimpleNamespace(num_hidden_layers=len(decoder.layers))
+    theirs.set_cai_args(
+        SimpleNamespace(model=decoder, lm_head=model.lm_head, config=config), threshold, first_layer, True
+    )
+    decoder.image_token_start, decoder.query_token_start = span(model)
+    decoder.visual_feature = embedded(model, ids, pixels)[0, slice(*span(model))]
+
+    def whole(inputs_embeds: Tensor, past_key_values: Any = None, **asked: Any) -> Any:
+        out = decoder(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **asked)
+        return said(model.lm_head(out[0]), out, past=out.past_key_values)
+
+    def alone(input_ids: Tensor, use_cache: bool = True, past_key_values: Any = None) -> Any:
+        return whole(embedded(model, input_ids), past_key_values, use_cache=True)
+
+    stand = Stand({"": Reading(whole, model, pixels)}, model=decoder)
+    stand.config.num_hidden_layers = config.num_hidden_layers
+    process = None if gamma is None else theirs.CFGLogits(gamma, alone, ids[ids != cases.IMAGE][None])
+    with mock.patch.object(torch.cuda, "synchronize", lambda: None):
+        return sampled(theirs.sample, stand, ids, process=process)
+
+
+@part(
+    "ilvad.map",
+    "ILVAD",
+    "main.py",
+    "get_enhanced_map, compute_attention_heatmap",
+    [{"seed": 5, "alpha": 5.0, "tau": 2.0}, {"seed": 6, "alpha": 4.0, "tau": 1.5}],
+    [{"alpha": 4.9}, {"tau": 1.0}],
+)
+def ilvad_map(repository: Repository, seed: int, alpha: float, tau: float) -> Named:
+    attention = cases.attention_like(seed, 6, 4, 4, 24)[..., :16]
+    seen = [[layer[None, :, None] for layer in token] for token in attention]
+    return {"logarithms": enhanced(repository)(seen, 0, 16, alpha, tau).log()}
+
+
+def enhanced(repository: Repository) -> Any:
+    return repository.load("main.py", "get_enhanced_map", "compute_attention_heatmap").get_enhanced_map
+
+
+@part(
+    "ilvad.answer",
+    "ILVAD",
+    "ilvad.py",
+    "AttentionEnhancerContext, llava_forward; get_enhanced_map (main.py)",
+    [
+        {"seed": 0, "alpha": 5.0, "tau": 1.5, "tokens": 6, "layers": [0, 3]},
+        {"seed": 1, "alpha": 4.0, "tau": 1.2, "tokens": 4, "layers": [1, 2]},
+    ],
+    [{"alpha": 4.5}, {"tau": 5.0}, {"tokens": 3}, {"layers": [1, 3]}],
+    "the image half: without the statement that weighs words",
+)
+def ilvad_answer(repository: Repository, seed: int, alpha: float, tau: float, tokens: int, layers: list[int]) -> Named:
+    model = eager(old(llava(seed)))
+    inputs = prompt(model, seed)
+    first, end = span(model)
+    seen = []
+    ids = inputs["input_ids"]
+    for _ in range(tokens):
+        out = forward(model, inputs["pixel_values"], output_attentions=True)(ids)
+        seen.append(out.attentions)
+        ids = torch.cat([ids, out.logits[:, -1].argmax(-1, keepdim=True)], 1)
+    raised = enhanced(repository)(seen, first, end, alpha, tau)
+
+    def words(statement: ast.stmt) -> bool:
+        return isinstance(statement, ast.AugAssign) and ast.unparse(statement.target).startswith("query_attn")
+
+    names = ("EnhanceEvidenceAttention", "llava_forward", "AttentionEnhancerContext")
+    given = {"functools": functools, "get_layers": layers_of, "Cache": None}
+    context = repository.load("ilvad.py", *names, drop=words, **given).AttentionEnhancerContext
+    model = old(llava(seed))
+    for layer in layers_of(model):
+        layer.self_attn.config.pretraining_tp = 1
+    edited = range(layers[0], layers[1] + 1)
+    with context(model, first, end, None, raised, edited, 0.0, "llava"):
+        for layer in layers_of(model):
+            adapted(layer.self_attn, tuples=False)
+        return greedy(model, inputs)
+
+
 # --- Steering
+
+
+@part(
+    "vista.answer",
+    "VISTA",
+    "steering_vector.py",
+    "obtain_vsv, get_hiddenstates; add_vsv_layers (llm_layers.py); LlavaLlamaForCausalLM.forward",
+    [
+        {"seed": 0, "strength": 0.17, "gamma": 0.3, "window": [1, 2]},
+        {"seed": 1, "strength": 0.5, "gamma": 0.1, "window": [2, 2]},
+    ],
+    [{"strength": 0.2}, {"gamma": 0.35}, {"window": [0, 1]}, {"first_coordinate": "none"}],
+    "Tensor.half() is made to do nothing",
+)
+def vista_answer(repository: Repository, seed: int, strength: float, gamma: float, window: list[int]) -> Named:
+    model = copy.deepcopy(llava(seed))
+    inputs = prompt(model, seed)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    paths = ("get_nested_attr", "find_longest_modulelist", "get_layers_path", "get_layers", "find_module")
+    layers = repository.load("llm_layers.py", *paths, "VSVLayer", "add_vsv_layers", PreTrainedModel=None)
+    pca = repository.load("myutils.py", "svd_flip", "PCA").PCA
+    names = ("ResidualStream", "ForwardTrace", "ForwardTracer", "get_hiddenstates", "obtain_vsv")
+    given = {"PCA": pca, "get_layers": layers.get_layers, "dataclass": dataclass, "PreTrainedModel": None}
+    vectors = repository.load("steering_vector.py", *names, **given)
+    without = {"input_ids": ids[ids != cases.IMAGE][None]}
+    with unhalved(), torch.no_grad():
+        found, _ = vectors.obtain_vsv(None, model, [[without, inputs]])
+        layers.add_vsv_layers(model, torch.stack([found], 1), [strength], None)
+        file = "llava/model/language_model/llava_llama.py"
+        theirs = repository.load(file, "LlavaLlamaForCausalLM.forward").forward
+        mixed = {"logits_aug": True, "logits_layers": ",".join(map(str, window)), "logits_alpha": gamma}
+        branch = Whole(model, pixels, **mixed).branch(theirs)
+
+        def answered(ids: Tensor) -> Any:
+            return branch(ids, output_hidden_states=True)
+
+        return greedy_whole(answered, ids)
+
+
+@part(
+    "memvr.answer",
+    "MemVR",
+    "memvr.py",
+    "forward, LlamaMLP.forward",
+    [
+        {"seed": 0, "ratio": 0.12, "threshold": 0.75, "layers": [2, 5]},
+        {"seed": 1, "ratio": 0.3, "threshold": 0.5, "layers": [1, 6]},
+    ],
+    [{"ratio": 0.13}, {"threshold": 0.97}, {"layers": [4, 5]}],
+    "today's layers with their MLP; their range of layers leaves both its ends out",
+)
+def memvr_answer(repository: Repository, seed: int, ratio: float, threshold: float, layers: list[int]) -> Named:
+    model = eager(llava(seed, layers=8))
+    inputs = prompt(model, seed)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    text = model.model.language_model
+    caches = {
+        "Cache": OldCache,
+        "StaticCache": OldCache,
+        "DynamicCache": SimpleNamespace(from_legacy_cache=lambda past: past),
+    }
+    theirs = repository.load("memvr.py", "LlamaMLP", "forward", ACT2FN={"silu": nn.functional.silu}, **caches)
+    config = SimpleNamespace(
+        hidden_size=32, intermediate_size=48, hidden_act="silu", pretraining_tp=1, output_attentions=False
+    )
+    for layer in text.layers:
+        own = theirs.LlamaMLP(config)
+        own.load_state_dict(layer.mlp.state_dict())
+        layer.mlp = own
+    first = text.layers[0].mlp
+    first.starting_layer, first.ending_layer = layers[0] - 1, layers[1] + 1
+    first.entropy_threshold, first.apply_memvr = threshold, True
+    for layer in text.layers:
+        layer.mlp.retracing_ratio = ratio
+    first.visual_token = embedded(model, ids, pixels)[0, slice(*span(model))]
+    decoder = SimpleNamespace(
+        config=SimpleNamespace(output_hidden_states=False, output_attentions=False, use_return_dict=True),
+        gradient_checkpointing=False,
+        training=False,
+        layers=[Layer(layer, text.rotary_emb) for layer in text.layers],
+        norm=text.norm,
+        lm_head=model.lm_head,
+        _update_causal_mask=lambda mask, embeds, position, past: causal(embeds.shape[1], past + embeds.shape[1]),
+    )
+
+    def whole(inputs_embeds: Tensor, past_key_values: Any = None, **asked: Any) -> Any:
+        past = DynamicCache(config=text.config) if past_key_values is None else past_key_values
+        out = theirs.forward(decoder, None, past_key_values=past, inputs_embeds=inputs_embeds, **asked)
+        return said(model.lm_head(out[0]), past=past)
+
+    return greedy_whole(Reading(whole, model, pixels), ids)
+
+
+@part(
+    "vti.direction",
+    "VTI",
+    "vti_utils/utils.py",
+    "obtain_textual_vti; PCA (pca.py)",
+    [{"seed": 5, "layers": 4}, {"seed": 6, "layers": 3}],
+    [{"seed": 7}],
+    "the states are given; those of the embeddings are the same in both captions, whose last token is",
+)
+def vti_direction(repository: Repository, seed: int, layers: int) -> Named:
+    right, wrong = draw(seed, 6, layers, 8), draw(seed + 1, 6, layers, 8)
+    pca = repository.load("vti_utils/pca.py", "svd_flip", "PCA").PCA
+    names = ("get_hiddenstates", "obtain_textual_vti")
+    code = repository.load("vti_utils/utils.py", *names, PCA=pca)
+
+    def model(pair: int, which: int, **asked: Any) -> Any:
+        states = torch.cat([torch.zeros(1, 8), (right if which else wrong)[pair]])
+        return SimpleNamespace(hidden_states=[level[None, None] for level in states])
+
+    # In the place of a prompt stands where its states are found.
+    places = [[{"pair": pair, "which": which} for which in (0, 1)] for pair in range(len(right))]
+    direction, _ = code.obtain_textual_vti(model, places, None)
+    return {"direction": direction[1:]}
+
+
+@part(
+    "revis.vectors",
+    "Revis",
+    "steering_utils/vector_calculator.py",
+    "_calculate_das_vectors_internal, get_pure_direction_with_pca",
+    [{"seed": 50}, {"seed": 60}],
+    [{"right": "wrong"}, {"nothing": "right, blind"}],
+    "the states are given; the sign of each vector, which is scikit-learn's there, is made that of the mean difference",
+)
+def revis_vectors(repository: Repository, seed: int) -> Named:
+    try:
+        from sklearn.decomposition import PCA
+    except ImportError as missing:
+        raise Missing("scikit-learn, which their code calls; pip install scikit-learn") from missing
+    states = cases.caption_states(seed)
+    count = len(states["right"])
+    rows = [{"caption": "right", "h_caption": "wrong", "image_id": number} for number in range(count)]
+    number = iter(range(10**6))
+
+    def given(model: Any, processor: Any, question: str, said: str, image: Any, model_name: str) -> Tensor:
+        # Five states are asked for of every pair.
+        pair = next(number) // 5
+        name = said if said in ("right", "wrong") else "nothing"
+        return states[name if image is not None else f"{name}, blind"][pair]
+
+    opened = SimpleNamespace(open=lambda path: SimpleNamespace(convert=lambda mode: path))
+    there = SimpleNamespace(path=SimpleNamespace(join=lambda *parts: parts[-1], exists=lambda path: True))
+    names = ("get_random_unknown_response", "get_pure_direction_with_pca", "_calculate_das_vectors_internal")
+    theirs = repository.load(
+        "steering_utils/vector_calculator.py",
+        *names,
+        PCA=PCA,
+        Image=opened,
+        os=there,
+        random=random,
+        tqdm=lambda rows, desc: rows,
+        load_steering_data=lambda file: rows,
+        get_hidden_states_retrospective=given,
+    )
+    model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=states["right"].shape[1] - 1))
+    found = theirs._calculate_das_vectors_internal(model, None, "", "")
+    vectors = torch.stack([found[layer]["visual"] for layer in range(1, states["right"].shape[1])])
+    mean = (states["right"] - states["right, blind"]).mean(0)[1:]
+    return {"vectors": vectors * (vectors * mean).sum(-1, keepdim=True).sign()}
 
 
 @part(

@@ -507,6 +507,18 @@ def greedy(model: Any, inputs: dict[str, Tensor], process: Any = None, tokens: i
     return {"tokens": ids[0, start:], "scores": distribution(torch.cat(seen))}
 
 
+def greedy_whole(branch: Branch, ids: Tensor, tokens: int = TOKENS) -> Named:
+    """The greedy answer of a branch."""
+    seen, start, past = [], ids.shape[1], None
+    with torch.no_grad():
+        for _ in range(tokens):
+            out = branch(ids) if past is None else branch(ids, past_key_values=past)
+            seen.append(out.logits[:, -1].float())
+            past = out.past_key_values if isinstance(branch, Reading) else None
+            ids = torch.cat([ids, seen[-1].argmax(-1, keepdim=True)], 1)
+    return {"tokens": ids[0, start:], "scores": distribution(torch.cat(seen))}
+
+
 def words_alone(model: Any) -> Callable[..., Any]:
     """The language model as a callable of tokens, for the branches that authors run by themselves."""
 
