@@ -242,7 +242,7 @@ def test_a_call_that_auto_leaves_alone_launches_what_one_without_a_drafter_does(
 
 
 def test_a_loop_that_verifies_nothing_launches_little_more_than_transformers_own():
-    """Where drafting was given up in the middle of a call, in a batch too."""
+    """Where a drafter proposes nothing, in a batch too."""
     texts = ["is it a dog", "what", "no", "where"]
     none = spent("plain", texts=texts)
     assert spent("plain", Replay(tokens=0), texts=texts).operators <= 1.02 * none.operators

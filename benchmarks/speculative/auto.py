@@ -4,7 +4,8 @@
 
 Each workload starts with a drafter that has measured nothing, so what it loses to trying is in its numbers. Every batch of
 samples is decoded twice, with and without the drafter, in turn first and second; the ratio of the sums of seconds is what the
-workload cost, the ratio per batch says how it got there. Token ids are compared. A table is written beside the JSON.
+workload cost, the ratio per batch says how it got there. Token ids are compared. "drafted in" counts the calls that were given a
+drafter, "given up" those whose rest was decoded as without one. A table is written beside the JSON.
 
 ``--processor-seconds`` counts the seconds that this process computed, in one thread, instead of those that passed: on a machine
 that others use at the same time, nothing else says anything. The drafter then chooses by the same clock.
@@ -29,11 +30,12 @@ from lvlm_decode.bench.paired import circumstances
 from lvlm_decode.bench.workloads import CAPTION
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import auto as choosing
+from lvlm_decode.speculative.stats import Stats
 from lvlm_decode_evals.runner import load
 
 #: name -> prompt, batches of each size, arguments of ``generate()``.
 WORKLOADS: dict[str, tuple[str, dict[int, int], dict[str, int]]] = {
-    "pope": ("Is there a dog in the image? Please answer yes or no.", {1: 60, 4: 30, 16: 12}, {"max_new_tokens": 5}),
+    "pope": ("Is there a dog in the image? Please answer yes or no.", {1: 240, 4: 60, 16: 24}, {"max_new_tokens": 5}),
     "captions": (CAPTION, {1: 24, 4: 12, 16: 6}, {"max_new_tokens": 96}),
     # The end token is held back, as no model of this size says much.
     "long": (CAPTION, {1: 10, 4: 6, 16: 4}, {"max_new_tokens": 256, "min_new_tokens": 256}),
@@ -56,28 +58,36 @@ def batches(processor: Any, prompt: str, size: int, count: int) -> list[dict[str
 clock = perf_counter
 
 
-def timed(model: Any, method: str, drafter: Any, inputs: dict[str, Any], how: dict[str, int]) -> tuple[list, float]:
+def timed(
+    model: Any, method: str, drafter: Any, inputs: dict[str, Any], how: dict[str, int]
+) -> tuple[list, float, Stats | None]:
+    """Token ids, seconds, and what was drafted in one call."""
     with lvlm_decode.attached(model, method, drafter=drafter):
         begin = clock()
         out = model.generate(**inputs, do_sample=False, seed=0, **how)
-        return out.tolist(), clock() - begin
+        seconds = clock() - begin
+        return out.tolist(), seconds, lvlm_decode.last_run(model).trace.speculation
 
 
 def workload(loaded: Any, method: str, drafting: str, name: str, size: int, share: float) -> dict[str, Any]:
     prompt, counts, how = WORKLOADS[name]
     model, drafter = loaded.model, drafters.parse(drafting, model=loaded.model)
-    pairs, mismatches = [], 0
+    pairs, mismatches, drafted_in, handed_over = [], 0, 0, 0
     given = batches(loaded.processor, prompt, size, max(2, int(counts[size] * share)))
     timed(model, method, None, given[0], how)  # what a first call alone takes, such as making tables
     for number, inputs in enumerate(given):
-        found: dict[bool, tuple[list, float]] = {}
+        found: dict[bool, tuple[list, float, Stats | None]] = {}
         for drafted in (True, False) if number % 2 else (False, True):
             found[drafted] = timed(model, method, drafter if drafted else None, inputs, how)
         mismatches += found[True][0] != found[False][0]
         pairs.append((found[True][1], found[False][1]))
+        stats = found[True][2]
+        assert stats is not None
+        drafted_in += stats.cycles > 0 or stats.handed_over > 0
+        handed_over += stats.handed_over
     ledgers = {
         f"{samples} samples, {views} views": {
-            "seconds_without_a_draft": ledger.plain.value if ledger.plain_tokens else None,
+            "seconds_without_a_draft": ledger.plain.value(1) if ledger.plain_tokens else None,
             "calls": {drafter: entry.calls for drafter, entry in ledger.entries.items()},
             "lost_seconds": ledger.behind,
         }
@@ -90,6 +100,8 @@ def workload(loaded: Any, method: str, drafting: str, name: str, size: int, shar
         "time_of_none_second_half": round(sum(a for a, _ in later) / sum(b for _, b in later), 4),
         "median_of_pairs": round(statistics.median(a / b for a, b in pairs), 4),
         "mismatches": mismatches,
+        "calls_with_a_drafter": drafted_in,
+        "given_up": handed_over,
         "measured": ledgers,
         "raw_seconds": [[round(a, 5), round(b, 5)] for a, b in pairs],
     }
@@ -136,12 +148,14 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"{about['processor']}, {about['threads']} threads, {about['dtype']}, load at the end {about['load_average'][0]}.",
         "",
-        "| workload | batch | method | candidates | time of no drafter | second half | median of pairs | other tokens |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | batch | method | candidates | time of no drafter | second half | median of pairs | drafted in | given up "
+        "| other tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["rows"].items():
         numbers = [f"{row[key]:.3f}x" for key in ("time_of_none", "time_of_none_second_half", "median_of_pairs")]
-        lines.append(f"| {name} | {' | '.join(numbers)} | {row['mismatches']} of {row['batches']} |")
+        counts = [str(row["calls_with_a_drafter"]), str(row["given_up"]), f"{row['mismatches']} of {row['batches']}"]
+        lines.append(f"| {name} | {' | '.join([*numbers, *counts])} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,14 +16,12 @@ from .run import Run
 from .stack import Lanes
 
 
-def mitigated(
-    run: Run, lanes: Lanes, prompt_length: int, prompted: Callable[[], None] | None = None
-) -> Callable[..., Any]:
+def mitigated(run: Run, lanes: Lanes, prompt_length: int, ran: Callable[[], None] | None = None) -> Callable[..., Any]:
     """The forward that a loop of Hugging Face calls instead of the module's own.
 
     Args:
         prompt_length: tokens beyond it in the first call are a draft.
-        prompted: called once the prompts have run.
+        ran: called after every forward, that of the prompts first.
     """
     started = False
     lead = lanes.lead
@@ -54,8 +52,8 @@ def mitigated(
             started = True
             tail = tokens[:, prompt_length:] if tokens is not None else None
             scores, out = lanes.prefill(tail, keep or 1, **call)
-            if prompted is not None:
-                prompted()
+        if ran is not None:
+            ran()
         # An item: an attribute of an output is looked for among all its fields.
         out["logits"] = scores
         for name, option in wanted:

@@ -107,10 +107,14 @@ class SomethingLeft(LogitsProcessor):
         at_once: raise in the step that has no token left, which makes the host wait for every step. Otherwise :meth:`check`
             raises after the last one; rows must then be those of the answer, as in greedy decoding and sampling.
         drawn: tokens are drawn from the scores.
+        before: tokens that every row has generated before the first call.
     """
 
-    def __init__(self, prompt_length: int, ends: Sequence[int], at_once: bool = True, drawn: bool = False):
+    def __init__(
+        self, prompt_length: int, ends: Sequence[int], at_once: bool = True, drawn: bool = False, before: int = 0
+    ):
         self.prompt_length, self.ends, self.at_once, self.drawn = prompt_length, list(ends), at_once, drawn
+        self.before = before
         #: Per step (R,) the best score of each row; -inf where no token was left, NaN where NaN is among the scores.
         self._best: list[Tensor] = []
 
@@ -136,12 +140,13 @@ class SomethingLeft(LogitsProcessor):
         had = torch.stack(self._best, 1) > float("-inf")
         if bool(had.all()):
             return
-        said = sequences[:, self.prompt_length : self.prompt_length + had.shape[1]]
-        ended = torch.stack([self._ended(said[:, :step]) for step in range(had.shape[1])], 1)
+        steps = range(self.before, self.before + had.shape[1])
+        said = sequences[:, self.prompt_length : self.prompt_length + steps.stop]
+        ended = torch.stack([self._ended(said[:, :step]) for step in steps], 1)
         bad = (~had & ~ended).any(0).nonzero()
         if len(bad):
             nothing = torch.full((1, 1), float("-inf"))
-            check_left(nothing, f"at generated token {int(bad[0])}")
+            check_left(nothing, f"at generated token {steps[int(bad[0])]}")
 
     def _ended(self, said: Tensor) -> Tensor:
         """(R,) bool: which rows of generated tokens (R, t) hold an end token."""

@@ -107,11 +107,11 @@ def checked(run: Run, call: Call, drafter: str | None) -> Call:
 class Stacked:
     """Hugging Face's own loops, on a forward that runs all views and answers with the combined scores."""
 
-    def decode(self, run: Run, call: Call, prompted: Callable[[], None] | None = None) -> Any:
+    def decode(self, run: Run, call: Call, ran: Callable[[], None] | None = None) -> Any:
         """See :class:`Strategy`.
 
         Args:
-            prompted: called once the prompts have run.
+            ran: called after every forward, that of the prompts first.
         """
         assisted = call.mode == "assisted_generation"
         if assisted and call.assistant.get("assistant_model") is not None:
@@ -132,7 +132,7 @@ class Stacked:
         with run.method.patch(run):
             lanes = run.open(kv, record=assisted)
             with kv.led(lanes.reorder, lanes.drop):
-                out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length, prompted))
+                out = hf.run_loop(run.module, call, mitigated(run, lanes, call.prompt_length, ran))
         sequences = out if isinstance(out, Tensor) else out.sequences
         guard.check(sequences)
         # Its rows are those of every view; the caller is given those of the samples.

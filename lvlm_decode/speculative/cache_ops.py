@@ -53,6 +53,29 @@ def accept_paths(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bo
     lanes.generated = lanes.generated + taken - counted
 
 
+def rewind(lanes: Lanes, count: int) -> None:
+    """Leave in every lane each row's prompt and its first ``count`` tokens after it, side by side.
+
+    Rows that hold fewer, those of samples that ended, are filled up with what nobody reads.
+    """
+    ahead = lanes.generated - count
+    for lane in lanes.lanes:
+        width, length = lane.width, lane.width + count
+        if lane.mask is None:
+            lane.kv.keep(length, 0)
+        else:
+            # The slots that a row sees, in order; then those it does not.
+            seen = lane.mask[:, width : lane.length]
+            slots = seen.long().argsort(dim=1, descending=True, stable=True)[:, :count]
+            target = torch.arange(count, device=slots.device).expand_as(slots)
+            lane.kv.move(width + slots, width + target, length)
+            mask = lane.mask[:, :width]
+            lane.mask = None if bool(mask.all()) else torch.nn.functional.pad(mask, (0, count), value=True)
+        lane.length = length
+        lane.position = lane.position - ahead.repeat(len(lane.views))[:, None]
+    lanes.generated = torch.full_like(lanes.generated, count)
+
+
 def _accept_rows(lane: Lane, rows: Tensor, taken: Tensor, q: int, counted: int) -> None:
     """Move each row's path to the end of what that row has in use.
 

@@ -24,8 +24,9 @@ from ..errors import UnsupportedError
 from .cache_ops import accept_paths
 from .choose import Chooser, Stopper
 from .clock import Clock
-from .drafters.base import Context, Drafter, Features, PromptFeatures, Verified, Watch
+from .drafters.base import Context, Drafter, Features, PromptFeatures, Session, Verified, Watch
 from .features import Watcher, watched
+from .handover import decode_on
 from .stats import Stats
 from .tree import Tree, shape_of
 from .verify import walk
@@ -62,12 +63,15 @@ class Speculative:
         watch = self.drafter.watch(run.module, len(call.input_ids), 1 + len(run.views))
         if watch is not None:
             return _undrafted(run, call, watch)
-        with ExitStack() as stack, torch.no_grad():
-            stack.enter_context(run.method.patch(run))
-            watcher = None
-            if self.drafter.features:
-                watcher = stack.enter_context(watched(run.module, self.drafter.layers(run.module), run))
-            return _Loop(run, self.drafter, call)(watcher)
+        with run.method.patch(run), torch.no_grad():
+            loop = _Loop(run, self.drafter, call)
+            # What follows the drafts is not watched: nobody reads it.
+            with ExitStack() as stack:
+                watcher = None
+                if self.drafter.features:
+                    watcher = stack.enter_context(watched(run.module, self.drafter.layers(run.module), run))
+                session = loop.draft(watcher)
+            return loop.finish(session)
 
 
 def check(config: GenerationConfig) -> None:
@@ -91,28 +95,36 @@ def _undrafted(run: Run, call: Call, watch: Watch) -> Any:
         hf.KV(call.cache).check_rollback()
     run.trace.speculation = stats = Stats()
 
-    def prompted() -> None:
-        if call.input_ids.is_cuda and torch.cuda.is_available():
-            torch.cuda.synchronize(call.input_ids.device)
-        watch.began()
+    first = True
 
-    out = Stacked().decode(run, call, prompted)
+    def ran() -> None:
+        nonlocal first
+        if first and call.input_ids.is_cuda and torch.cuda.is_available():
+            # Of the others the host has read the tokens before it launches the next.
+            torch.cuda.synchronize(call.input_ids.device)
+        first = False
+        watch.ran()
+
+    out = Stacked().decode(run, call, ran)
     said = (out if isinstance(out, Tensor) else out.sequences)[:, call.prompt_length :].tolist()
-    watch.ended(len(said[0]) - 1)
-    stopper = Stopper(call.criteria, call.input_ids)
-    for row in said:
-        # The first end token of a row counts, and what follows it does not.
-        stats.tokens += next((at for at, token in enumerate(row, 1) if token in stopper.ends), len(row))
+    watch.ended()
+    ends = Stopper(call.criteria, call.input_ids).ends
+    stats.tokens = sum(len(_until_end(row, ends)) for row in said)
     if not isinstance(out, Tensor):
         out.speculation = stats
     return out
+
+
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
+    """Generated tokens up to the first end token; what follows it fills up a batch."""
+    return row[: next((at for at, token in enumerate(row, 1) if token in ends), len(row))]
 
 
 class _Loop:
     """The state of one call."""
 
     def __init__(self, run: Run, drafter: Drafter, call: Call):
-        self.run, self.drafter, self.config, self.streamer = run, drafter, call.config, call.streamer
+        self.run, self.drafter, self.call, self.config, self.streamer = run, drafter, call, call.config, call.streamer
         self.input_ids = input_ids = call.input_ids
         self.lanes = run.open(None if call.cache is None else run.keys_for(call.cache))
         config = call.config
@@ -128,8 +140,12 @@ class _Loop:
         self.ended: list[int | None] = [None] * rows
         self.clock = Clock(input_ids.device)
 
-    def __call__(self, watcher: Watcher | None) -> Any:
-        stats = self.stats
+    def draft(self, watcher: Watcher | None) -> Session | None:
+        """Run the prompts, and verify drafts while the drafter makes some.
+
+        Returns:
+            the drafter's session, or ``None`` where the first token ended the call.
+        """
         scores, _ = self.lanes.prefill(keep=1)
         for lane in self.lanes.lanes:
             lane.kv.check_rollback()
@@ -144,35 +160,66 @@ class _Loop:
             self.chooser.commit(b, token)
         self._settle()
         self.clock.mark("prefill")
-        if not all(self.done):
-            prompt = None if watcher is None else self._prompt_features(watcher)
-            context = Context(
-                self.run.module,
-                self.lanes,
-                self.texts,
-                lengths,
-                scores[:, -1],
-                prompt,
-                self._couple,
-                self.input_ids.device,
-            )
-            session = self.drafter.begin(context)
-            self.clock.mark("draft")
-            while not all(self.done):
-                self._cycle(session, watcher)
+        if all(self.done):
+            return None
+        prompt = None if watcher is None else self._prompt_features(watcher)
+        context = Context(
+            self.run.module,
+            self.lanes,
+            self.texts,
+            lengths,
+            scores[:, -1],
+            prompt,
+            self._couple,
+            self.input_ids.device,
+        )
+        session = self.drafter.begin(context)
+        self.clock.mark("draft")
+        while not all(self.done):
+            room = max(self.stopper.room(len(own)) for own, done in zip(self.generated, self.done) if not done)
+            if not session.goes_on(room):
+                break
+            self._cycle(session, watcher, room)
+        return session
+
+    def finish(self, session: Session | None) -> Any:
+        """Decode what is left without a draft; what ``generate()`` returns."""
+        rest = None if all(self.done) else self._hand_over()
+        if session is not None:
             session.finish()
         if not self.stopper.fills:
             last = self._last_end()
             self.generated = [own[:last] for own in self.generated]
-        stats.tokens = sum(map(len, self.generated))
-        stats.add_seconds(self.clock.seconds())
-        if self.streamer is not None:
+        self.stats.tokens = sum(map(len, self.generated))
+        self.stats.add_seconds(self.clock.seconds())
+        if self.streamer is not None and rest is None:
             self.streamer.end()
-        return self._output()
+        return self._output(rest)
 
-    def _cycle(self, session: Any, watcher: Watcher | None) -> None:
+    def _hand_over(self) -> Any:
+        """Let Hugging Face's loop say the rest; what it returned."""
+        start = min(len(own) for own, done in zip(self.generated, self.done) if not done)
+        said, fills = (self.generated, self.ended), self.stopper.fills
+        rest = decode_on(self.run, self.lanes, self.call, self.chooser, *said, start, fills, self._pad())
+        sequences = rest if isinstance(rest, Tensor) else rest.sequences
+        for b, row in enumerate(sequences[:, self.call.prompt_length :].tolist()):
+            if self.done[b]:
+                continue
+            have, whole = len(self.generated[b]), _until_end(row, self.stopper.ends) if fills else row
+            if self.chooser.record:
+                # What is not recorded is not asked for either; the other stands for it.
+                logits, scores = rest.logits or rest.scores, rest.scores or rest.logits
+                new = range(have - start, len(whole) - start)
+                self.chooser.recorded[b] += [(logits[step][b], scores[step][b]) for step in new]
+            self.generated[b] += whole[have:]
+            self.texts[b] += whole[have:]
+            self.ended[b] = len(whole)
+        self.stats.handed_over += 1
+        self.clock.mark("rest")
+        return rest
+
+    def _cycle(self, session: Session, watcher: Watcher | None, room: int) -> None:
         stats, lanes, clock = self.stats, self.lanes, self.clock
-        room = max(self.stopper.room(len(own)) for own, done in zip(self.generated, self.done) if not done)
         tree = self._fit(session.propose(room), room)
         clock.mark("draft")
         if watcher is not None:
@@ -280,19 +327,31 @@ class _Loop:
     def _features(self, watcher: Watcher) -> Features:
         return Features(watcher.seen()[0], views=len(self.lanes.main.views), layers=dict(watcher.layers))
 
-    def _output(self) -> Any:
+    def _pad(self) -> Any:
+        """What fills up samples that ended."""
+        ends = self.config.eos_token_id
+        first = ends[0] if isinstance(ends, list) else ends
+        return self.config.pad_token_id if self.config.pad_token_id is not None else first
+
+    def _output(self, rest: Any) -> Any:
+        """What ``generate()`` returns.
+
+        Args:
+            rest: what the loop returned that decoded the rest, if one did.
+        """
         config, ids = self.config, self.input_ids
         longest = max(map(len, self.generated))
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        pad = config.pad_token_id if config.pad_token_id is not None else ends[0]
-        filled = [[*own, *[pad] * (longest - len(own))] for own in self.generated]
-        sequences = torch.cat([ids, ids.new_tensor(filled)], 1)
+        if rest is None:
+            filled = [[*own, *[self._pad()] * (longest - len(own))] for own in self.generated]
+            sequences = torch.cat([ids, ids.new_tensor(filled)], 1)
+        else:
+            sequences = rest if isinstance(rest, Tensor) else rest.sequences
         if not config.return_dict_in_generate:
             return sequences
-        recorded = self.chooser.recorded
-        steps = [[row[min(t, len(row) - 1)] for row in recorded] for t in range(longest)] if self.chooser.record else []
         # Hugging Face's annotations ask for a LongTensor and for a tuple of one, which a checker takes at their word.
         fields: dict[str, Any] = {"sequences": sequences}
+        recorded = self.chooser.recorded
+        steps = [[row[min(t, len(row) - 1)] for row in recorded] for t in range(longest)] if self.chooser.record else []
         if config.output_scores:
             fields["scores"] = tuple(torch.stack([own[1] for own in step]) for step in steps)
         if config.output_logits:

@@ -20,8 +20,10 @@ class Stats:
         tokens: tokens committed, first tokens included.
         reached: per level, cycles whose draft had that level and had accepted everything above it.
         accepted_per_level: per level, cycles that accepted a token there.
+        handed_over: calls whose rest was decoded as without a drafter, because the drafter gave up.
         prefill_s, target_s, draft_s, other_s: seconds; ``target_s`` is verification with its mitigation, without the
-            prefill; ``draft_s`` is proposing and learning; the rest is choosing, walking, cache and bookkeeping.
+            prefill; ``draft_s`` is proposing and learning; ``rest_s`` is what was decoded after a drafter gave up; ``other_s``
+            is choosing, walking, cache and bookkeeping.
     """
 
     cycles: int = 0
@@ -30,9 +32,11 @@ class Stats:
     tokens: int = 0
     reached: list[int] = field(default_factory=list)
     accepted_per_level: list[int] = field(default_factory=list)
+    handed_over: int = 0
     prefill_s: float = 0.0
     target_s: float = 0.0
     draft_s: float = 0.0
+    rest_s: float = 0.0
     other_s: float = 0.0
 
     @property
@@ -48,10 +52,10 @@ class Stats:
     @property
     def decode_s(self) -> float:
         """Seconds after the prefill."""
-        return self.target_s + self.draft_s + self.other_s
+        return self.target_s + self.draft_s + self.rest_s + self.other_s
 
     def add_seconds(self, spent: dict[str, float]) -> None:
-        """Add seconds by phase: "prefill", "target", "draft", "other"."""
+        """Add seconds by phase: "prefill", "target", "draft", "rest", "other"."""
         for phase, seconds in spent.items():
             setattr(self, f"{phase}_s", getattr(self, f"{phase}_s") + seconds)
 
@@ -67,7 +71,8 @@ class Stats:
 
     def __add__(self, other: Stats) -> Stats:
         both = Stats()
-        for name in ("cycles", "rows", "accepted", "tokens", "prefill_s", "target_s", "draft_s", "other_s"):
+        seconds = ("prefill_s", "target_s", "draft_s", "rest_s", "other_s")
+        for name in ("cycles", "rows", "accepted", "tokens", "handed_over", *seconds):
             setattr(both, name, getattr(self, name) + getattr(other, name))
         for name in ("reached", "accepted_per_level"):
             a, b = getattr(self, name), getattr(other, name)
@@ -86,10 +91,12 @@ class Stats:
             "tau": round(self.tau, 4),
             "acceptance_per_level": [round(a, 4) for a in self.acceptance],
             "reached_per_level": self.reached,
+            "handed_over": self.handed_over,
             "seconds": {
                 "prefill": round(self.prefill_s, 5),
                 "target": round(self.target_s, 5),
                 "draft": round(self.draft_s, 5),
+                "rest": round(self.rest_s, 5),
                 "other": round(self.other_s, 5),
             },
         }

@@ -31,9 +31,10 @@ class Auto(Drafter):
     """Drafts with the fastest of several drafters at the depth that pays, and not at all where none pays.
 
     What each brings is measured while it decodes (see :mod:`lvlm_decode.speculative.ledger`), for every number of samples and
-    views by itself, and kept from call to call. The first call has no draft; then drafters are tried for a few cycles each,
-    for at most 2 % of the time. A call without a draft runs as if no drafter were attached, and that is what drafts are
-    measured against.
+    views by itself, and kept from call to call. The first call has no draft; then drafters are tried for a few cycles each.
+    Nothing is begun that may lose more than 2.5 % of all the time spent, together with what is lost already. A call without a
+    draft runs as if no drafter were attached, and so does the rest of a call in which drafting was given up; that is what drafts
+    are measured against.
 
     Args:
         drafters: names with parameters, such as ``"recycling(rows=8)"``. When left out: a head that ships for the model, if
@@ -115,13 +116,14 @@ class _Undrafted(Watch):
     """Times what follows the prompt in a call without a draft."""
 
     def __init__(self, ledger: Ledger):
-        self.ledger, self.since = ledger, 0.0
+        self.ledger = ledger
+        self.stamps: list[float] = []
 
-    def began(self) -> None:
-        self.since = clock()
+    def ran(self) -> None:
+        self.stamps.append(clock())
 
-    def ended(self, forwards: int) -> None:
-        self.ledger.undrafted(forwards, clock() - self.since)
+    def ended(self) -> None:
+        self.ledger.undrafted([after - before for before, after in zip(self.stamps, self.stamps[1:])])
 
 
 class _AutoSession(Session):
@@ -136,9 +138,7 @@ class _AutoSession(Session):
         before = clock()
         self.inner = drafter.candidates[chosen].begin(context)
         self.ledger.started(chosen, clock() - before)
-        #: Nothing more is drafted, nor learned until the call is over.
-        self.given_up = False
-        self.depth = 0
+        self.depth, self.given_up = 0, False
         self.since = clock()
         #: Tokens that no unfinished sample is short of: what so many forwards without a draft would have given.
         self.first = self.reached = min(self._lengths())
@@ -148,35 +148,41 @@ class _AutoSession(Session):
     def _lengths(self) -> list[int]:
         return [len(text) - start for text, start in zip(self.context.tokens, self.context.prompt_lengths)]
 
-    def propose(self, room: int) -> Tree:
+    def goes_on(self, room: int) -> bool:
         self.since = clock()
-        self.depth = 0 if self.given_up else self.ledger.depth(self.chosen, room)
+        self.depth = self.ledger.depth(self.chosen, room, self.reached)
+        # The last token needs no draft.
+        self.given_up = self.depth == 0 and room > 0
+        return not self.given_up
+
+    def propose(self, room: int) -> Tree:
         if self.depth:
             return self.inner.propose(self.depth)
-        # What it would learn from here on costs more than it brings.
-        self.given_up = self.given_up or room > 0
         roots = torch.tensor([text[-1:] for text in self.context.tokens], device=self.context.device)
         return Tree.chain(roots)
 
     def observe(self, verified: Verified) -> None:
-        if not self.given_up:
-            self.inner.observe(verified)
+        self.inner.observe(verified)
         accepted = [len(path) - 1 for path in verified.paths if path]
         reached = min(length for length, path in zip(self._lengths(), verified.paths) if path)
-        self.ledger.cycle(self.chosen, self.depth, accepted, clock() - self.since)
+        self.ledger.cycle(self.chosen, self.depth, self.reached, accepted, clock() - self.since)
         self._passed(reached)
         self.given += 1 + sum(accepted) / len(accepted)
 
     def _passed(self, reached: int) -> None:
-        self.ledger.passed(reached - self.reached, clock() - self.since)
+        self.ledger.passed(self.reached, reached - self.reached, clock() - self.since)
         self.reached = reached
 
     def finish(self) -> None:
-        self.inner.finish()
-        lengths = self._lengths()
-        observed = self.reached
-        # The newest verification ended the call, and nobody was told to observe it.
-        self._passed(max(lengths))
+        lengths, observed = self._lengths(), self.reached
+        if self.given_up:
+            self.ledger.rest(observed, max(lengths) - observed, clock() - self.since)
+        else:
+            # The newest verification ended the call, and nobody was told to observe it.
+            self._passed(max(lengths))
         if self.given:
             self.ledger.paced(self.chosen, (observed - self.first) / self.given)
+        before = clock()
+        self.inner.finish()
+        self.ledger.finished(self.chosen, clock() - before)
         self.ledger.ended(sum(lengths) / len(lengths), True)

@@ -130,6 +130,13 @@ class Session:
         """A tree whose roots are the last of ``context.tokens``, no deeper than ``room``."""
         raise NotImplementedError
 
+    def goes_on(self, room: int) -> bool:
+        """Whether something may still be drafted in this call; asked before every proposal.
+
+        Once it is not, the rest of the call is decoded as if no drafter were attached, and then it is over.
+        """
+        return True
+
     def observe(self, verified: Verified) -> None:
         """Told after every verification; ``context.tokens`` already holds what was committed."""
 
@@ -162,11 +169,11 @@ class Session:
 class Watch:
     """Looks on at a call in which nothing is drafted."""
 
-    def began(self) -> None:
-        """The prompt's forward is done."""
+    def ran(self) -> None:
+        """A forward is done, that of the prompts first."""
 
-    def ended(self, forwards: int) -> None:
-        """The call is over; so many forwards followed the prompt's."""
+    def ended(self) -> None:
+        """The call is over."""
 
 
 @dataclass
