@@ -629,6 +629,7 @@ SERVED = {
     "lqcd",
     "cad",
     "vdd",
+    "cicd",
     "code",
     "damro",
     "dcd",
@@ -701,6 +702,7 @@ def test_views_are_made_of_configuration_and_processor_alone(views):
         "damro",
         "layercd",
         "causalmm",
+        "cicd",
         "dcd",
     ],
 )
@@ -711,6 +713,8 @@ def test_views_are_those_that_transformers_gets(views, llava, method, tmp_path):
     from lvlm_decode.engine.run import Run
 
     model, processor = llava
+    if method == "cicd":
+        method = ld.parse("cicd", images=str(lvlm_decode_data.load_scenes()[5].path))
     if method == "dcd":
         state = {k: v.contiguous() + 0.1 for k, v in model.model.multi_modal_projector.state_dict().items()}
         save_file(state, tmp_path / "negative.safetensors")
