@@ -5,6 +5,8 @@ continued trainings; the parts that ship.
 import copy
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from lvlm_decode.testing.models import tiny
 from lvlm_decode.training import negatives
 from lvlm_decode.training.negatives import PARTS, Checkpoint, batches, train_part
 from lvlm_decode.training.pairs import digest, file_pairs, scene_triples
+from lvlm_decode_data.scenes import render, scene_seed
+from lvlm_decode_data.texts import plural
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,29 @@ def test_triples_prefer_what_is_in_the_scene(triples):
     assert all({t.chosen, t.rejected} == {"Yes", "No"} for t in triples if t not in captions)
     assert all(t.chosen != t.rejected for t in captions)
     assert [t.question for t in scene_triples(6, seed=3)] == [t.question for t in triples]
+
+
+def test_questions_of_all_kinds_have_their_right_answer():
+    """Each question is one of the pair that its scene gives for a task, and the chosen answer says which of the two."""
+    drawn = list(scene_triples(90, seed=3, questions="all"))
+    asked = [triple for triple in drawn if triple.chosen in ("Yes", "No")]
+    assert len(asked) == 60 and all({t.chosen, t.rejected} == {"Yes", "No"} for t in asked)
+    kinds = {
+        "existence": r"Is there an? [a-z ]+ in the image\?",
+        "count": r"(Is there only one|Are there (two|three)) ",
+        "position": r"Is the .* (side|top|bottom) of the image\?",
+        "colour": r"(Are the [a-z ]+ \w+\?|Is there an? (red|green|blue|yellow|black|white|brown|orange|grey|pink|purple) )",
+    }
+    found = {kind: [t for t in asked if re.match(pattern, t.question)] for kind, pattern in kinds.items()}
+    assert all({t.chosen for t in own} == {"Yes", "No"} for own in found.values()), found
+    index = random.Random(3).sample(range(20_000), 30)
+    scenes = [render(scene_seed("train", number))[1] for number in index]
+    for number, triple in enumerate(drawn):
+        counted = re.match(r"Are there (two|three) ([a-z ]+) in the image", triple.question)
+        if counted:
+            names = {plural(name): count for name, count in scenes[number % 30].counts.items()}
+            right = names[counted[2]] == {"two": 2, "three": 3}[counted[1]]
+            assert triple.chosen == ("Yes" if right else "No")
 
 
 def test_labels_cover_the_answer_alone(tiny_llava, triples):

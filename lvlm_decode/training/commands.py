@@ -65,7 +65,9 @@ def negatives(
     ] = "existence",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each of the three trainings.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Triples a step.")] = 16,
-    rate: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 1e-3,
+    rate: Annotated[
+        float | None, typer.Option(min=0.0, help="Learning rate; 0.0003 for the projectors, 0.001 for the amateur.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of triples and order.")] = 0,
 ) -> None:
     """DCD's two projectors and LOL's amateur, from preferred and rejected answers. The same command goes on where it
@@ -82,7 +84,7 @@ def negatives(
 
     began = time.perf_counter()
     drawn = list(scene_triples(triples, seed, questions)) if pairs is None else file_pairs(pairs)
-    settings: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "seed": seed}
+    settings: dict[str, Any] = {"steps": steps, "batch": batch, "seed": seed}
     start(
         output,
         "negatives",
@@ -90,19 +92,21 @@ def negatives(
         pairs=pairs and str(pairs),
         triples=len(drawn),
         questions=questions,
+        rate=rate,
         **settings,
     )
     loaded = load(model)
     module = family_of(loaded.model).decoding_module(loaded.model)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name
-    made = {
-        "model": loaded.settings["name"],
-        "triples": len(drawn),
-        "source": source,
-        "words": digest(drawn),
-        **settings,
-    }
     for part in train.PARTS:
+        settings["rate"] = train.RATES[part] if rate is None else rate
+        made = {
+            "model": loaded.settings["name"],
+            "triples": len(drawn),
+            "source": source,
+            "words": digest(drawn),
+            **settings,
+        }
         file, checkpoint = output / f"{part}.safetensors", output / f"{part}.checkpoint"
         if file.is_file():
             train.check_same(file, learned.about(file), made)

@@ -32,6 +32,8 @@ from .pairs import Triple
 
 #: What is trained -> which answers it is fitted to.
 PARTS = {"positive": "chosen", "negative": "rejected", "amateur": "rejected"}
+#: What is trained -> learning rate. A projector that is good already loses its counting at the amateur's.
+RATES = {"positive": 3e-4, "negative": 3e-4, "amateur": 1e-3}
 #: Layers of the decoder that get low-rank weights.
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 
@@ -192,7 +194,7 @@ def train_part(
     *,
     steps: int = 200,
     batch: int = 16,
-    rate: float = 1e-3,
+    rate: float | None = None,
     rank: int = 8,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
@@ -200,8 +202,10 @@ def train_part(
     """The weights of one of ``PARTS``. The model is left as it was.
 
     Args:
+        rate: the learning rate; that of ``RATES`` when ``None``.
         rank: of the amateur's low-rank weights.
     """
+    rate = RATES[part] if rate is None else rate
     data = lambda first: batches(processor, triples, PARTS[part], steps, batch, seed, first)  # noqa: E731
     if part == "amateur":
         weights = low_rank(model, rank, seed)
