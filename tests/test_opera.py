@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration, MistralConfig, StoppingC
 from lvlm_decode.attachment import attach, detach, last_run
 from lvlm_decode.controllers.base import Limits
 from lvlm_decode.controllers.opera import OPERA, Model, Recorder, Search, search_all, spans
-from lvlm_decode.controllers.rows import Rows
+from lvlm_decode.controllers.rows import Rows, common
 from lvlm_decode.engine import attention
 from lvlm_decode.engine.attention import routed
 from lvlm_decode.engine.batch import Batch
@@ -480,6 +480,61 @@ def test_prompts_are_not_moved_while_beams_stay_with_their_sample():
         # Row 2 was row 3 with 5, row 3 was row 2 with 6 and then 5.
         expected = again.extend(torch.tensor([[5, 5, 7, 0], [6, 5, 6, 8]]), [3, 4])
     assert torch.allclose(chosen, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_hold_their_tokens_however_they_branched(seed):
+    """Only slots after the tokens that rows have in common are moved, so a slot that is wrong would show in the logits."""
+    draw = torch.Generator().manual_seed(seed)
+    number = lambda most: int(torch.randint(most, (), generator=draw))  # noqa: E731
+    with torch.no_grad():
+        rows = rows_of(["is it", "what"])
+        rows.select([0, 0, 0, 1, 1, 1])
+        texts = [[] for _ in range(6)]
+        for step in range(10):
+            tokens = torch.randint(5, 60, (6, 2), generator=draw)
+            rows.look(tokens)
+            # Half of the steps every row of a sample continues the same one, as beams do.
+            best = [number(3), number(3)]
+            parents = [3 * (row // 3) + (best[row // 3] if step % 2 else number(3)) for row in range(6)]
+            columns = [-1 if step == 6 and row % 2 else number(2) for row in range(6)]
+            rows.take(parents, columns)
+            texts = [
+                texts[p] + ([int(tokens[p, column])] if column >= 0 else []) for p, column in zip(parents, columns)
+            ]
+            if step == 4:
+                part = rows.prompts([0, 1, 2])
+                part.extend(torch.tensor([text[:3] for text in texts[:3]]))
+                rows.put([0, 1, 2], part)
+                texts = [text[:3] for text in texts[:3]] + texts[3:]
+        assert rows.lengths == [len(text) for text in texts]
+        logits = rows.extend(torch.full((6, 1), 7))
+        again = rows_of(["is it", "what"])
+        again.select([0, 0, 0, 1, 1, 1])
+        most = max(map(len, texts)) + 1
+        padded = torch.tensor([text + [7] + [0] * (most - 1 - len(text)) for text in texts])
+        expected = again.extend(padded, [len(text) + 1 for text in texts])
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_beams_move_no_more_than_what_they_do_not_have_in_common(monkeypatch):
+    assert common([1, 2, 3], [1, 2, 4, 5]) == 2 and common([1, 2], [1, 2, 3]) == 2 and common([], [1]) == 0
+    moved = []
+    select = torch.Tensor.index_select
+    with torch.no_grad():
+        rows = rows_of(["is it"])
+        rows.select([0, 0])
+        for parents in ([0, 1], [0, 0], [1, 0], [1, 0]):
+            rows.look(torch.tensor([[5, 6]] * 2))
+            monkeypatch.setattr(torch.Tensor, "index_select", lambda *a: (moved.append(a[0].shape[-2]), select(*a))[1])
+            del moved[:]
+            rows.take(parents, [0, 1])
+            monkeypatch.undo()
+            # The first tokens differ until both rows are row 0; then the newest do.
+            keys = moved[: 2 * len(rows.kv.cache.layers)]
+            assert keys == (
+                [] if parents == [0, 1] else [{(0, 0): 1, (1, 0): rows.width - 2}[tuple(parents)]] * len(keys)
+            )
 
 
 def test_one_forward_per_step_and_two_per_rollback_and_one_vision_pass(llava, forwards, monkeypatch):

@@ -8,6 +8,8 @@ differ only in which slots are masked.
 from __future__ import annotations
 
 import copy
+import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +72,9 @@ class Rows:
         self._prompts = list(range(len(self.first)))
         #: Tokens that each row holds after its prompt.
         self.lengths = [0] * len(self.first)
+        # A number for every token when it is run; rows that branched off each other have those before in common.
+        self._numbers = itertools.count()
+        self._tokens: list[list[int]] = [[] for _ in self.lengths]
         self.forwards = 1
         self._looked: _Looked | None = None
         head = decoder.head(self.module)
@@ -166,7 +171,10 @@ class Rows:
             logits = sampling.numbers((chosen if looked.head is None else looked.head(chosen)).float().to(self.device))
             if len(taken) < len(parents):
                 logits = logits.new_empty(len(parents), logits.shape[-1]).index_copy_(0, rows, logits)
-        # Rows that stay among those of their prompt need not move its slots, which are most of the cache.
+        # Rows that stay among those of their prompt need not move its slots, nor those of tokens that they had in common.
+        first = self.prompt + min(
+            common(self._tokens[row], self._tokens[p]) for row, p in enumerate(parents[: len(self)])
+        )
         home = [self._prompts[p] for p in parents] == self._prompts
         # Layers may live on devices of their own.
         moves: dict[torch.device, tuple[Tensor, ...]] = {}
@@ -180,7 +188,7 @@ class Rows:
             if not home:
                 states = states[:, :, :end].index_select(0, index_here)
             elif not same:
-                own = states[:, :, self.prompt : had]
+                own = states[:, :, first:had]
                 own.copy_(own.index_select(0, index_here))
             if chosen is not None:
                 states[rows_here, :, to] = chosen
@@ -189,6 +197,7 @@ class Rows:
         self.kv.edit(move)
         self._reorder_prompts(index, home)
         self._prompts = [self._prompts[p] for p in parents]
+        self._tokens = [self._tokens[p] + [next(self._numbers)] * (column >= 0) for p, column in zip(parents, columns)]
         self.lengths, self._looked = lengths, None
         return logits
 
@@ -199,6 +208,7 @@ class Rows:
     def crop(self, lengths: Sequence[int]) -> None:
         """Forget the newest tokens, so that each row holds ``lengths`` (no more than it had); alternatives go too."""
         self.lengths, self._looked = list(lengths), None
+        self._tokens = [tokens[:length] for tokens, length in zip(self._tokens, lengths)]
         end = self.prompt + max(lengths)
         self.kv.edit(lambda states: states[:, :, :end])
 
@@ -210,6 +220,7 @@ class Rows:
         out._reorder_prompts(torch.tensor(rows, device=self.device), False)
         out._prompts = [self._prompts[row] for row in rows]
         out.lengths, out._looked, out.forwards = [0] * len(rows), None, 0
+        out._tokens = [[] for _ in rows]
         return out
 
     def put(self, rows: Sequence[int], others: Rows) -> None:
@@ -218,8 +229,8 @@ class Rows:
         Alternatives that other rows look at stay.
         """
         rows = list(rows)
-        for row, length in zip(rows, others.lengths):
-            self.lengths[row] = length
+        for row, length, tokens in zip(rows, others.lengths, others._tokens):
+            self.lengths[row], self._tokens[row] = length, tokens
 
         def write_over(states: Tensor, other: Tensor) -> Tensor:
             new = other[:, :, self.prompt :]
@@ -244,6 +255,7 @@ class Rows:
     def _settle(self, counts: Sequence[int], q: int) -> None:
         """Move the tokens just run next to those each row had."""
         before, self.lengths = self.lengths, [length + count for length, count in zip(self.lengths, counts)]
+        self._tokens = [own + list(itertools.islice(self._numbers, count)) for own, count in zip(self._tokens, counts)]
         start = self.prompt + max(before)
         end = self.prompt + self.width
         if len(set(before)) == 1:
@@ -292,6 +304,12 @@ class Rows:
         positions = self._position + 1 + lengths[:, None] + depth
         with torch.no_grad(), running(self):
             return hf.run(self.module, hf.further_forward(tokens, positions, mask), self.kv.cache, keep)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows have in common, by their numbers: those before a branch, and none after it."""
+    shorter = min(len(one), len(other))
+    return bisect_left(range(shorter), True, key=lambda place: one[place] != other[place])
 
 
 def _attention_of(module: torch.nn.Module) -> tuple[int | None, set[str]]:
