@@ -29,7 +29,9 @@ from lvlm_decode.methods.avisc import AvisC
 from lvlm_decode.methods.cai import CAI
 from lvlm_decode.methods.causalmm import CausalMM, edited, weights_of
 from lvlm_decode.methods.cicd import CICD
+from lvlm_decode.methods.code import CODE
 from lvlm_decode.methods.crops import CRoPS
+from lvlm_decode.methods.damro import DAMRO
 from lvlm_decode.methods.deco import DeCo
 from lvlm_decode.methods.dola import DoLa
 from lvlm_decode.methods.hgai import HGAI
@@ -41,12 +43,15 @@ from lvlm_decode.methods.memvr import MemVR
 from lvlm_decode.methods.mod import MoD, divergence
 from lvlm_decode.methods.only import ONLY
 from lvlm_decode.methods.pai import PAI
+from lvlm_decode.methods.revis import Revis
 from lvlm_decode.methods.ritual import RITUAL
 from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
 from lvlm_decode.methods.vcd import VCD, diffuse
+from lvlm_decode.methods.vdd import VDD
 from lvlm_decode.methods.vista import VISTA
+from lvlm_decode.methods.vti import VTI
 from lvlm_decode.training.vectors import nullu, revis, visual_direction, vti
 
 HERE = Path(__file__).resolve().parent
@@ -256,6 +261,23 @@ def vcd_answer(seed: int, alpha: float, beta: float, noise_step: int) -> Named:
 @part("icd.scores")
 def icd_scores(seed: int, alpha: float, beta: float) -> Named:
     return scored(ICD(alpha=alpha, beta=beta), logits(seed, 2), -alpha)
+
+
+@part("vdd.answer")
+def vdd_answer(seed: int, alpha: float, beta: float, absent: Any) -> Named:
+    model = llava(seed)
+    return answer(model, VDD(alpha=alpha, beta=beta, absent=absent), prompt(model, seed))
+
+
+@part("code.scores")
+def code_scores(seed: int, eta: float) -> Named:
+    return scored(CODE(eta=eta), logits(seed, 2), 0.0)
+
+
+@part("damro.answer")
+def damro_answer(seed: int, alpha: float, beta: float, k: int, attention: Any = "concat") -> Named:
+    model = llava(seed)
+    return answer(model, DAMRO(alpha=alpha, beta=beta, k=k, attention=attention), prompt(model, seed))
 
 
 @part("cicd.scores")
@@ -502,6 +524,19 @@ def encoder_states(seed: int) -> Tensor:
 def vti_visual(seed: int, rows: str = "code") -> Named:
     seen = encoder_states(seed)
     return {"direction": visual_direction(seen[:, :-1].mean(1) - seen[:, -1], rows)}
+
+
+@part("vti.answer")
+def vti_answer(seed: int, text: float) -> Named:
+    model = llava(seed)
+    return answer(model, VTI(vectors=draw(seed + 1, 4, 32), text=text), prompt(model, seed))
+
+
+@part("revis.answer")
+def revis_answer(seed: int, strength: float, threshold: float, layer: int) -> Named:
+    model = llava(seed)
+    method = Revis(vectors=draw(seed + 1, 4, 32), strength=strength, threshold=threshold, layer=layer)
+    return answer(model, method, prompt(model, seed))
 
 
 @part("revis.gate")

@@ -19,7 +19,7 @@ import cases
 import torch
 from cases import Named, draw, llava, prompt
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_outputs
 from transformers.utils import ModelOutput
 from upstream import (
     Layer,
@@ -180,6 +180,139 @@ def icd_scores(repository: Repository, seed: int, alpha: float, beta: float) -> 
     masks = {"attention_mask": 1, "attention_mask_cd": 1}
     given = {"inputs_embeds_cd": 1, "cd_alpha": alpha, "cd_beta": beta}
     return {"scores": sampled(sample, stand, torch.tensor([[1, 2]]), **given, **masks)["scores"]}
+
+
+@part(
+    "vdd.answer",
+    "LLaVA-Align",
+    SAMPLE,
+    "sample (use_dd, use_dd_unk)",
+    [
+        {"seed": 0, "alpha": 1.0, "beta": 0.1, "absent": "none"},
+        {"seed": 1, "alpha": 1.0, "beta": 0.02, "absent": "unknown"},
+        {"seed": 2, "alpha": 0.5, "beta": 0.1, "absent": "both"},
+    ],
+    [{"alpha": 1.05}, {"beta": 0.5}, {"absent": "none"}, {"absent": "unknown"}],
+)
+def vdd_answer(repository: Repository, seed: int, alpha: float, beta: float, absent: str) -> Named:
+    model = llava(seed)
+    inputs = prompt(model, seed)
+    first, end = span(model)
+    # Theirs has one placeholder, which stands for all of the image's tokens.
+    ids = torch.cat([inputs["input_ids"][:, : first + 1], inputs["input_ids"][:, end:]], 1)
+    plain = forward(model, inputs["pixel_values"])
+
+    def whole(ids: Tensor) -> Any:
+        return plain(torch.cat([inputs["input_ids"][:, :end], ids[:, first + 1 :]], 1))
+
+    stand = Stand({"": whole, "cd": forward(model, None)})
+    given = {"use_dd": absent != "unknown", "use_dd_unk": absent != "none", "cd_alpha": alpha, "cd_beta": beta}
+    sample = repository.load(SAMPLE, "sample", IMAGE_TOKEN_INDEX=cases.IMAGE).sample
+    return sampled(sample, stand, ids, attention_mask=torch.ones_like(ids), **given)
+
+
+@part(
+    "code.scores",
+    "CODE",
+    "models/contrastive_decoding/cd_utils.py",
+    "contrastive_decoding",
+    [{"seed": 5, "eta": 0.7}, {"seed": 6, "eta": 0.2}],
+    [{"eta": 0.75}],
+)
+def code_scores(repository: Repository, seed: int, eta: float) -> Named:
+    mix = repository.load("models/contrastive_decoding/cd_utils.py", "contrastive_decoding").contrastive_decoding
+    main, other = cases.logits(seed, 2)
+    rows = [mix(None, {"cd_alpha": eta}, p[None], q[None], None, None) for p, q in zip(main, other)]
+    found = [row[0] if isinstance(row, tuple) else row for row in rows]
+    return {"scores": cases.distribution(torch.cat(found))}
+
+
+@part(
+    "damro.answer",
+    "DAMRO",
+    "sample_method/sample.py",
+    "_sample; LlavaForConditionalGeneration.forward (transformers-4.43.0)",
+    [
+        {"seed": 0, "alpha": 2.0, "beta": 0.1, "k": 4},
+        {"seed": 1, "alpha": 0.5, "beta": 0.02, "k": 1},
+    ],
+    [{"alpha": 2.1}, {"beta": 0.5}, {"k": 6}, {"attention": "mean_heads"}],
+)
+def damro_answer(repository: Repository, seed: int, alpha: float, beta: float, k: int) -> Named:
+    model = llava(seed)
+    inputs = prompt(model, seed)
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    first, end = span(model)
+    file = "transformers-4.43.0/src/transformers/models/llava/modeling_llava.py"
+    names = ("hook_k", "hook_q", "LlavaForConditionalGeneration.forward")
+    theirs = repository.load(file, *names, LlavaCausalLMOutputWithPast=ModelOutput).forward
+
+    def tower(pixels: Tensor, **asked: Any) -> Any:
+        return model.model.vision_tower(pixels, **asked)
+
+    tower.vision_model = next(  # type: ignore[attr-defined]
+        one for one in model.model.vision_tower.modules() if hasattr(one, "encoder")
+    )
+
+    def merged(features: Tensor, embeds: Tensor, ids: Tensor, mask: Tensor, labels: Any) -> Any:
+        return torch.cat([embeds[:, :first], features, embeds[:, end:]], 1), mask, labels, None
+
+    def words(inputs_embeds: Tensor, **asked: Any) -> Any:
+        states = model.model.language_model(inputs_embeds=inputs_embeds, use_cache=False)[0]
+        return modeling_outputs.CausalLMOutputWithPast(logits=model.lm_head(states))
+
+    whole = SimpleNamespace(
+        config=SimpleNamespace(
+            output_attentions=False,
+            output_hidden_states=False,
+            use_return_dict=True,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        ),
+        get_input_embeddings=model.get_input_embeddings,
+        vision_tower=tower,
+        multi_modal_projector=model.model.multi_modal_projector,
+        _merge_input_ids_with_image_features=merged,
+        language_model=words,
+    )
+
+    class Loop(Stand):
+        def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            return {"input_ids": input_ids, "pixel_values": pixels}
+
+        def _get_initial_cache_position(self, ids: Tensor, kwargs: Any) -> Any:
+            return kwargs
+
+        def _has_unfinished_sequences(self, finished: Any, *args: Any, **more: Any) -> bool:
+            return not bool(finished)
+
+        def _update_model_kwargs_for_generation(self, outputs: Any, kwargs: Any, **more: Any) -> Any:
+            return kwargs
+
+        def __call__(self, **asked: Any) -> Any:
+            # What stands for a cache is not None, which the loop takes apart.
+            return ModelOutput(logits=theirs(whole, **asked).logits, past_key_values=ids)
+
+    config = SimpleNamespace(
+        _pad_token_tensor=torch.tensor(0),
+        output_attentions=False,
+        output_hidden_states=False,
+        output_scores=True,
+        output_logits=False,
+        return_dict_in_generate=True,
+        do_sample=False,
+    )
+    sample = repository.load("sample_method/sample.py", "_sample", GenerateDecoderOnlyOutput=SimpleNamespace)._sample
+    given = {"use_damro": True, "damro_alpha": alpha, "damro_beta": beta, "damro_topk": k, "inputs_embeds_cd": None}
+    loop = {"generation_config": config, "synced_gpus": False, "streamer": None, "logits_warper": None}
+
+    class Ended(list[Any]):
+        def __call__(self, input_ids: Tensor, scores: Any) -> Tensor:
+            return torch.tensor([input_ids.shape[1] >= ids.shape[1] + cases.TOKENS])
+
+    with torch.no_grad():
+        out = sample(Loop({}), ids, logits_processor=None, stopping_criteria=Ended(), **loop, **given)
+    return {"tokens": out.sequences[0, ids.shape[1] :], "scores": cases.distribution(torch.cat(out.scores))}
 
 
 @part(
@@ -1128,6 +1261,44 @@ def vti_visual(repository: Repository, seed: int) -> Named:
         model = SimpleNamespace(vision_model=encoder)
         direction, _ = code.obtain_visual_vti(model, [[copies[:-1], copies[-1]] for copies in places])
     return {"direction": direction[1:]}
+
+
+@part(
+    "vti.answer",
+    "VTI",
+    "vti_utils/llm_layers.py",
+    "add_vti_layers, VTILayer.forward",
+    [{"seed": 0, "text": 0.8}, {"seed": 1, "text": 3.0}],
+    [{"text": 0.85}],
+    "Tensor.half() is made to do nothing",
+)
+def vti_answer(repository: Repository, seed: int, text: float) -> Named:
+    model = copy.deepcopy(llava(seed))
+    paths = ("get_nested_attr", "find_longest_modulelist", "get_layers_path", "get_layers", "find_module")
+    theirs = repository.load("vti_utils/llm_layers.py", *paths, "VTILayer", "add_vti_layers", PreTrainedModel=None)
+    theirs.add_vti_layers(model, draw(seed + 1, 4, 1, 32), [text])
+    with unhalved():
+        return greedy(model, prompt(model, seed))
+
+
+@part(
+    "revis.answer",
+    "Revis",
+    "steering_utils/llm_layers.py",
+    "MADRSteeringHook_visual_only",
+    [
+        {"seed": 0, "strength": 2.5, "threshold": 0.05, "layer": 3},
+        {"seed": 1, "strength": 1.0, "threshold": -0.1, "layer": 1},
+    ],
+    [{"strength": 2.45}, {"threshold": 0.5}, {"layer": 2}],
+)
+def revis_answer(repository: Repository, seed: int, strength: float, threshold: float, layer: int) -> Named:
+    kind = "MADRSteeringHook_visual_only"
+    hook = getattr(repository.load("steering_utils/llm_layers.py", kind), kind)
+    model = copy.deepcopy(llava(seed))
+    made = hook({"visual": draw(seed + 1, 4, 32)[layer]}, layer, strength, threshold, 1.0)
+    made.attach(layers_of(model)[layer])
+    return greedy(model, prompt(model, seed))
 
 
 @part(
