@@ -54,6 +54,11 @@ def batches(processor: Any, prompt: str, size: int, count: int) -> list[dict[str
     return [dict(processor(images=row, text=[text] * size, return_tensors="pt", padding=True)) for row in rows]
 
 
+#: What ``drafter="auto"`` may choose from -> its name. The second does without a head.
+CANDIDATES = {
+    "with a head": "auto",
+    "no training": "auto(drafters=('automaton(shortest=1)','recycling(rows=12,depth=5)'))",
+}
 #: The clock of the record and of the drafter.
 clock = perf_counter
 
@@ -165,6 +170,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", default=["plain", "vcd"])
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16], help="sizes")
+    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--share", type=float, default=1.0, help="of the batches of each workload")
     parser.add_argument("--processor-seconds", action="store_true", help="of this process alone, with one thread")
@@ -175,13 +181,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         clock = choosing.clock = process_time
         options.threads = 1
     torch.set_num_threads(options.threads)
-    free = "auto(drafters=('automaton(shortest=1)','recycling(rows=12,depth=5)'))"
-    drafting = {"with a head": "auto", "no training": free}
 
     def keep(report: dict[str, Any]) -> None:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         options.output.with_suffix(".md").write_text(table(report), encoding="utf-8")
 
+    drafting = {label: CANDIDATES[label] for label in options.candidates}
     wanted = (options.workloads, options.batches, options.methods)
     return run(options.model, *wanted, drafting, options.share, keep)
 
