@@ -10,15 +10,15 @@ import torch
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "differential"
 
 
-def _cases():
-    spec = importlib.util.spec_from_file_location("differential_cases", FOLDER / "cases.py")
+def _module(name):
+    spec = importlib.util.spec_from_file_location(f"differential_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-cases = _cases()
+cases = _module("cases")
 RECORDS = cases.records()
 WITHIN = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -52,3 +52,14 @@ def test_no_other_parameters_do(name):
 def test_the_page_shows_what_the_records_say():
     assert cases.table() in (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(record["largest"] <= 1e-5 for record in RECORDS.values())
+
+
+def test_the_script_names_the_repositories_that_are_missing(tmp_path, monkeypatch, capsys):
+    before = {path: path.read_bytes() for path in [FOLDER / "README.md", *(FOLDER / "records").iterdir()]}
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", ["record.py", "--upstream", str(tmp_path), "vcd.noise"])
+    assert _module("record").main() == 1
+    said = capsys.readouterr().err
+    assert "missing: DAMO-NLP-SG/VCD @ d6568ff81b" in said
+    assert "not recorded: vcd.noise" in said
+    assert all(path.read_bytes() == content for path, content in before.items())

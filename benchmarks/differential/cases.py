@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lvlm_decode import attach, detach
+from lvlm_decode.controllers.opera import OPERA
 from lvlm_decode.engine.steer import Add, Project, Turn
 from lvlm_decode.method import Method, Step
 from lvlm_decode.methods.avisc import AvisC
@@ -62,6 +63,8 @@ OURS: dict[str, Callable[..., Named]] = {}
 VOCABULARY, IMAGE, BOS = 64, 63, 1
 #: Tokens of every recorded answer.
 TOKENS = 5
+#: OPERA goes back to what was said, so its answers are longer.
+OPERA_TOKENS = 48
 #: Log-probabilities below this were masked.
 MASKED = -1e3
 
@@ -462,6 +465,28 @@ def ilvad_answer(seed: int, alpha: float, tau: float, tokens: int, layers: list[
     model = llava(seed)
     method = ILVAD(alpha=alpha, tau=tau, tokens=tokens, layers=(layers[0], layers[1]))
     return answer(model, method, prompt(model, seed))
+
+
+# --- Searches
+
+
+@part("opera.answer")
+def opera_answer(seed: int, num_beams: int, threshold: int, scale_factor: float, penalty_weights: float = 1.0) -> Named:
+    model = llava(seed)
+    method = OPERA(
+        num_beams=num_beams,
+        num_attn_candidates=num_beams,
+        threshold=threshold,
+        scale_factor=scale_factor,
+        penalty_weights=penalty_weights,
+    )
+    inputs = prompt(model, seed)
+    attach(model, method)
+    try:
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=OPERA_TOKENS)
+    finally:
+        detach(model)
+    return {"tokens": out[0, inputs["input_ids"].shape[1] :]}
 
 
 # --- Steering

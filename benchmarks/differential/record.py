@@ -85,6 +85,8 @@ def main() -> int:
             print(f"not recorded: {name}: {missing}", file=sys.stderr)
             continue
         print(f"{name:24} {len(written)} cases, largest difference {worst:.2g}")
+    if not made:
+        return 1
     for name, record in made.items():
         path = HERE / "records" / f"{name}.json"
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")

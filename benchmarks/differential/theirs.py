@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import ast
+import collections
 import copy
 import functools
 import io
@@ -70,6 +72,7 @@ REPOSITORIES = {
     "MoD": ("xlchen0205/MoD", "9afddc27e8"),
     "Nullu": ("Ziwei-Zheng/Nullu", "dcb1ef4ea4"),
     "ONLY": ("zifuwan/ONLY", "109bffeafd"),
+    "OPERA": ("shikiw/OPERA", "61426efe4e"),
     "PAI": ("LALBJ/PAI", "9bbd8bd57a"),
     "Revis": ("antgroup/Revis", "75f4d29d40"),
     "RITUAL": ("sangminwoo/RITUAL", "52065a6639"),
@@ -439,7 +442,7 @@ def only_answer(
     return sampled(sample, Stand({"": reading}), inputs["input_ids"], **given, **more)
 
 
-def whole_of_crops(repository: Repository, model: Any, pixels: Tensor) -> Any:
+def whole_of_crops(repository: Repository, model: Any) -> Any:
     """What their loop takes for the model: today's layers under their decoder's ``forward``."""
     name = "GetAttentionMaskwithFastVandTextMask"
     masks = getattr(repository.load("methods/utils/crops_forward_utils.py", name), name)
@@ -540,12 +543,9 @@ def crops_answer(repository: Repository, seed: int, decay: float, alpha: float, 
         minumum_fast_v_tokens=50,
         minimum_text_tokens=50,
     )
-    stand = whole_of_crops(repository, model, inputs["pixel_values"])
-    return sampled(sample, stand, ids, generation_config=config, synced_gpus=False, **inputs_but_ids(inputs))
-
-
-def inputs_but_ids(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in inputs.items() if name != "input_ids"}
+    stand = whole_of_crops(repository, model)
+    del inputs["input_ids"]
+    return sampled(sample, stand, ids, generation_config=config, synced_gpus=False, **inputs)
 
 
 ENCODER = "llava-1.5/experiments/llava/model/multimodal_encoder/cf_encoder.py"
@@ -614,23 +614,22 @@ def causalmm_answer(repository: Repository, seed: int, alpha: float, beta: float
 # --- Layers
 
 
-def early_exits(model: Any, pixels: Tensor) -> Any:
-    """A model that gives the head's logits of hidden states beside its own, as DoLa's and DeCo's LLaMA does.
+def early_exits(model: Any, pixels: Tensor, norm: Callable[[Tensor], Tensor]) -> Any:
+    """A model that gives the head's logits of early states beside its own, as DoLa's and DeCo's LLaMA does.
 
     Args:
-        normed: whether the final norm is applied to them.
+        norm: what is done to early states before the head.
     """
+    plain = forward(model, pixels, output_hidden_states=True)
 
-    def made(norm: Any) -> Any:
-        plain = forward(model, pixels, output_hidden_states=True)
+    def run(ids: Tensor, early_exit_layers: list[int], **asked: Any) -> Any:
+        out = plain(ids)
+        # The last states are after the final norm already.
+        last = len(out.hidden_states) - 1
+        states = {n: out.hidden_states[n] if n == last else norm(out.hidden_states[n]) for n in early_exit_layers}
+        return {n: model.lm_head(own) for n, own in states.items()}, out
 
-        def run(ids: Tensor, early_exit_layers: list[int], **asked: Any) -> Any:
-            out = plain(ids)
-            return {n: model.lm_head(norm(n, out.hidden_states[n])) for n in early_exit_layers}, out
-
-        return run
-
-    return made
+    return run
 
 
 @part(
@@ -652,8 +651,7 @@ def dola_answer(repository: Repository, seed: int, layers: list[int], beta: floa
     file = "transformers-4.28.1/src/transformers/generation/utils.py"
     names = ("GenerationMixin.dola_greedy_decode", "GenerationMixin.relative_top_filter")
     theirs = repository.load(file, *names)
-    # The last states are after the final norm already.
-    branch = early_exits(model, inputs["pixel_values"])(lambda number, states: states)
+    branch = early_exits(model, inputs["pixel_values"], lambda states: states)
     stand = Stand({"": branch}, relative_top_filter=types.MethodType(theirs.relative_top_filter, object()))
     given = {"mature_layer": 8, "candidate_premature_layers": layers, "relative_top": beta}
     return sampled(theirs.dola_greedy_decode, stand, inputs["input_ids"], **given)
@@ -677,8 +675,7 @@ def deco_answer(repository: Repository, seed: int, alpha: float, layers: list[in
     theirs = repository.load(
         "transformers/generation/utils.py", "GenerationMixin.deco_sample_search"
     ).deco_sample_search
-    norm = model.model.language_model.norm
-    branch = early_exits(model, inputs["pixel_values"])(lambda number, states: norm(states))
+    branch = early_exits(model, inputs["pixel_values"], model.model.language_model.norm)
     given = {"alpha": alpha, "early_exit_layers": layers, "threshold_top_k": top_k, "threshold_top_p": top_p}
     found = sampled(theirs, Stand({"": branch}), inputs["input_ids"], **given)
     # Their loop has its processors look at the model's own logits first.
@@ -1003,6 +1000,89 @@ def ilvad_answer(repository: Repository, seed: int, alpha: float, tau: float, to
         for layer in layers_of(model):
             adapted(layer.self_attn, tuples=False)
         return greedy(model, inputs)
+
+
+# --- Searches
+
+
+@part(
+    "opera.answer",
+    "OPERA",
+    "transformers-4.29.2/src/transformers/generation/utils.py",
+    "GenerationMixin.opera_beam_search; BeamSearchScorer (beam_search.py), LlamaModel",
+    [
+        {"seed": 0, "num_beams": 3, "threshold": 4, "scale_factor": 50.0},
+        {"seed": 1, "num_beams": 3, "threshold": 2, "scale_factor": 60.0},
+        {"seed": 2, "num_beams": 5, "threshold": 4, "scale_factor": 50.0},
+    ],
+    [{"threshold": 15}, {"num_beams": 4}],
+    "tokens alone, without an end token; their whole decoder with this model's weights",
+)
+def opera_answer(repository: Repository, seed: int, num_beams: int, threshold: int, scale_factor: float) -> Named:
+    model = llava(seed)
+    inputs = prompt(model, seed)
+    first, end = span(model)
+    root = "transformers-4.29.2/src/transformers"
+    decoder = llama(repository, f"{root}/models/llama/modeling_llama.py", model, leave=("repeat_kv",))
+    names = ("BeamScorer", "BeamSearchScorer", "BeamHypotheses")
+    given = {"ABC": abc.ABC, "abstractmethod": abc.abstractmethod, "UserDict": collections.UserDict}
+    scorer = repository.load(f"{root}/generation/beam_search.py", *names, **given).BeamSearchScorer
+    search = repository.load(f"{root}/generation/utils.py", "GenerationMixin.opera_beam_search").opera_beam_search
+    features = embedded(model, inputs["input_ids"], inputs["pixel_values"])[0, first:end]
+
+    class Loop(Stand):
+        def prepare_inputs_for_generation(self, input_ids: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            return {"ids": input_ids, "past": past_key_values}
+
+        def adjust_logits_during_generation(self, logits: Tensor, **kwargs: Any) -> Tensor:
+            return logits
+
+        def _reorder_cache(self, past: Any, order: Tensor) -> Any:
+            return tuple(tuple(states.index_select(0, order) for states in layer) for layer in past)
+
+        def __call__(self, ids: Tensor, past: Any, **asked: Any) -> Any:
+            own = model.get_input_embeddings()
+            if past is not None:
+                embeds = own(ids[:, -1:])
+            else:
+                # Theirs has one placeholder, which stands for all of the image's tokens.
+                image = features.expand(len(ids), -1, -1)
+                embeds = torch.cat([own(ids[:, :first]), image, own(ids[:, first + 1 :])], 1)
+            out = decoder(inputs_embeds=embeds, past_key_values=past, use_cache=True, output_attentions=True)
+            # Their loop takes a failure of view() for an answer that does not go back.
+            logits = model.lm_head(out[0]).contiguous()
+            return ModelOutput(logits=logits, attentions=out.attentions, past_key_values=out.past_key_values)
+
+    ids = torch.cat([inputs["input_ids"][:, : first + 1], inputs["input_ids"][:, end:]], 1)
+    length = ids.shape[1] + cases.OPERA_TOKENS
+
+    class Ended(list[Any]):
+        max_length = length
+
+        def __call__(self, input_ids: Tensor, scores: Any) -> bool:
+            return input_ids.shape[1] >= length
+
+    with torch.no_grad():
+        out = search(
+            Loop({}),
+            ids.repeat(num_beams, 1),
+            scorer(batch_size=1, num_beams=num_beams, device="cpu"),
+            logits_processor=lambda ids, scores: scores,
+            stopping_criteria=Ended([None]),
+            pad_token_id=0,
+            output_attentions=True,
+            key_position={
+                "image_start": first,
+                "image_end": end - 1,
+                "response_start": inputs["input_ids"].shape[1],
+            },
+            scale_factor=scale_factor,
+            threshold=threshold,
+            num_attn_candidates=num_beams,
+            images=1,
+            attention_mask=torch.ones(num_beams, ids.shape[1]),
+        )
+    return {"tokens": out[0, ids.shape[1] :]}
 
 
 # --- Steering

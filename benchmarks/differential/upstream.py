@@ -80,7 +80,7 @@ class Repository:
             for node in ast.walk(scope):
                 # Those that write documentation are left out.
                 if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    known = ("dataclass", "no_grad", "staticmethod", "property")
+                    known = ("dataclass", "no_grad", "staticmethod", "property", "abstractmethod")
                     node.decorator_list = [one for one in node.decorator_list if ast.dump(one).find("docstring") < 0]
                     assert all(any(word in ast.dump(one) for word in known) for one in node.decorator_list)
             wanted.append(scope)
