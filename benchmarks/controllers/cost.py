@@ -129,7 +129,7 @@ def child(index: int, side: str, tokens: int, batch: int) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
+def pair(index: int, tokens: int, batch: int, repeats: int, memory_too: bool) -> dict:
     name, method, control, asked = PAIRS[index]
     model, processor, inputs = prepare(name, asked, batch)
     sides = {
@@ -137,7 +137,7 @@ def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
         "method": Measured(model, processor, inputs, method, control, tokens),
     }
     for side in sides.values():
-        side()
+        side(4)
     raw = {key: [] for key in sides}
     first: dict[str, list[dict]] = {key: [] for key in sides}
     for _ in range(repeats):
@@ -145,9 +145,9 @@ def pair(index: int, tokens: int, batch: int, repeats: int) -> dict:
             raw[key].append(side())
         for key, side in sides.items() if control else ():
             first[key].append(side(1))
-    memory = (
-        {key: child(index, key, tokens, batch) for key in sides} if Path("/proc/self/clear_refs").exists() else None
-    )
+    memory = None
+    if memory_too and Path("/proc/self/clear_refs").exists():
+        memory = {key: child(index, key, tokens, batch) for key in sides}
 
     def ratio(field: str) -> float:
         return statistics.median(m[field] / c[field] for m, c in zip(raw["method"], raw["control"]))
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone")
     parser.add_argument("--pairs", type=int, nargs="*", default=list(range(len(PAIRS))))
     parser.add_argument("--peak", nargs=2, metavar=("PAIR", "SIDE"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -227,7 +228,7 @@ def main() -> None:
         return
     pairs = []
     for index in given.pairs:
-        pairs.append(pair(index, given.tokens, given.batch, given.repeats))
+        pairs.append(pair(index, given.tokens, given.batch, given.repeats, not given.no_memory))
         long = ("raw", "one_token", "memory_bytes", "circumstances")
         shown = {key: value for key, value in pairs[-1].items() if key not in long}
         print(json.dumps(shown), flush=True)
