@@ -24,6 +24,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lvlm_decode import attach, detach
 from lvlm_decode.controllers.opera import OPERA
+from lvlm_decode.controllers.vdgd import VDGD, Grounding
 from lvlm_decode.engine.steer import Add, Project, Turn
 from lvlm_decode.method import Method, Step
 from lvlm_decode.methods.avisc import AvisC
@@ -46,6 +47,7 @@ from lvlm_decode.methods.only import ONLY
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.revis import Revis
 from lvlm_decode.methods.ritual import RITUAL
+from lvlm_decode.methods.scmoe import SCMoE
 from lvlm_decode.methods.sid import SID
 from lvlm_decode.methods.spin import SPIN
 from lvlm_decode.methods.vaf import VAF
@@ -289,6 +291,12 @@ def cicd_scores(seed: int, beta: float, threshold: float, alpha: float = 3.0) ->
     return scored(method, logits(seed, 2), 1.0)
 
 
+@part("scmoe.scores")
+def scmoe_scores(seed: int, alpha: float, beta: float, strong: float, weak: float) -> Named:
+    method = SCMoE(alpha=alpha, beta=beta, strong_temperature=strong, weak_temperature=weak)
+    return scored(method, logits(seed, 2), 1.0)
+
+
 @part("ritual.answer")
 def ritual_answer(seed: int, alpha: float, beta: float, transform: str) -> Named:
     model = llava(seed)
@@ -468,6 +476,16 @@ def ilvad_answer(seed: int, alpha: float, tau: float, tokens: int, layers: list[
 
 
 # --- Searches
+
+
+@part("vdgd.scores")
+def vdgd_scores(seed: int, reduction: Any, top_p: float = 0.5) -> Named:
+    own, described = logits(seed, 2)
+    said = described.log_softmax(-1)
+    grounds = said.amax(0) if reduction == "min" else said.mean(0)
+    method = VDGD(candidates="nucleus", reduction=reduction, top_p=top_p)
+    ranked = Grounding(method, grounds[None])(torch.zeros(len(own), 1, dtype=torch.long), own)
+    return {"scores": distribution(ranked)}
 
 
 @part("opera.answer")

@@ -76,9 +76,11 @@ REPOSITORIES = {
     "PAI": ("LALBJ/PAI", "9bbd8bd57a"),
     "Revis": ("antgroup/Revis", "75f4d29d40"),
     "RITUAL": ("sangminwoo/RITUAL", "52065a6639"),
+    "SCMoE": ("DavidFanzz/SCMoE", "857fad7976"),
     "SID": ("huofushuo/SID", "127dd412fa"),
     "SPIN": ("YUECHE77/SPIN", "a6ddf4a3f5"),
     "VCD": ("DAMO-NLP-SG/VCD", "d6568ff81b"),
+    "VDGD": ("Sreyan88/VDGD", "f937244b1a"),
     "VISTA": ("LzVv123456/VISTA", "dc6225260d"),
     "VTI": ("shengliu66/VTI", "bb5dfee33a"),
 }
@@ -332,6 +334,47 @@ def cicd_scores(repository: Repository, seed: int, beta: float, threshold: float
     sample = repository.load(SAMPLE, "sample").sample
     given = {"images_cd": 1, "cd_beta": beta, "cross_jsd_th": threshold}
     return {"scores": sampled(sample, stand, torch.tensor([[1, 2]]), **given)["scores"]}
+
+
+@part(
+    "scmoe.scores",
+    "SCMoE",
+    "decodingmethod/utils.py",
+    "contrastive_decoding",
+    [
+        {"seed": 5, "alpha": 0.5, "beta": 0.1, "strong": 1.0, "weak": 1.0},
+        {"seed": 6, "alpha": 1.0, "beta": 0.02, "strong": 0.8, "weak": 1.5},
+    ],
+    [{"alpha": 0.55}, {"beta": 0.5}, {"strong": 1.1}, {"weak": 1.1}],
+    "the logits of both branches are given; how the weak one routes is not in the record",
+)
+def scmoe_scores(repository: Repository, seed: int, alpha: float, beta: float, strong: float, weak: float) -> Named:
+    main, other = cases.logits(seed, 2)
+    loop = repository.load("decodingmethod/utils.py", "contrastive_decoding").contrastive_decoding
+    seen, argmax = [], torch.argmax
+
+    def kept(scores: Tensor, **more: Any) -> Tensor:
+        seen.append(scores.clone())
+        return argmax(scores, **more)
+
+    strong_model, weak_model = (Stand({"": recorded(given)}) for given in (main, other))
+    words = SimpleNamespace(eos_token_id=None, pad_token_id=0)
+    ids = torch.tensor([[1, 2]])
+    with mock.patch.object(torch, "argmax", kept):
+        loop(
+            strong_model,
+            weak_model,
+            strong,
+            weak,
+            words,
+            ids,
+            torch.ones_like(ids),
+            len(main),
+            alpha=beta,
+            beta=alpha,
+            stopping_criteria=lambda ids, scores: torch.tensor([False]),
+        )
+    return {"scores": cases.distribution(torch.cat(seen))}
 
 
 @part(
@@ -1003,6 +1046,49 @@ def ilvad_answer(repository: Repository, seed: int, alpha: float, tau: float, to
 
 
 # --- Searches
+
+
+@part(
+    "vdgd.scores",
+    "VDGD",
+    "LLaVA-Align/experiments/eval/sampling/vdgd.py",
+    "vdgd, top_p_and_temp_filtering",
+    [{"seed": 5, "reduction": "min"}, {"seed": 6, "reduction": "avg"}],
+    [{"top_p": 0.95}, {"reduction": "min"}, {"reduction": "avg"}],
+    "times the size of the vocabulary, by which their scores are divided; the nucleus of 0.5 at temperature 0.5 is written in",
+)
+def vdgd_scores(repository: Repository, seed: int, reduction: str) -> Named:
+    own, described = cases.logits(seed, 2)
+    rows, drawn = iter(own), []
+
+    class Words:
+        bos_token_id, eos_token_id, pad_token_id = 1, 0, 0
+
+        def __len__(self) -> int:
+            return own.shape[1]
+
+        def batch_decode(self, ids: Tensor, **more: Any) -> list[str]:
+            return [""]
+
+    def ended(probabilities: Tensor, num_samples: int) -> Tensor:
+        drawn.append(probabilities)
+        # Any token but the end token, which would stop the loop.
+        return torch.ones(len(probabilities), 1, dtype=torch.long)
+
+    given = {
+        "args": SimpleNamespace(kl_reduction=reduction),
+        "Image": SimpleNamespace(open=lambda path: None),
+        "tokenizer_image_token": lambda *args, **more: torch.tensor([1, 2]),
+        "IMAGE_TOKEN_INDEX": cases.IMAGE,
+    }
+    model = SimpleNamespace(device="cpu", generate=lambda *args, **more: {"logits": [next(rows)[None].clone()]})
+    picture = SimpleNamespace(preprocess=lambda image, **more: {"pixel_values": torch.zeros(1, 3, 2, 2)})
+    file = "LLaVA-Align/experiments/eval/sampling/vdgd.py"
+    theirs = repository.load(file, "vdgd", "top_p_and_temp_filtering", **given).vdgd
+    said = tuple(described.log_softmax(-1))
+    with mock.patch.object(torch, "multinomial", ended):
+        theirs(model, Words(), picture, "", "", said, max_len=len(own))
+    return {"scores": cases.distribution(torch.cat(drawn).log() * own.shape[1])}
 
 
 @part(
