@@ -96,6 +96,28 @@ def test_inductor_compiles_once_too(name, tmp_path, monkeypatch):
     assert first > 0 and later == [first] * 3
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are captured and replayed on a GPU alone")
+@pytest.mark.parametrize("name", ["plain", "vcd", "icd", "ritual", "damro", "m3id"])
+def test_cuda_graphs_are_captured_once_and_say_what_the_eager_run_says(name, tmp_path, monkeypatch):
+    """As transformers compiles for a static cache on a GPU by itself."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, tiny = copy.deepcopy(models.tiny("llava").model).to("cuda"), models.tiny("llava")
+    torch._dynamo.reset()
+    counters.clear()
+
+    def tokens(method, seed, **how):
+        inputs = {key: value.to("cuda") for key, value in tiny.inputs(["is it", "what color"], seed=seed).items()}
+        how = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "seed": seed, **how}
+        with ld.attached(model, method, processor=tiny.processor):
+            return model.generate(**inputs, cache_implementation="static", **how).tolist()
+
+    found = []
+    for method, seed in ((load(name)(), 1), (load(name)(), 1), (other(load(name)()), 2), (other(load(name)()), 3)):
+        assert tokens(method, seed) == tokens(method, seed, disable_compile=True)
+        found.append((counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]))
+    assert found[0][0] > 0 and found == [(found[0][0], 0)] * 4
+
+
 def test_without_a_static_cache_nothing_is_compiled():
     counters.clear()
     model = copy.deepcopy(models.tiny("llava").model)

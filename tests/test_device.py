@@ -1,12 +1,15 @@
-"""Everything on a rehearsal device: the tokens of the CPU, no mixed devices; how much it is asked for per token."""
+"""Everything on a GPU, or on a rehearsal device where there is none: the tokens of the CPU, no mixed devices; and how much the
+rehearsal device is asked for per token.
+"""
 
+import contextlib
 import copy
 import functools
 
 import pytest
 import torch
 from helpers import full_but
-from rehearsal import Counts, OnDevice, rehearsing, to_device
+from rehearsal import Counts, rehearsing, to_device
 
 import lvlm_decode as ld
 from lvlm_decode.engine.modes import NEEDS
@@ -19,15 +22,34 @@ from lvlm_decode.testing.models import tiny
 from lvlm_decode.testing.replay import Replay
 
 NEW = 6
+GPU = torch.cuda.is_available()
+#: Operators are counted on the rehearsal device, whose tensors say "cuda:0" and would be taken for the GPU's.
+rehearsed = pytest.mark.skipif(GPU, reason="counted on the rehearsal device, which is not made where there is a GPU")
+
+
+def there():
+    """The block in which the device exists."""
+    return contextlib.nullcontext() if GPU else rehearsing()
+
+
+def sent_there(module):
+    """A module on the device, in place."""
+    return module.to("cuda") if GPU else to_device(module)
+
+
+@pytest.fixture(autouse=True)
+def _whole_float32(monkeypatch):
+    """Convolutions of a GPU round to fewer digits by default, and the tokens are compared with the CPU's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @functools.cache
 def models(family: str):
-    """The tiny model, and a copy of it on the rehearsal device."""
+    """The tiny model, and a copy of it on the device."""
     built = tiny(family)
     other = copy.deepcopy(built.model)
-    with rehearsing():
-        to_device(other)
+    with there():
+        sent_there(other)
     return built, other
 
 
@@ -52,11 +74,11 @@ def run(family: str, method, texts=("is it a dog", "no"), drafter=None, on_devic
     if not on_device:
         with ld.attached(model, method, processor=processor_of(built), drafter=drafter):
             return model.generate(**inputs, **how).tolist()
-    with rehearsing():
+    with there():
         sent = {key: value.to("cuda") if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         with ld.attached(model, method, processor=processor_of(built), drafter=drafter):
             out = model.generate(**sent, **how)
-        assert isinstance(out, OnDevice), "the answer is where the prompt was"
+        assert out.is_cuda, "the answer is where the prompt was"
         return out.tolist()
 
 
@@ -68,6 +90,7 @@ def same(family: str, method, **how):
     assert run(family, method, **how) == run(family, method, on_device=False, **how)
 
 
+@rehearsed
 def test_the_rehearsal_device_behaves_like_one():
     with rehearsing() as counts:
         one = torch.ones(3, device="cuda")
@@ -106,7 +129,7 @@ def often(values):
 def test_every_method_gives_the_tokens_of_the_cpu(name):
     if name in ("vti", "nullu", "revis", "cicd"):
         pytest.skip(f"{name} reads files, which its own tests make")
-    if name == "scmoe":
+    if name == "scmoe" and not GPU:
         pytest.skip("transformers counts the tokens of experts by an operator that has no integer form on the CPU")
     family = "instructblip" if "qformer" in load(name).needs else "llava"
     same(
@@ -118,11 +141,11 @@ def test_every_method_gives_the_tokens_of_the_cpu(name):
 
 @pytest.mark.parametrize("family", often(FAMILIES))
 def test_every_family_gives_the_tokens_of_the_cpu(family):
-    if family == "gemma3":
+    if family == "gemma3" and not GPU:
         pytest.skip(
             "transformers makes its mask of a bidirectional image under vmap, which the rehearsal cannot follow"
         )
-    if family == "qwen3_vl_moe":
+    if family == "qwen3_vl_moe" and not GPU:
         pytest.skip("transformers counts the tokens of experts by an operator that has no integer form on the CPU")
     same(family, "vcd")
     same(family, "icd+ritual")
@@ -154,7 +177,7 @@ def head_for(kind: str, on_device: bool):
     torch.manual_seed(0)
     head = DraftHead(HeadConfig.for_target(tiny("llava").model, kind, rows=7, depth=3, top_k=2))
     if on_device:
-        to_device(head)
+        sent_there(head)
     return drafters.get(kind)(head=head)
 
 
@@ -210,6 +233,7 @@ LAUNCHES = {
 }
 
 
+@rehearsed
 @pytest.mark.parametrize("name", full_but(LAUNCHES, ["plain", "vcd", "icd"]))
 def test_a_token_launches_no_more_than_its_budget(name):
     method = method_of(name, "llava") if name in METHODS and name not in ("plain", "mask") else name
@@ -219,6 +243,7 @@ def test_a_token_launches_no_more_than_its_budget(name):
     assert counts.copies == 0
 
 
+@rehearsed
 @pytest.mark.parametrize("drafter", full_but(["automaton", "recycling", "eagle3", "vispec"], ["automaton", "eagle3"]))
 def test_a_verification_waits_for_the_device_at_most_twice(drafter):
     """Once for the target's choices, and once for a draft that was made on the device; the statistics wait for nothing."""
@@ -237,10 +262,12 @@ def test_a_verification_waits_for_the_device_at_most_twice(drafter):
     assert many > few and (second - first).synchronisations <= 2 * (many - few)
 
 
+@rehearsed
 def test_a_call_that_auto_leaves_alone_launches_what_one_without_a_drafter_does():
     assert spent("plain", "auto") == spent("plain")
 
 
+@rehearsed
 def test_a_loop_that_verifies_nothing_launches_little_more_than_transformers_own():
     """Where a drafter proposes nothing, in a batch too."""
     texts = ["is it a dog", "what", "no", "where"]

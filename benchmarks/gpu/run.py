@@ -3,22 +3,27 @@
     python benchmarks/gpu/run.py --output benchmarks/gpu/record.json
     python benchmarks/gpu/run.py --tiny --output /tmp/tiny.json        # the same on a CPU with small shapes, in a minute
 
-Four parts, each with its seconds and, if it failed, its error, so that one failure costs no other part:
+Six parts, each with its seconds and, if it failed, its error, so that one failure costs no other part:
 
     device     tokens of tiny models with every drafter and with a compiled static cache, on the device and on the CPU
+    waits      how often a token, or a cycle of a drafter, waits for the device (what torch's debug mode of synchronisations says)
     shapes     single forwards at the shapes of LLaVA-1.5-7B (``llava_shapes.py``)
     generate   a whole LLaVA of those shapes with random weights: time to first token, time per token and peak memory of plain
-               generate(), VCD stacked, VCD as two forwards, VCD with a ViSpec head of random weights and with replayed drafts
-    profile    where the time of one VCD token goes: the ten operators that take most
+               generate(), VCD stacked, VCD as two forwards, three views, VCD with a ViSpec head of random weights and with
+               replayed drafts
+    profile    where the time of a token goes, plain and VCD: its kernels, the ten operators that take most, and the clock
+    compiled   plain and VCD with a static cache, which transformers compiles into CUDA graphs
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +31,8 @@ from typing import Any
 
 import llava_shapes
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lvlm_decode
@@ -110,7 +117,42 @@ def device_part(device: str) -> dict[str, Any]:
     return {"same_tokens": found}
 
 
+def waits_part(device: str) -> dict[str, Any]:
+    """Waits per token, or per cycle of a drafter, that calls of 8 tokens have more than calls of 3."""
+    built = models.tiny("llava")
+    model = copy.deepcopy(built.model).to(device)
+    head = DraftHead(HeadConfig.for_target(built.model, "vispec", rows=7, depth=3, top_k=2)).to(device)
+    arms: dict[str, tuple[Any, Any]] = {
+        name: (name, None) for name in ("plain", "vcd", "icd", "vcd+ritual", "pai", "dola")
+    }
+    arms |= {"vcd, recycling": ("vcd", "recycling"), "vcd, vispec": ("vcd", drafters.get("vispec")(head=head))}
+    found = {"transformers": _waits(model, built, None, None)}
+    return found | {name: _waits(model, built, method, drafter) for name, (method, drafter) in arms.items()}
+
+
+def _waits(model: Any, built: Any, method: Any, drafter: Any) -> dict[str, float]:
+    inputs = {key: value.to(model.device) for key, value in built.inputs(["is it a dog"], seed=2).items()}
+    counts, steps = [], []
+    for tokens in (3, 8):
+        how = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+        block = contextlib.nullcontext() if method is None else lvlm_decode.attached(
+            model, method, processor=built.processor, drafter=drafter)  # fmt: skip
+        with block, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            if model.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                model.generate(**inputs, eos_token_id=None, **how)
+            finally:
+                if model.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+            steps.append(tokens if drafter is None else lvlm_decode.last_run(model).trace.speculation.cycles)
+        counts.append(sum("synchroniz" in str(warning.message) for warning in said))
+    return {"more_waits": counts[1] - counts[0], "more_steps": steps[1] - steps[0]}
+
+
 def timed(model: Any, inputs: dict[str, Any], tokens: int) -> float:
+    """Seconds of a call."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     begin = perf_counter()
@@ -131,10 +173,12 @@ def generate_part(model: Any, shapes: str, tokens: int, rounds: int) -> dict[str
     head = DraftHead(HeadConfig.for_target(model, "vispec"))
     arms: dict[str, dict[str, Any] | None] = {
         "plain generate()": None,
-        "vcd stacked": {},
-        "vcd two forwards": {"execution": "sequential"},
-        "vcd, random vispec head": {"drafter": drafters.get("vispec")(head=head)},
-        "vcd, replayed 0.8": {"drafter": Replay(answers=answer, acceptance=0.8, tokens=5)},
+        "plain attached": {"method": "plain"},
+        "vcd stacked": {"method": "vcd"},
+        "vcd two forwards": {"method": "vcd", "execution": "sequential"},
+        "vcd+ritual stacked": {"method": "vcd+ritual"},
+        "vcd, random vispec head": {"method": "vcd", "drafter": drafters.get("vispec")(head=head)},
+        "vcd, replayed 0.8": {"method": "vcd", "drafter": Replay(answers=answer, acceptance=0.8, tokens=5)},
     }
     rows: dict[str, Any] = {name: {"first_s": [], "token_s": [], "peak_bytes": 0} for name in arms}
     names = list(arms)
@@ -146,7 +190,7 @@ def generate_part(model: Any, shapes: str, tokens: int, rounds: int) -> dict[str
             if options is None:
                 first, whole = timed(model, inputs, 1), timed(model, inputs, tokens)
             else:
-                with lvlm_decode.attached(model, "vcd", **options):
+                with lvlm_decode.attached(model, **options):
                     first, whole = timed(model, inputs, 1), timed(model, inputs, tokens)
             if turn:
                 rows[name]["first_s"].append(first)
@@ -160,18 +204,53 @@ def generate_part(model: Any, shapes: str, tokens: int, rounds: int) -> dict[str
 
 
 def profile_part(model: Any, shapes: str) -> dict[str, Any]:
-    from torch.profiler import ProfilerActivity, profile
+    return {name: _profiled(model, prompt(model, shapes), name) for name in ("plain generate()", "vcd")}
 
-    inputs, activities = prompt(model, shapes), [ProfilerActivity.CPU]
-    if model.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with lvlm_decode.attached(model, "vcd"):
+
+def _profiled(model: Any, inputs: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a call of 17 tokens less one of a single token: kernels and operators per token, in milliseconds."""
+    on_gpu = model.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with contextlib.nullcontext() if name == "plain generate()" else lvlm_decode.attached(model, name):
         timed(model, inputs, 4)
-        with profile(activities=activities) as found:
-            timed(model, inputs, 8)
-    own = "self_device_time_total" if model.device.type == "cuda" else "self_cpu_time_total"
-    most = sorted(found.key_averages(), key=lambda entry: -getattr(entry, own))[:10]
-    return {"microseconds": {entry.key: round(getattr(entry, own), 1) for entry in most}}
+        clock = (timed(model, inputs, 17) - timed(model, inputs, 1)) / 16
+        found = []
+        for tokens in (1, 17):
+            with profile(activities=activities) as seen:
+                timed(model, inputs, tokens)
+            found.append({entry.key: entry for entry in seen.key_averages()})
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+
+    def more(key: str, what: str) -> float:
+        before = getattr(found[0][key], what) if key in found[0] else 0
+        return (getattr(found[1][key], what) - before) / 16
+
+    # On a GPU the kernels alone: an operator's entry counts the same time once more.
+    kept = [key for key, entry in found[1].items() if not on_gpu or entry.device_type == DeviceType.CUDA]
+    each = {key: more(key, own) / 1000 for key in kept}
+    most = sorted(each, key=lambda key: -each[key])[:12]
+    return {
+        "clock_ms": round(1000 * clock, 3),
+        "device_ms": round(sum(each.values()), 3),
+        "launches": round(sum(more(key, "count") for key in found[1] if "LaunchKernel" in key), 1),
+        "most_ms": {key[:90]: [round(each[key], 4), round(more(key, "count"), 2)] for key in most},
+    }
+
+
+def compiled_part(model: Any, shapes: str, tokens: int, rounds: int) -> dict[str, Any]:
+    inputs = {**prompt(model, shapes), "cache_implementation": "static"}
+    found: dict[str, Any] = {}
+    for name in ("plain", "vcd", "vcd+ritual"):
+        with lvlm_decode.attached(model, name):
+            begin = perf_counter()
+            timed(model, inputs, tokens)
+            taken = perf_counter() - begin
+            each = [(timed(model, inputs, tokens) - timed(model, inputs, 2)) / (tokens - 2) for _ in range(rounds)]
+            eager = {**inputs, "disable_compile": True}
+            timed(model, eager, 2)
+            without = [(timed(model, eager, tokens) - timed(model, eager, 2)) / (tokens - 2) for _ in range(rounds)]
+        found[name] = {"compile_s": round(taken, 1), "token_s": each, "not_compiled_token_s": without}
+    return found
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -183,7 +262,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error("no GPU is here; use --tiny for small shapes on the CPU.")
     shapes, device = ("tiny", "cpu") if options.tiny else ("llava-1.5-7b", "cuda")
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    tokens, rounds = (8, 1) if options.tiny else (128, 5)
+    tokens, rounds = (8, 1) if options.tiny else (96, 3)
     report: dict[str, Any] = {"what": f"{shapes} shapes on {device}, random weights", "parts": {}}
 
     def part(name: str, run: Callable[[], dict[str, Any]]) -> None:
@@ -196,6 +275,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     part("device", lambda: device_part(device))
+    part("waits", lambda: waits_part(device))
     forwards = options.output.with_suffix(".shapes.json")
     flags = ["--tiny", "--repeats", "1", "--context", "40"] if options.tiny else []
     part("shapes", lambda: llava_shapes.main([*flags, "--output", str(forwards)]))
@@ -204,6 +284,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     report["circumstances"] = circumstances(model)
     part("generate", lambda: generate_part(model, shapes, tokens, rounds))
     part("profile", lambda: profile_part(model, shapes))
+    part("compiled", lambda: compiled_part(model, shapes, tokens, rounds))
     return report
 
 

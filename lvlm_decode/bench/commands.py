@@ -96,7 +96,8 @@ def bench_methods(
         Path, typer.Option(help="JSON of the record, a table beside it; rows that it holds are not measured again.")
     ],
     model: Annotated[
-        str, typer.Option(help="tiny, tiny-instructblip, random (221 M drawn weights), a folder, or a hub id.")
+        str,
+        typer.Option(help="tiny, tiny-instructblip, random (221 M drawn weights), random-7b, a folder, or a hub id."),
     ] = "tiny",
     method: Annotated[
         list[str] | None, typer.Option(help="Method, for example vcd or vcd+ritual; repeat for more. Default: all.")

@@ -263,6 +263,7 @@ def circumstances(model: Any) -> dict[str, Any]:
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "threads": torch.get_num_threads(),
         "device": str(model.device),
+        "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "dtype": str(model.dtype),
         "parameters": sum(p.numel() for p in model.parameters()),
         "commit": done.stdout.strip() or "unknown",

@@ -19,28 +19,34 @@ from ..errors import InputError
 CAPTION = "Please describe this image in detail."
 #: Added to a prompt until it is long enough.
 FILLER = "The picture shows a dog."
+#: Models of drawn weights: 221 million parameters, and the width and depth of LLaVA-1.5-7B's language model.
+RANDOM: dict[str, dict[str, int]] = {"random": {}, "random-7b": {"hidden": 4096, "layers": 32, "head": 128}}
 
 
 def loaded(name: str, dtype: str | None = None) -> Loaded:
-    """``random``, or what ``lvlm_decode_evals.runner.load`` knows: ``tiny``, ``tiny-instructblip``, a folder or a hub id."""
-    if name != "random":
+    """``random``, ``random-7b``, or what ``lvlm_decode_evals.runner.load`` knows: ``tiny``, a folder or a hub id."""
+    if name not in RANDOM:
         return load(name, dtype=dtype)
     small = load("tiny", dtype=dtype)
-    return loaded_of(random_llava(small.model), small.processor, "random")
+    return loaded_of(random_llava(small.model, **RANDOM[name]), small.processor, name)
 
 
-def random_llava(small: Any, hidden: int = 1024, layers: int = 12, words: int = 32000) -> torch.nn.Module:
+def random_llava(
+    small: Any, hidden: int = 1024, layers: int = 12, words: int = 32000, head: int = 64
+) -> torch.nn.Module:
     """A LLaVA with drawn weights that reads what the processor of ``small`` makes; 221 million parameters by default."""
     torch.manual_seed(0)
     config = copy.deepcopy(small.config)
     text = config.get_text_config()
     text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, hidden * 11 // 4, layers
-    text.num_attention_heads = text.num_key_value_heads = hidden // 64
-    text.head_dim, text.vocab_size, text.max_position_embeddings = 64, words, 4096
+    text.num_attention_heads = text.num_key_value_heads = hidden // head
+    text.head_dim, text.vocab_size, text.max_position_embeddings = head, words, 4096
     before = torch.get_default_dtype()
     torch.set_default_dtype(small.dtype)
     try:
-        model = type(small)(config).eval().to(small.device)
+        # Made where it will be: drawing billions of weights on a CPU takes minutes.
+        with torch.device(small.device):
+            model = type(small)(config).eval()
     finally:
         torch.set_default_dtype(before)
     model.generation_config.pad_token_id = small.generation_config.pad_token_id
