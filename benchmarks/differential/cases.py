@@ -478,9 +478,15 @@ def ilvad_answer(seed: int, alpha: float, tau: float, tokens: int, layers: list[
 # --- Searches
 
 
+def vdgd_logits(seed: int) -> tuple[Tensor, Tensor]:
+    """(T, N) logits of an answer, flat enough for a nucleus of several tokens, and of a description."""
+    own, described = logits(seed, 2)
+    return 0.3 * own, described
+
+
 @part("vdgd.scores")
 def vdgd_scores(seed: int, reduction: Any, top_p: float = 0.5) -> Named:
-    own, described = logits(seed, 2)
+    own, described = vdgd_logits(seed)
     said = described.log_softmax(-1)
     grounds = said.amax(0) if reduction == "min" else said.mean(0)
     method = VDGD(candidates="nucleus", reduction=reduction, top_p=top_p)

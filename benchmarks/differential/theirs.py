@@ -1054,11 +1054,11 @@ def ilvad_answer(repository: Repository, seed: int, alpha: float, tau: float, to
     "LLaVA-Align/experiments/eval/sampling/vdgd.py",
     "vdgd, top_p_and_temp_filtering",
     [{"seed": 5, "reduction": "min"}, {"seed": 6, "reduction": "avg"}],
-    [{"top_p": 0.95}, {"reduction": "min"}, {"reduction": "avg"}],
+    [{"top_p": 0.7}, {"reduction": "min"}, {"reduction": "avg"}],
     "times the size of the vocabulary, by which their scores are divided; the nucleus of 0.5 at temperature 0.5 is written in",
 )
 def vdgd_scores(repository: Repository, seed: int, reduction: str) -> Named:
-    own, described = cases.logits(seed, 2)
+    own, described = cases.vdgd_logits(seed)
     rows, drawn = iter(own), []
 
     class Words:
