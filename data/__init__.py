@@ -22,6 +22,7 @@ __all__ = [
     "SIZE",
     "Scene",
     "SceneObject",
+    "is_tiny",
     "load_scenes",
     "render",
     "scene_seed",
@@ -63,6 +64,16 @@ def _synonyms() -> dict[str, tuple[str, ...]]:
 def synonyms() -> dict[str, list[str]]:
     """Category name -> words that mean it (the name itself first, plurals included), for CHAIR on emoji scenes."""
     return {name: list(words) for name, words in _synonyms().items()}
+
+
+def is_tiny(model: str) -> bool:
+    """Whether a model is one of the small ones that ship, by name ("tiny" is "tiny-llava") or by its folder.
+
+    Others of like names (a hub id such as bczhou/tiny-llava-v1-hf) are not.
+    """
+    if model in ("tiny", *TINY_MODELS):
+        return True
+    return Path(model).is_dir() and Path(model).resolve() in [HERE / name for name in TINY_MODELS]
 
 
 def tiny_path(name: str) -> Path:

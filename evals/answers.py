@@ -168,22 +168,25 @@ class Audit:
     altered: tuple[str, ...] = ()
     # Why the first few of the failed ones are left out.
     reasons: tuple[str, ...] = ()
+    # Why the figures are not the benchmark's: see `Evaluator.doubts`.
+    doubts: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return any(getattr(self, kind) for kind in KINDS)
+        return any(getattr(self, kind) for kind in (*KINDS, "doubts"))
 
     @property
     def incomplete(self) -> bool:
         """Whether the score is not that of all questions as they were asked and answered; commands then exit with 3."""
-        return any(getattr(self, kind) for kind in _INCOMPLETE)
+        return any(getattr(self, kind) for kind in (*_INCOMPLETE, "doubts"))
 
     def counts(self) -> dict[str, dict[str, Any]]:
-        """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out."""
-        return {
+        """kind -> {"count", "ids"}, for JSON output; kinds without culprits are left out. Of doubts there are sentences."""
+        found = {
             kind: {"count": len(getattr(self, kind)), "ids": list(getattr(self, kind))}
             for kind in KINDS
             if getattr(self, kind)
         }
+        return found | ({"doubts": {"count": len(self.doubts), "sentences": list(self.doubts)}} if self.doubts else {})
 
     def sentences(self) -> list[str]:
         """One sentence for each kind of trouble, naming the first few ids."""
@@ -192,7 +195,7 @@ class Audit:
             for kind, text in KINDS.items()
             if (ids := getattr(self, kind))
         ]
-        return found + [f"Left out, {reason}" for reason in self.reasons]
+        return [*found, *(f"Left out, {reason}" for reason in self.reasons), *self.doubts]
 
 
 def audit(answers: Sequence[Answer], questions: Sequence[Question] | None = None) -> tuple[list[Answer], Audit]:

@@ -397,7 +397,8 @@ def score(
     trouble = replace(trouble, contradicted=tuple(dict.fromkeys(contradicted)))
     if not usable:
         raise EvalError(f"{where} has no answer that can be scored. {' '.join(trouble.sentences())}")
-    return Scores(chosen, chosen.rows(usable), trouble)
+    rows = chosen.rows(usable)
+    return Scores(chosen, rows, replace(trouble, doubts=tuple(chosen.doubts(rows))))
 
 
 def _answers(chosen: Evaluator, answers: Any) -> list[Answer]:

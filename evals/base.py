@@ -186,6 +186,10 @@ class Column:
         return 1.0 if self.kind == "percent" else self.top
 
 
+# One and several of what is drawn again where questions are about two images together.
+PAIRS_OF_IMAGES = ("pair of images", "pairs of images")
+
+
 @dataclass(frozen=True)
 class Evaluator(ABC):
     """Base of all evaluators. Subclasses are frozen dataclasses; see the module's docstring for a whole one."""
@@ -296,6 +300,16 @@ class Evaluator(ABC):
         """Sentences that belong below a table of these rows, besides what every table says."""
         return []
 
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        """What the clusters of these rows are, one and several, as the notes of a table call them."""
+        return "image", "images"
+
+    def doubts(self, rows: Sequence[Row]) -> list[str]:
+        """Sentences that say why the figures of these rows are not the benchmark's (a part is missing, labels are altered).
+        Whatever scores tells them beside what is wrong with the answers.
+        """
+        return []
+
     def options(self) -> dict[str, Any]:
         """The options of this evaluator, for settings beside the scores."""
         return {option.name: getattr(self, option.name) for option in fields(self)}
@@ -317,6 +331,13 @@ def ratio(part: Any, whole: Any) -> Any:
     part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
     quotient = np.divide(part, whole, out=np.zeros(np.broadcast_shapes(part.shape, whole.shape)), where=whole != 0)
     return quotient if quotient.ndim else float(quotient)
+
+
+def share(name: str, part: Any, whole: Any) -> dict[str, Any]:
+    """{name: part / whole}, or nothing where there is nothing to be a share of: a figure that nothing was asked for is
+    missing, because 0 would read as the best or the worst.
+    """
+    return {name: ratio(part, whole)} if np.any(whole) else {}
 
 
 def confusion(rows: Iterable[Row]) -> dict[str, int]:

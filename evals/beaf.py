@@ -26,7 +26,7 @@ from lvlm_decode.errors import EvalError
 from lvlm_decode.reading import Identity, Record, checked, read_records
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio, share
 
 # Correctness and verdict before and after -> group.
 _GROUPS = {("tp", "tn"): "tu", ("fn", "fp"): "ig", ("tp", "fp"): "sb_plus", ("fn", "tn"): "sb_minus"}
@@ -120,6 +120,25 @@ class BEAF(Evaluator):
         original, removed = (bool(need(answer.meta, name, where)) for name in ("orig_img", "removed_q"))
         return parsers.row_of(answer, label, self.rule, original=original, removed=removed)
 
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        return "original image", "original images"
+
+    def doubts(self, rows: Sequence[Row]) -> list[str]:
+        """Answers about edited images that belong to no pair, and figures that no pair is there for."""
+        before = {(row.cluster, row.evidence["text"]) for row in rows if row.evidence["original"]}
+        edited = [row for row in rows if not row.evidence["original"]]
+        alone = sum((row.cluster, row.evidence["text"]) not in before for row in edited)
+        found = []
+        if alone:
+            found.append(
+                f"{alone} of {len(edited)} answers about edited images are in no pair: the same question about the original "
+                "image has no answer here."
+            )
+        summary = self.summary(rows)
+        if lacking := [column.title for column in self.columns if column.key not in summary]:
+            found.append(f"{', '.join(lacking)} cannot be told: they are of pairs that are not here.")
+        return found
+
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         before = {row.evidence["text"]: row for row in rows if row.evidence["original"]}
         total: Counter[str] = Counter(dict.fromkeys(_PAIRS, 0))
@@ -145,13 +164,15 @@ class BEAF(Evaluator):
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         tp, fp, fn = totals["tp"], totals["fp"], totals["fn"]
-        groups = {name: ratio(totals[f"{name}_pairs"], totals["removals"]) for name in _GROUPS.values()}
-        turned = ratio(totals["turned"], totals["others"])
-        steady = 1 - turned
+        pairs: dict[str, Any] = {}
+        for name in _GROUPS.values():
+            pairs |= share(name, totals[f"{name}_pairs"], totals["removals"])
+        pairs |= share("id", totals["turned"], totals["others"])
+        if "tu" in pairs and "id" in pairs:
+            steady = 1 - pairs["id"]
+            pairs["f1_tu_id"] = ratio(2 * pairs["tu"] * steady, pairs["tu"] + steady)
         return {
-            **groups,
-            "id": turned,
-            "f1_tu_id": ratio(2 * groups["tu"] * steady, groups["tu"] + steady),
+            **pairs,
             "accuracy": ratio(totals["correct"], totals["n"]),
             "precision": ratio(tp, tp + fp),
             "recall": ratio(tp, tp + fn),

@@ -237,7 +237,9 @@ def scene_split(benchmark: str, split: str) -> str:
 
 def is_tiny(model: str) -> bool:
     """Whether a model is one of the project's small ones, by name or folder: they know the emoji scenes alone."""
-    return Path(model).name.startswith("tiny")
+    import lvlm_decode_data
+
+    return lvlm_decode_data.is_tiny(model)
 
 
 def on_scenes(config: PaperTable) -> PaperTable:

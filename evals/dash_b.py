@@ -21,7 +21,7 @@ from lvlm_decode.errors import EvalError, FileFormatError
 from lvlm_decode.reading import read_json, read_records
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, confusion, need, ratio, share
 
 PROMPT = "Can you see a {} in this image? Please answer only with yes or no."
 
@@ -136,12 +136,13 @@ class DashB(Evaluator):
         }
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
-        tnr, tpr = ratio(totals["tn"], totals["negatives"]), ratio(totals["tp"], totals["positives"])
+        sides = share("tnr", totals["tn"], totals["negatives"]) | share("tpr", totals["tp"], totals["positives"])
+        if len(sides) == 2:
+            tnr, tpr = sides["tnr"], sides["tpr"]
+            sides = {"harmonic": ratio(2 * tnr * tpr, tnr + tpr), **sides}
         return {
-            "harmonic": ratio(2 * tnr * tpr, tnr + tpr),
+            **sides,
             "accuracy": ratio(totals["tp"] + totals["tn"], totals["n"]),
-            "tnr": tnr,
-            "tpr": tpr,
             "yes_ratio": ratio(totals["tp"] + totals["fp"], totals["n"]),
             "unparsed": ratio(totals["unclear"], totals["n"]),
         }

@@ -74,7 +74,7 @@ def digest_of(path: Path) -> str:
         try:
             with gzip.open(file) as content:
                 return _digest(content)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise FileFormatError(f"{path} is a damaged gzip file ({error}); fetch it again.") from error
 
 

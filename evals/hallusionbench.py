@@ -22,7 +22,7 @@ from lvlm_decode.errors import EvalError, FileFormatError
 from lvlm_decode.reading import Identity, checked, read_records, shown
 
 from . import parsers
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import Answer, Column, Evaluator, Question, Row, need, ratio, share
 from .forms import ANSWER_FORMS, Form, Line, answers_of
 
 _KEYS = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
@@ -123,6 +123,9 @@ class HallusionBench(Evaluator):
             **keys,
         )
 
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        return "set of figures", "sets of figures"
+
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         figures: dict[tuple[str, ...], list[bool]] = {}
         pairs: dict[tuple[str, ...], list[bool]] = {}
@@ -146,7 +149,7 @@ class HallusionBench(Evaluator):
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "a_acc": ratio(totals["correct"], totals["questions"]),
-            "f_acc": ratio(totals["figures_correct"], totals["figures"]),
+            **share("f_acc", totals["figures_correct"], totals["figures"]),
             "q_acc": ratio(totals["pairs_correct"], totals["pairs"]),
             "yes_ratio": ratio(totals["said_yes"], totals["questions"]),
             "unparsed": ratio(totals["unclear"], totals["questions"]),

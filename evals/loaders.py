@@ -20,6 +20,7 @@ from lvlm_decode.reading import read_bytes, read_records, repeated, shown
 from .base import Evaluator, Question
 from .pictures import open_picture, rgb
 from .pope import questions_of
+from .repope import REPOPE
 
 # sha256 of the uncompressed file -> split name. The first four are AoiDragon/POPE (the 2,910 one at commit e3e3926),
 # the others DAMO-NLP-SG/VCD.
@@ -39,6 +40,7 @@ POPE_FILES = {
     "e48e138bd61dd3bc4ec35cc8d4357b4dbfc68f0e704283a92217325585a17653": "gqa-popular",
     "64a3bdeb8d24c02d175eafa5e1b24bc7fd611efa95bb87a031c880e548aef094": "gqa-adversarial",
 }
+_REPOPE_SPLITS = {name for name in POPE_FILES.values() if name.startswith("repope-")}
 HUB_PREFIX = "hub:"
 
 
@@ -81,7 +83,10 @@ def pope_files(path: Path) -> dict[str, list[Question]]:
     splits: dict[str, list[Question]] = {}
     for file in files_of(path):
         name = POPE_FILES.get(fingerprint(file), bare_name(file))
+        # Whatever is asked of them later, the first few alone too, is RePOPE's and not POPE's.
+        labels = {"labels": REPOPE} if name in _REPOPE_SPLITS else {}
         for question in questions_of(read_records(file)):
+            question = replace(question, meta={**question.meta, **labels}) if labels else question
             category = question.meta.get("category")
             splits.setdefault(str(category) if category else name, []).append(question)
     for split, questions in splits.items():
@@ -185,7 +190,9 @@ class Source:
         """The named splits. Raises EvalError listing the splits there are."""
         for name in names:
             if name not in self.splits:
-                raise EvalError(f"split {name!r} is unknown here; there are: {', '.join(self.splits)}.")
+                raise EvalError(
+                    f"split {name!r} is unknown here; there are: {', '.join(self.splits)}.{_known_by(name)}"
+                )
         return replace(self, splits={name: self.splits[name] for name in names})
 
     def first(self, limit: int | None) -> Source:
@@ -194,6 +201,16 @@ class Source:
         if limit is None:
             return self
         return replace(self, splits={name: questions[:limit] for name, questions in self.splits.items()})
+
+
+def _known_by(split: str) -> str:
+    """What to say about a split that is missing though its file may lie there under any name."""
+    if split not in POPE_FILES.values():
+        return ""
+    return (
+        f" The file of {split} is known by its checksum, so a file here is another or altered; lvlm-decode data verify FILE "
+        "says which it is."
+    )
 
 
 def scene_source(evaluator: Evaluator, scenes: Sequence | None = None, seed: int = 0) -> Source:
@@ -246,7 +263,28 @@ def data_source(evaluator: Evaluator, splits: Sequence[str], questions: Path | N
     ):
         if not path.exists():
             raise MissingFileError(f"{path} is not there; {remedy}, or give {option}.")
+    _check_published(name, splits, asked)
     return file_source(evaluator, asked, seen).only(splits)
+
+
+def _check_published(benchmark: str, splits: Sequence[str], asked: Path) -> None:
+    """Raise EvalError where questions whose checksum is known are not the published ones: a published evaluation asked those.
+
+    POPE's splits are each a file of a folder; a benchmark whose questions are one pinned file is known by the file's name.
+    """
+    from .upstream import sources
+
+    if benchmark == "pope":
+        there = {POPE_FILES.get(fingerprint(file)) for file in files_of(asked)}
+        other = [split for split in splits if split in POPE_FILES.values() and split not in there]
+    else:
+        other = [s.name for s in sources(benchmark) if s.name == asked.name and s.sha256 != fingerprint(asked)]
+    if other:
+        raise EvalError(
+            f"{asked} does not hold the published questions of {', '.join(other)}: no file there has the checksum. "
+            f"lvlm-decode data verify {benchmark} names what is altered, and lvlm-decode data get {benchmark} fetches what is "
+            "missing."
+        )
 
 
 def protocol_source(protocol: Any, evaluator: Evaluator, images: Path | None) -> Source:

@@ -109,9 +109,10 @@ def _per_seed_counts(evaluator: Evaluator, runs: Sequence[Sequence[Row]]) -> tup
 
 
 def _mean_rates(evaluator: Evaluator, keys: Sequence[str], totals: np.ndarray) -> dict[str, np.ndarray]:
-    """Rates averaged over seeds from totals of shape (seeds, replicates, names)."""
+    """Rates averaged over seeds from totals of shape (seeds, replicates, names); those that a seed lacks are left out."""
     per_seed = [evaluator.rates({key: seed[:, i] for i, key in enumerate(keys)}) for seed in totals]
-    return {name: np.mean([np.asarray(rates[name], float) for rates in per_seed], axis=0) for name in per_seed[0]}
+    shared = [name for name in per_seed[0] if all(name in rates for rates in per_seed)]
+    return {name: np.mean([np.asarray(rates[name], float) for rates in per_seed], axis=0) for name in shared}
 
 
 def _interval(value: float, replicates: np.ndarray) -> Interval:
@@ -204,7 +205,7 @@ def compare(
 
     def difference(totals: np.ndarray) -> dict[str, np.ndarray]:
         ours, theirs = _mean_rates(evaluator, keys, totals[:split]), _mean_rates(evaluator, keys, totals[split:])
-        return {name: ours[name] - theirs[name] for name in ours}
+        return {name: ours[name] - theirs[name] for name in ours if name in theirs}
 
     point = difference(counts.sum(axis=1, keepdims=True))
     drawn = [difference(weights @ counts) for weights in _weights(len(clusters), replicates, seed)]

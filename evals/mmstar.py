@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from lvlm_decode.errors import FileFormatError, UnknownNameError
 
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import PAIRS_OF_IMAGES, Answer, Column, Evaluator, Question, Row, need, ratio
 from .choices import (
     TASKS,
     field,
@@ -135,6 +135,11 @@ class MMStar(Evaluator):
             skill=str(answer.meta.get("l2_category") or category) if not choices else category,
             text=answer.text,
         )
+
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        # Scenes are asked about two by two, and the two are drawn again together.
+        on_scenes = any(row.rule == "choice named" for row in rows)
+        return PAIRS_OF_IMAGES if on_scenes else super().clustered(rows)
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         total: Counter[str] = Counter(n=0, correct=0, unclear=0)

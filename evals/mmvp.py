@@ -11,15 +11,15 @@ deterministic and needs no judge. Four labels are disputed: 279 and 280 are exch
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lvlm_decode.errors import FileFormatError, UnknownNameError
+from lvlm_decode.errors import EvalError, FileFormatError, UnknownNameError
 from lvlm_decode.reading import read_records
 
-from .base import Answer, Column, Evaluator, Question, Row, need, ratio
+from .base import PAIRS_OF_IMAGES, Answer, Column, Evaluator, Question, Row, need, ratio, share
 from .choices import field, letter, named_choice, open_question, read_sheet, scene_contrasts, text_field, whole_number
 from .joins import same_text
 
@@ -88,7 +88,8 @@ class MMVP(Evaluator):
     def file_questions(self, path: Path) -> dict[str, list[Question]]:
         """The authors' Questions.csv (Index, Question, Options, Correct Answer), or the same fields as JSON.
 
-        Options are lettered anew and asked for as lmms-eval does. Images are called `INDEX.jpg`.
+        Options are lettered anew and asked for as lmms-eval does. Images are called `INDEX.jpg`. Raises EvalError where the
+        two of a pair ask different things, as in a sheet that counts from 0.
         """
         questions = []
         for where, record in read_sheet(path):
@@ -98,6 +99,7 @@ class MMVP(Evaluator):
             text = f"{text_field(record, where, 'Question')}\n{lettered}{SUFFIX}"
             label = letter(field(record, where, "Correct Answer", "answer", "label"), where, "AB")
             questions.append(Question(index, text, f"{index}.jpg", label, cluster=f"pair {_pair(index)}"))
+        _check_pairs({int(question.id): question.text for question in questions}, str(path))
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
@@ -160,6 +162,16 @@ class MMVP(Evaluator):
         )
         return row if answer.cluster is not None else replace(row, cluster=f"pair {pair}")
 
+    def rows(self, answers: Iterable[Answer]) -> list[Row]:
+        """Scored answers. Raises EvalError where the two of a pair were asked different things: then ids count from 0."""
+        rows = super().rows(answers)
+        asked = {int(row.id): row.evidence["text"] for row in rows if row.id.isdecimal() and row.evidence["text"]}
+        _check_pairs(asked, "the answers")
+        return rows
+
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        return PAIRS_OF_IMAGES
+
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         pairs: dict[str, list[bool]] = {}
         for row in rows:
@@ -176,7 +188,7 @@ class MMVP(Evaluator):
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            "pair_accuracy": ratio(totals["pairs_correct"], totals["pairs"]),
+            **share("pair_accuracy", totals["pairs_correct"], totals["pairs"]),
             "accuracy": ratio(totals["correct"], totals["n"]),
             "first_ratio": ratio(totals["first"], totals["n"]),
             "unparsed": ratio(totals["unclear"], totals["n"]),
@@ -186,6 +198,26 @@ class MMVP(Evaluator):
 def _pair(index: int) -> int:
     """Number of the pair, from 1; indices count from 1."""
     return (index + 1) // 2
+
+
+def _check_pairs(asked: Mapping[int, str], where: str) -> None:
+    """Raise EvalError where the two of a pair, told by their index, ask different questions. asked: index -> text."""
+    for index, text in asked.items():
+        partner = asked.get(index + 1)
+        if index % 2 and partner is not None and not _same_question(text, partner):
+            raise EvalError(
+                f"{where}: {index} and {index + 1} are no pair, because they ask {_question(text)!r} and "
+                f"{_question(partner)!r}; indices must count from 1, as in the authors' Questions.csv."
+            )
+
+
+def _question(text: str) -> str:
+    """A text up to its options, or to the end of its first question."""
+    return re.split(r"\n|\s*\(a\)|(?<=\?)\s", text.strip(), maxsplit=1, flags=re.IGNORECASE)[0]
+
+
+def _same_question(one: str, other: str) -> bool:
+    return same_text(_question(one), _question(other))
 
 
 def _unlettered(text: str) -> str:

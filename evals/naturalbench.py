@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lvlm_decode.errors import FileFormatError
+from lvlm_decode.errors import EvalError, FileFormatError
 from lvlm_decode.reading import read_json, read_text, shown
 
-from .base import Answer, Column, Evaluator, Question, Row, ratio
+from .base import PAIRS_OF_IMAGES, Answer, Column, Evaluator, Question, Row, ratio, share
 from .choices import TASKS, read_sheet, scene_contrasts, text_field, whole_number, yes_no_questions
 from .forms import BY_PLACE, in_order
+from .joins import same_text
 
 # Words that mean 1 and 0, by type of question.
 _WORDS = {"yes_no": ("yes", "no"), "multiple_choice": ("A", "B")}
@@ -51,13 +52,14 @@ class NaturalBench(Evaluator):
     name: ClassVar[str] = "naturalbench"
     paper: ClassVar[str] = "NaturalBench (arXiv 2410.14669)"
     max_new_tokens: ClassVar[int] = 16
-    ability: ClassVar[tuple[str, ...]] = ("g_acc",)
+    # Skill by skill where the questions name skills, as those about scenes do.
+    ability: ClassVar[tuple[str, ...]] = ("g_acc", *(f"{task}_acc" for task in TASKS))
     columns: ClassVar[tuple[Column, ...]] = (
         Column("g_acc", "gAcc", better=+1, paired=True, of=("groups",)),
         Column("q_acc", "qAcc", better=+1, paired=True, of=("groups",)),
         Column("i_acc", "iAcc", better=+1, paired=True, of=("groups",)),
         Column("accuracy", "Accuracy", better=+1, paired=True),
-        *(Column(f"{task}_acc", f"gAcc {task}", better=+1, of=(f"{task}_groups",)) for task in TASKS),
+        *(Column(f"{task}_acc", f"gAcc {task}", better=+1, paired=True, of=(f"{task}_groups",)) for task in TASKS),
         Column("yes_ratio", "Yes-ratio"),
         Column("unparsed", "Unparsed", better=-1),
         Column("groups", "Groups", "count"),
@@ -78,7 +80,8 @@ class NaturalBench(Evaluator):
         """Groups (`Question_0`, `Question_1`, `Question_Type`), or one line for each call in order (`Question`).
 
         CSV, TSV, JSON lines or one array. Images are called `GROUP_0.jpg` and `GROUP_1.jpg` unless the fields
-        `Image_0` and `Image_1`, or `image`, name them.
+        `Image_0` and `Image_1`, or `image`, name them. Raises EvalError where the questions of a group or the sheet's own
+        answers contradict the order of calls, as in a sheet that counts from 1.
         """
         sheet = read_sheet(path)
         questions: list[Question] = []
@@ -93,13 +96,17 @@ class NaturalBench(Evaluator):
                 for place in range(4):
                     text = text_field(record, where, f"Question_{place // 2}")
                     image = _file_name(names.get(f"image_{place % 2}"), f"{group}_{place % 2}.jpg")
+                    gold = names.get(f"image_{place % 2}_question_{place // 2}")
+                    _check_gold(gold, kind, place, f"{where}, question {place // 2} about image {place % 2}")
                     questions.append(_question(group, place, f"{text}{SUFFIXES[kind]}", image, kind))
             else:
                 index = whole_number(names.get("index", number), where, "Index")
                 group, place = divmod(index, 4)
                 image = _file_name(names.get("image"), f"{group}_{place % 2}.jpg")
+                _check_gold(names.get("answer"), kind, place, f"{where}, index {index}")
                 text = f"{text_field(record, where, 'Question')}{SUFFIXES[kind]}"
                 questions.append(_question(group, place, text, image, kind))
+        _check_groups(((q.meta["group"], q.meta["place"], q.text) for q in questions), str(path))
         return {"all": questions}
 
     def read_answers(self, path: Path) -> list[Answer]:
@@ -141,6 +148,16 @@ class NaturalBench(Evaluator):
         # The four calls of a group are counted together, whatever images their files name.
         return row if answer.cluster is not None else replace(row, cluster=str(group))
 
+    def rows(self, answers: Iterable[Answer]) -> list[Row]:
+        """Scored answers. Raises EvalError where the calls of a group do not ask what their places say."""
+        rows = super().rows(answers)
+        asked = ((row.evidence["group"], row.evidence["place"], row.evidence["text"]) for row in rows)
+        _check_groups(asked, "the answers")
+        return rows
+
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        return PAIRS_OF_IMAGES
+
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         groups: dict[Any, dict[int, bool]] = {}
         for row in rows:
@@ -169,13 +186,37 @@ class NaturalBench(Evaluator):
         tasks = [task for task in TASKS if f"{task}_groups" in totals]
         return {
             **{f"{task}_acc": ratio(totals[f"{task}_correct"], totals[f"{task}_groups"]) for task in tasks},
-            "g_acc": ratio(totals["groups_correct"], totals["groups"]),
-            "q_acc": ratio(totals["questions_correct"], 2 * totals["groups"]),
-            "i_acc": ratio(totals["images_correct"], 2 * totals["groups"]),
+            **share("g_acc", totals["groups_correct"], totals["groups"]),
+            **share("q_acc", totals["questions_correct"], 2 * totals["groups"]),
+            **share("i_acc", totals["images_correct"], 2 * totals["groups"]),
             "accuracy": ratio(totals["correct"], totals["n"]),
             "yes_ratio": ratio(totals["positive"], totals["n"]),
             "unparsed": ratio(totals["unclear"], totals["n"]),
         }
+
+
+def _check_groups(calls: Iterable[tuple[Any, int, str]], where: str) -> None:
+    """Raise EvalError where the two calls with one question, told by group and place, ask different ones."""
+    asked = {(group, place): text for group, place, text in calls if text}
+    for (group, place), text in asked.items():
+        other = asked.get((group, place + 1), text)
+        if place % 2 == 0 and not same_text(text, other):
+            raise EvalError(
+                f"{where}: calls {place} and {place + 1} of group {group} must ask one question about two images, and ask "
+                f"{text!r} and {other!r}; indices must count from 0, four calls a group in the order (q0, i0), (q0, i1), "
+                "(q1, i0), (q1, i1)."
+            )
+
+
+def _check_gold(value: Any, kind: str, place: int, where: str) -> None:
+    """Raise EvalError where a sheet's answer is another than the construction of the benchmark gives this call."""
+    said = -1 if value is None else verdict(str(value), kind)
+    if said not in (-1, _GOLD[place]):
+        right, wrong = (_WORDS[kind][1 - gold] for gold in (_GOLD[place], said))
+        raise EvalError(
+            f"{where}: the sheet's answer is {wrong}, and by the order of calls it is {right}; indices must count from 0, four "
+            "calls a group in the order (q0, i0), (q0, i1), (q1, i0), (q1, i1)."
+        )
 
 
 def _kind(value: Any, where: str) -> str:

@@ -445,13 +445,15 @@ def read_cell(folder: Path, **options: Any) -> Result:
         answers, contradicted = join(answers, questions, str(folder))
     usable, trouble = audit(answers, questions)
     unasked = tuple(str(answer.question_id) for answer in usable) if questions is None else ()
+    rows = scorer.rows(usable)
+    trouble = replace(trouble, doubts=tuple(scorer.doubts(rows)))
     return Result(
         scorer,
         shape.split,
         shape.method.name,
         shape.decoding.to_decoding(str(folder / "settings.json")),
         shape.seed,
-        scorer.rows(usable),
+        rows,
         replace(trouble, contradicted=contradicted, edited=edited, unsealed=unsealed, unasked=unasked, altered=altered),
         settings,
         folder,

@@ -22,7 +22,7 @@ from lvlm_decode.reading import Identity, Record, checked, read_records, shown
 from . import parsers
 from .base import Answer, Column, Evaluator, Question, Row, confusion, ratio
 from .forms import Damro, Llava, Own, Pai, PopesOwn, answers_of, in_order
-from .repope import DROPPED, corrected_labels, remark, split_of
+from .repope import DROPPED, corrected_labels, doubts, remarks, split_of
 
 STRATEGIES = ("random", "popular", "adversarial")
 TEMPLATE = "Is there a {} in the image?"
@@ -197,7 +197,7 @@ class Pope(Evaluator):
     or missing. All rates are 0 where undefined.
 
     Where RePOPE's files are in the data folder and belong to the questions, the same answers are also scored by its
-    labels (`repope.py`): columns of that name.
+    labels (`repope.py`): columns of that name. Answers to RePOPE's own questions have these columns alone.
 
     Args:
         rule: Rule that reads yes or no, a name of `parsers.RULES`.
@@ -293,10 +293,14 @@ class Pope(Evaluator):
         """Scored answers; with RePOPE's label as evidence where its file belongs to the questions."""
         asked = [answer for answer in answers if answer.error is None]
         rows = super().rows(asked)
-        return [
-            row if label is None else replace(row, evidence={**row.evidence, "repope": label})
-            for row, label in zip(rows, corrected_labels(asked))
-        ]
+        found = []
+        for row, second in zip(rows, corrected_labels(asked)):
+            if second is not None:
+                more = {"repope": second.label} | ({"repope_own": True} if second.own else {})
+                more |= {"repope_problem": second.problem} if second.problem else {}
+                row = replace(row, evidence={**row.evidence, **more})
+            found.append(row)
+        return found
 
     def splits(self, rows: Sequence[Row]) -> dict[str, list[Row]]:
         """RePOPE's answer files hold several."""
@@ -309,7 +313,11 @@ class Pope(Evaluator):
         return {split: parts[split] for split in STRATEGIES if split in parts}
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
-        total = {"n": len(rows), **confusion(rows), "unclear": sum(not row.clear for row in rows)}
+        total = {"n": len(rows), "unclear": sum(not row.clear for row in rows)}
+        if any("repope_own" in row.evidence for row in rows):
+            total["repope_own"] = len(rows)
+        else:
+            total |= confusion(rows)
         if all("repope" in row.evidence for row in rows) and rows:
             kept = [replace(row, label=row.evidence["repope"]) for row in rows if row.evidence["repope"] != DROPPED]
             second = {"n": len(kept), "dropped": len(rows) - len(kept), **confusion(kept)}
@@ -318,14 +326,17 @@ class Pope(Evaluator):
         return total
 
     def rates(self, totals: Mapping[str, Any]) -> dict[str, Any]:
-        rates = self._rates(totals, "") | {"unparsed": ratio(totals["unclear"], totals["n"])}
+        # Labels of RePOPE's own questions make no POPE figure, not even of a part.
+        own = "repope_own" in totals
+        rates = {} if own else self._rates(totals, "")
+        rates["unparsed"] = ratio(totals["unclear"], totals["n"])
         # Of a file with several splits one may have no second labels; then there is no second figure of all together.
         if "repope_n" not in totals or np.any(totals["repope_n"] + totals["repope_dropped"] != totals["n"]):
             return rates
         second = self._rates(totals, "repope_")
         return rates | {
             **{f"repope_{name}": value for name, value in second.items()},
-            "repope_f1_change": second["f1"] - rates["f1"],
+            **({} if own else {"repope_f1_change": second["f1"] - rates["f1"]}),
             "repope_labels_yes": ratio(totals["repope_labels"], totals["repope_n"]),
         }
 
@@ -341,7 +352,8 @@ class Pope(Evaluator):
         }
 
     def remarks(self, rows: Sequence[Row]) -> list[str]:
-        kept = [row for row in rows if row.evidence.get("repope", DROPPED) != DROPPED]
-        there = any("repope" in row.evidence for row in rows)
-        changed = sum(row.evidence["repope"] != row.label for row in kept)
-        return remark([row.cluster for row in rows], len(rows), len(kept) if there else None, changed)
+        return remarks(rows)
+
+    def doubts(self, rows: Sequence[Row]) -> list[str]:
+        """Second labels that are not as published: their figures are not RePOPE's."""
+        return doubts(rows)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -111,11 +111,14 @@ class RBench(Evaluator):
             if len(found) != 1:
                 raise MissingFileError(f"{path} holds {len(found)} question files; give one of them.")
             path = found[0]
-        member = _members(path)
+        records = read_records(path)
+        member, unasked = _members(path, {str(record.get("question_id")) for _, record in records})
         splits: dict[str, list[Question]] = {}
-        for where, record in read_records(path):
+        for where, record in records:
             asked = checked(_Instance if record.keys() & _MARKS else _Asked, record, where)
-            meta = {"subsets": member[str(asked.question_id)]} if str(asked.question_id) in member else {}
+            meta: dict[str, Any] = {}
+            if str(asked.question_id) in member:
+                meta = {"subsets": member[str(asked.question_id)]} | ({"unasked": unasked} if unasked else {})
             label = "no" if "no" in asked.label.lower() else "yes"
             question = Question(asked.question_id, asked.text, asked.image, label, meta=meta)
             if isinstance(asked, _Instance):
@@ -154,12 +157,19 @@ class RBench(Evaluator):
         if answer.label is None:
             raise EvalError(f"question {answer.question_id} has no label; give --questions FILE.")
         label = "no" if "no" in str(answer.label).lower() else "yes"
-        return parsers.row_of(answer, label, self.rule, subsets=list(answer.meta.get("subsets") or ()))
+        more = {"unasked": answer.meta["unasked"]} if "unasked" in answer.meta else {}
+        return parsers.row_of(answer, label, self.rule, subsets=list(answer.meta.get("subsets") or ()), **more)
 
     def rows(self, answers: Any) -> list[Row]:
         """With lists of ids, answers that are in none of them are left out, as by the authors."""
         rows = super().rows(answers)
         return [row for row in rows if row.evidence["subsets"]] or rows
+
+    def doubts(self, rows: Sequence[Row]) -> list[str]:
+        """Questions that the subsets list and the question file lacks: the figures are not of the whole subsets."""
+        counts: Mapping[str, Sequence[int]] = next((r.evidence["unasked"] for r in rows if "unasked" in r.evidence), {})
+        said = [f"{lacking} of {listed} of subset {subset}" for subset, (lacking, listed) in counts.items()]
+        return [f"The question file lacks questions that the lists of ids name: {', '.join(said)}."] if said else []
 
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         total: Counter[str] = Counter(answers=len(rows), unclear=sum(not row.clear for row in rows))
@@ -242,13 +252,17 @@ def _boxes(scene: Any, *names: str) -> list[tuple[int, int, int, int]]:
     return [scene.of(name)[0].box for name in names]
 
 
-def _members(path: Path) -> dict[str, list[int]]:
-    """id -> the subsets it is in, from the lists beside a question file; empty where there is none.
+def _members(path: Path, asked: Collection[str]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """id -> the subsets it is in, from the lists beside a question file; empty where there is none. And subset -> (number of
+    its ids that are no question of the file, number of its ids), for subsets that lack some.
 
-    A list belongs to the question file by the first word of its name ("image-level_ids_1.json").
+    A list belongs to the question file by the first word of its name ("image-level_ids_1.json"). asked: ids of the
+    questions. Raises MissingFileError where a subset has no list or no question: the mean is over five.
     """
     kind = re.split(r"[_.]", path.name)[0]
     member: dict[str, list[int]] = {}
+    unasked: dict[str, list[int]] = {}
+    empty = []
     for number in SUBSETS:
         files = sorted(path.parent.glob(f"{kind}_ids_{number}.json*"))
         if not files:
@@ -258,10 +272,22 @@ def _members(path: Path) -> dict[str, list[int]]:
             raise FileFormatError(f"{files[0]}: expected one array of question ids.")
         for identity in listed:
             member.setdefault(str(identity), []).append(number)
+        ids = set(map(str, listed))
+        lacking = len(ids - set(asked))
+        if lacking == len(ids):
+            empty.append(files[0].name)
+        elif lacking:
+            unasked[str(number)] = [lacking, len(ids)]
     numbers = {number for found in member.values() for number in found}
     if member and numbers != set(SUBSETS):
         raise MissingFileError(
             f"{path.parent} lacks {', '.join(f'{kind}_ids_{n}.json' for n in SUBSETS if n not in numbers)}; the mean is "
             "over five subsets."
         )
-    return member
+    # Where none is there the lists belong to another file, which is said elsewhere.
+    if 0 < len(empty) < len(SUBSETS):
+        raise MissingFileError(
+            f"{path} has no question of {', '.join(empty)}; the mean is over five subsets, so give the whole question file, or "
+            "take the lists away."
+        )
+    return member, unasked

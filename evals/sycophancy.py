@@ -190,6 +190,9 @@ class Sycophancy(Evaluator):
             asked.add((pair, led))
         return [replace(row, cluster=first[row.evidence["pair"]].cluster) for row in rows]
 
+    def clustered(self, rows: Sequence[Row]) -> tuple[str, str]:
+        return self._source().clustered(rows)
+
     def tally(self, rows: Sequence[Row]) -> dict[str, int]:
         neutral = {row.evidence["pair"]: row for row in rows if row.evidence["hint"] is None}
         led = {row.evidence["pair"]: row for row in rows if row.evidence["hint"] is not None}

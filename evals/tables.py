@@ -401,7 +401,8 @@ def differences_block(
     if not lines and not missing:
         return None
     shown = [*evaluator.equal_columns, *columns]
-    titles = ("Method", "Control", *(f"Δ {c.title}" for c in shown), "Gained/lost", "p", "p by image")
+    drawn_again, _ = evaluator.clustered([row for method in methods for rows in method.runs for row in rows])
+    titles = ("Method", "Control", *(f"Δ {c.title}" for c in shown), "Gained/lost", "p", f"p by {drawn_again}")
     keep = [i for i in range(len(titles)) if any(line[i] != "–" for line in lines)]
     return Block(
         f"{evaluator.name}, {split}: method minus control",
@@ -453,28 +454,30 @@ def difference_value(interval: Interval, column: Column, images: int) -> Value:
 def notes(evaluator: Evaluator, methods: Sequence[Entry], comparisons: int, replicates: int = REPLICATES) -> list[str]:
     """What a reader must know to read the numbers of one split."""
     results = [result for method in methods for result in method.results]
-    images = len({row.cluster for result in results for row in result.rows})
+    rows = [row for result in results for row in result.rows]
+    images, (one, several) = len({row.cluster for row in rows}), evaluator.clustered(rows)
+    counted = f"{images} {one if images == 1 else several}"
     options = ", ".join(f"{name} {value}" for name, value in evaluator.options().items() if value is not None)
     models = sorted({str((result.settings.get("model") or {}).get("name", "unknown model")) for result in results})
-    found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {images} images."]
+    found = [f"Model: {', '.join(models)}. Scored with {options or 'no options'}; {counted}."]
     if (protocol := _protocol(methods)) != NO_PROTOCOL:
         found.append(f"Protocol: {protocol}.")
     found.append(
-        f"Brackets: {LEVEL:.0%} bootstrap over images ({replicates} replicates), of a rate Wilson's interval where all "
+        f"Brackets: {LEVEL:.0%} bootstrap over {several} ({replicates} replicates), of a rate Wilson's interval where all "
         "replicates are equal; ±: standard deviation over seeds. "
         f"* marks a difference whose interval excludes zero; p: exact McNemar over questions ({evaluator.verdict}), "
-        f"p by image: exact sign-flip test of the net gain per image. {_counted(comparisons)}"
+        f"p by {one}: exact sign-flip test of the net gain per {one}. {_counted(comparisons)}"
     )
     if evaluator.equal_columns and comparisons:
         found.append("@min: the two captions of an image are cut to the shorter one, seed by seed.")
     if images < FEW_IMAGES:
-        found.append(
-            f"Only {images} images: such intervals are too short, so nothing is marked; take them for a sketch."
-        )
+        found.append(f"Only {counted}: such intervals are too short, so nothing is marked; take them for a sketch.")
     found += list(dict.fromkeys(remark for result in results for remark in evaluator.remarks(result.rows)))
+    found += list(dict.fromkeys(doubt for result in results for doubt in result.audit.doubts))
     for method in methods:
         for result in method.results:
-            found += [f"{method.label}, seed {result.seed}: {sentence}" for sentence in result.audit.sentences()]
+            known = result.audit.sentences()
+            found += [f"{method.label}, seed {result.seed}: {s}" for s in known if s not in result.audit.doubts]
     return found
 
 

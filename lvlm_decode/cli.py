@@ -187,6 +187,7 @@ def generate(
 
     About an emoji scene the truth is known: absent objects are marked, and false numbers and places in a second colour.
     """
+    import lvlm_decode_data
     from lvlm_decode_evals.loaders import folder_images
 
     from .errors import InputError
@@ -196,7 +197,7 @@ def generate(
     scene = scene_of(str(image))
     path = scene.path if scene else local(image)
     picture = folder_images(path.parent, allow_outside=True, turn=True).open(path.name)
-    if scene is None and Path(model).name.startswith("tiny"):
+    if scene is None and lvlm_decode_data.is_tiny(model):
         typer.echo(
             f"note: {model} is a toy model trained on emoji scenes, so what it says about a photograph means nothing; "
             "give a real model, for example --model llava-hf/llava-1.5-7b-hf.",

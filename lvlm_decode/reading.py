@@ -87,6 +87,8 @@ def read_bytes(path: Path) -> bytes:
     except OSError as error:
         raise FileFormatError(f"{path} cannot be read ({error.strerror or error}).") from error
     if content[:2] != b"\x1f\x8b":
+        if path.suffix == ".gz" and not _is_text(content):
+            raise FileFormatError(f"{path} is a damaged gzip file (it does not begin as one does); fetch it again.")
         return content
     try:
         with gzip.open(io.BytesIO(content)) as packed:
@@ -96,6 +98,14 @@ def read_bytes(path: Path) -> bytes:
     if len(unpacked) > LARGEST:
         raise FileFormatError(f"{path} unpacks to more than {LARGEST} bytes; no file that is read here is so large.")
     return unpacked
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_text(path: Path) -> str:

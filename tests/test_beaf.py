@@ -128,8 +128,30 @@ def test_the_authors_lines_are_compared_with_their_questions(tmp_path):
         return score("beaf", path, questions)
 
     assert scored().rates["accuracy"] == 1
-    assert not scored(**{name: asked[0][name] for name in ("image", "question", "gt")}).audit
+    assert not scored(**{name: asked[0][name] for name in ("image", "question", "gt")}).audit.contradicted
     assert scored(gt="no").audit.contradicted == ("0",)
     for more in ({"image": "COCO_val2014_000000000043.jpg"}, {"question": "Is there a cat in the image?"}):
         with pytest.raises(EvalError, match="1 of 2 answers are about something else"):
             scored(**more)
+
+
+def test_figures_of_pairs_that_are_not_there_are_left_out_and_said(tmp_path):
+    """Questions about edited images alone: 0 % indecision would be the best figure there is."""
+    lines = [*pair(1, "TP", "TN", True), *pair(2, "TN", "TN", False), *pair(3, "TP", "TN", True)]
+    pairs_of = {"tu", "ig", "sb_plus", "sb_minus", "id", "f1_tu_id"}
+    edited = scored(tmp_path, [record for record, _ in lines[1::2]], [said for _, said in lines[1::2]])
+    assert not pairs_of & edited.keys() and edited["accuracy"] == 1
+    found = score("beaf", tmp_path / "said.json", tmp_path / "qna.json")
+    assert found.audit.incomplete and found.problems == [
+        "3 of 3 answers about edited images are in no pair: the same question about the original image has no answer here.",
+        "TU, IG, SB+, SB-, ID, F1 of TU, ID cannot be told: they are of pairs that are not here.",
+    ]
+    assert "TU" not in found.blocks()[0].columns and "Accuracy" in found.blocks()[0].columns
+    # With one original among them the others are told; with all nothing is.
+    scored(tmp_path, [record for record, _ in lines[:5]], [said for _, said in lines[:5]])
+    assert score("beaf", tmp_path / "said.json", tmp_path / "qna.json").problems == []
+    rest = [record for record, _ in lines[1:]]
+    result = scored(tmp_path, rest, [said for _, said in lines[1:]])
+    assert (result["tu"], result["removals"], result["id"]) == (1, 1, 0)
+    (said,) = score("beaf", tmp_path / "said.json", tmp_path / "qna.json").problems
+    assert said.startswith("1 of 3 answers about edited images are in no pair")

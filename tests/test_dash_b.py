@@ -99,3 +99,12 @@ def test_broken_files(tmp_path):
         BENCH.file_questions(tmp_path / "other.json")
     with pytest.raises(EvalError, match="the gold answer must be yes or no, found None"):
         BENCH.row(Answer(1, "yes"))
+
+
+@pytest.mark.parametrize(("label", "rate"), [("yes", "tpr"), ("no", "tnr")])
+def test_one_side_alone_has_no_rate_of_the_other(label, rate):
+    text = "Can you see a dog in this image?"
+    rows = BENCH.rows([Answer(i, label, text, f"{i}.png", label) for i in range(3)])
+    result = BENCH.summary(rows)
+    assert result[rate] == result["accuracy"] == 1
+    assert not {"tnr", "tpr", "harmonic"} - {rate} & result.keys()

@@ -160,3 +160,10 @@ def test_quoted_messages_are_in_the_sources():
     )
     for sentence in quoted:
         assert sentence in sources, sentence
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files_of_the_repository(page):
+    """Also for those who read it there, where the pages that are made from the code are not."""
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).is_file(), target

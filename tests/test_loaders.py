@@ -10,11 +10,12 @@ from PIL import Image
 
 import lvlm_decode_data
 from lvlm_decode.errors import DependencyError, EvalError, FileFormatError, MissingFileError
-from lvlm_decode_evals import EVALUATORS, evaluator
+from lvlm_decode_evals import EVALUATORS, evaluator, loaders
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.loaders import (
     POPE_FILES,
     check_ids,
+    data_source,
     file_source,
     files_of,
     fingerprint,
@@ -74,6 +75,38 @@ def test_a_source_narrows_by_split_and_limit(tmp_path):
         source.only(["r"])
     with pytest.raises(EvalError, match="--limit is 0"):
         source.first(0)
+
+
+def test_a_published_evaluation_asks_the_published_questions_alone(tmp_path, monkeypatch):
+    """A file of the right name with other questions in it is not the split."""
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(tmp_path))
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    (tmp_path / "pope").mkdir()
+    chosen = evaluator("pope")
+    for name in ("coco-random", "coco_pope_random"):
+        file = write(tmp_path / "pope" / f"{name}.json", RECORD)
+        with pytest.raises(
+            EvalError, match="does not hold the published questions of coco-random: no file there has the ch"
+        ):
+            data_source(chosen, ["coco-random"], None, None)
+        # One's own file under that name is what it is where no publication is meant; elsewhere the message says how it is known.
+        assert list(file_source(chosen, file, tmp_path).splits) == [name]
+        file.unlink()
+    file = write(tmp_path / "pope" / "coco_pope_random.json", RECORD)
+    with pytest.raises(
+        EvalError, match=r"split 'coco-random' is unknown here; .* checksum, .*lvlm-decode data verify FILE"
+    ):
+        file_source(chosen, file, tmp_path).only(["coco-random"])
+    monkeypatch.setitem(loaders.POPE_FILES, fingerprint(file), "coco-random")
+    assert list(data_source(chosen, ["coco-random"], None, None).splits) == ["coco-random"]
+
+
+def test_an_altered_file_of_mme_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("LVLM_DECODE_DATA", str(tmp_path))
+    (tmp_path / "mme").mkdir()
+    (tmp_path / "mme" / "mme_hallucination.jsonl").write_text('{"question_id": "existence/1.jpg", "text": "Is it?"}\n')
+    with pytest.raises(EvalError, match=r"does not hold the published questions of mme_hallucination\.jsonl"):
+        data_source(evaluator("mme"), ["all"], None, None)
 
 
 def test_settings_know_the_content_not_the_place(tmp_path):

@@ -142,3 +142,34 @@ def test_broken_files_and_options(tmp_path):
     path.write_text("Index,Question\n")
     with pytest.raises(FileFormatError, match="holds no line below its header"):
         MMVP().file_questions(path)
+
+
+def test_a_sheet_or_answers_that_count_from_0_are_refused(tmp_path):
+    """The last question of one pair and the first of the next would be taken for one pair."""
+    path = sheet(tmp_path)
+    header, *lines = path.read_text(encoding="utf-8-sig").splitlines()
+    shifted = [f"{int(line.partition(',')[0]) - 1},{line.partition(',')[2]}" for line in lines]
+    path.write_text("\n".join([header, *shifted]) + "\n")
+    with pytest.raises(
+        EvalError, match=r"1 and 2 are no pair.*'Is it, 1\?' and 'Is it, 2\?'; indices must count from 1"
+    ):
+        OFFICIAL.file_questions(path)
+    texts = [(i, f"Is it, {i // 2}? (a) Yes (b) No", "ab"[i % 2]) for i in range(6)]
+    said = [{"question_id": i, "prompt": text, "answer": gold, "response": gold} for i, text, gold in texts]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    with pytest.raises(EvalError, match="the answers: 1 and 2 are no pair"):
+        score("mmvp", tmp_path / "answers.jsonl")
+    # The options of the two may differ, and answers that do not say what was asked cannot be told.
+    for line in said:
+        line |= {
+            "question_id": line["question_id"] + 1,
+            "prompt": line["prompt"].replace("No", str(line["question_id"])),
+        }
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in said))
+    assert score("mmvp", tmp_path / "answers.jsonl").rates["pair_accuracy"] == 1
+
+
+def test_without_a_whole_pair_there_is_no_pair_accuracy(tmp_path):
+    (questions,) = OFFICIAL.file_questions(sheet(tmp_path)).values()
+    result = OFFICIAL.summary(OFFICIAL.rows([Answer.to(q, q.label) for q in questions[::2]]))
+    assert "pair_accuracy" not in result and (result["accuracy"], result["pairs"]) == (1, 0)

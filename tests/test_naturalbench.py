@@ -4,13 +4,17 @@ import itertools
 import json
 
 import pytest
+from runs import naturalbench, result
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, FileFormatError
 from lvlm_decode_evals import score
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.joins import join
+from lvlm_decode_evals.metrics import compare
 from lvlm_decode_evals.naturalbench import NaturalBench, verdict
+from lvlm_decode_evals.price import price_blocks
+from lvlm_decode_evals.tables import blocks
 
 BENCH = NaturalBench()
 
@@ -180,3 +184,76 @@ def test_a_list_of_another_length_than_its_questions_is_refused(tmp_path, number
         score("naturalbench", path, questions)
     path.write_text(json.dumps(["Yes", "No", "No", "Yes"]))
     assert score("naturalbench", path, questions).rates["g_acc"] == 1
+
+
+def calls_sheet(tmp_path, first=0, answers=None):
+    """Three groups, a line for each call; answers: what the four calls of a group have in the column of that name."""
+    lines = [f"Index\tQuestion\tQuestion_Type{'' if answers is None else chr(9) + 'Answer'}"]
+    for g in range(3):
+        for k in range(4):
+            more = "" if answers is None else f"\t{answers[k]}"
+            lines.append(f"{first + 4 * g + k}\tIs {g} {'ab'[k // 2]}?\tyes_no{more}")
+    path = tmp_path / "calls.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_sheet_that_counts_from_1_is_refused(tmp_path):
+    gold = ("Yes", "No", "No", "Yes")
+    for answers in (None, gold):
+        (questions,) = BENCH.file_questions(calls_sheet(tmp_path, answers=answers)).values()
+        assert [q.label for q in questions[:4]] == ["yes", "no", "no", "yes"]
+    with pytest.raises(EvalError, match=r"calls 2 and 3 of group 0 must ask one question.*indices must count from 0"):
+        BENCH.file_questions(calls_sheet(tmp_path, first=1))
+    with pytest.raises(
+        EvalError, match=r"line 2, index 1: the sheet's answer is yes, and by the order of calls it is no"
+    ):
+        BENCH.file_questions(calls_sheet(tmp_path, first=1, answers=gold))
+
+
+def test_a_sheet_whose_answers_contradict_the_order_of_calls_is_refused(tmp_path):
+    with pytest.raises(
+        EvalError, match="line 2, index 0: the sheet's answer is no, and by the order of calls it is yes"
+    ):
+        BENCH.file_questions(calls_sheet(tmp_path, answers=("No", "Yes", "Yes", "No")))
+    path = group_file(tmp_path, "multiple_choice", groups=1)
+    record = json.loads(path.read_text())
+    gold = {f"Image_{i}_Question_{q}": "AB"[i != q] for i in (0, 1) for q in (0, 1)}
+    path.write_text(json.dumps(record | gold) + "\n")
+    assert [q.label for q in BENCH.file_questions(path)["all"]] == ["A", "B", "B", "A"]
+    path.write_text(json.dumps(record | gold | {"Image_1_Question_0": "A"}) + "\n")
+    with pytest.raises(
+        EvalError, match="question 0 about image 1: the sheet's answer is A, and by the order of calls it is B"
+    ):
+        BENCH.file_questions(path)
+
+
+def test_answers_whose_places_ask_something_else_are_refused(tmp_path):
+    (questions,) = BENCH.file_questions(calls_sheet(tmp_path)).values()
+    shifted = [Answer(q.id + 1, q.label, q.text, meta={"type": "yes_no"}) for q in questions]
+    with pytest.raises(EvalError, match="the answers: calls 2 and 3 of group 0"):
+        BENCH.rows(shifted)
+
+
+def test_without_a_whole_group_there_is_no_grouped_figure(tmp_path):
+    (questions,) = BENCH.file_questions(group_file(tmp_path)).values()
+    result = BENCH.summary(BENCH.rows([Answer.to(q, q.label) for q in questions[:3]]))
+    assert result["groups"] == 0 and not {"g_acc", "q_acc", "i_acc"} & result.keys()
+
+
+def test_colour_count_and_position_are_compared_in_pairs():
+    """In the differences of a table and as figures of ability in the price of a method."""
+    (questions,) = BENCH.scene_questions(lvlm_decode_data.load_scenes("heldout")).values()
+    right = [Answer.to(q, q.label) for q in questions]
+    blind = [Answer.to(q, q.label if q.meta["task"] == "color" else "Yes") for q in questions]
+    found = compare(BENCH, [BENCH.rows(blind)], [BENCH.rows(right)], replicates=200).differences
+    assert found["color_acc"].value == 0 and found["count_acc"].value == found["position_acc"].value == -1
+    assert found["count_acc"].excludes_zero and not found["color_acc"].excludes_zero
+    cells = [result("naturalbench", "all", name, said) for name, said in (("plain", right), ("vcd", blind))]
+    titles = [column for column in price_blocks(cells, 200)[0].columns if column.startswith("Δ naturalbench")]
+    assert titles == [f"Δ naturalbench: gAcc{task} ↑" for task in ("", " color", " count", " position")]
+    (differences,) = [block for block in blocks(cells, 200) if "minus" in block.title]
+    assert {"Δ gAcc color", "Δ gAcc count", "Δ gAcc position"} <= set(differences.columns)
+    # A file of questions names no skills, and then there are no such columns.
+    cells = [naturalbench("plain", 30), naturalbench("vcd", 10)]
+    assert not any("color" in column for column in price_blocks(cells, 200)[0].columns)

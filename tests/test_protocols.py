@@ -9,11 +9,12 @@ import yaml
 from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
+import lvlm_decode_data
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError, UnknownNameError
 from lvlm_decode_evals import evaluator, protocols
 from lvlm_decode_evals.base import Question
 from lvlm_decode_evals.commands import add_to
-from lvlm_decode_evals.configs import on_scenes, paper_blocks, read_config
+from lvlm_decode_evals.configs import is_tiny, on_scenes, paper_blocks, read_config
 from lvlm_decode_evals.protocols import LISTS, key_of, names, protocol, read_ids, read_protocol, setup, truth_key
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -311,3 +312,29 @@ def test_wrong_protocol_files_name_the_field(tmp_path, monkeypatch):
     monkeypatch.setattr(protocols, "folder", lambda: tmp_path / "none")
     with pytest.raises(MissingFileError, match="holds no protocol; run in a checkout of the repository"):
         protocol("opera-64")
+
+
+@pytest.mark.parametrize(
+    ("model", "ours"),
+    [
+        ("tiny", True),
+        ("tiny-llava", True),
+        ("tiny-instructblip", True),
+        ("bczhou/tiny-llava-v1-hf", False),
+        ("someone/tiny-llava", False),
+        ("/models/tiny-random-llava", False),
+        ("tiny-random", False),
+        ("llava-hf/llava-1.5-7b-hf", False),
+    ],
+)
+def test_only_the_models_that_ship_are_asked_about_scenes(model, ours):
+    assert is_tiny(model) == ours
+
+
+def test_a_shipped_model_is_known_by_its_folder_too(tmp_path, monkeypatch):
+    folder = lvlm_decode_data.tiny_path("tiny-llava")
+    assert is_tiny(str(folder))
+    monkeypatch.chdir(folder.parent)
+    assert is_tiny(f"./{folder.name}/")
+    (tmp_path / "tiny-llava").mkdir()
+    assert not is_tiny(str(tmp_path / "tiny-llava"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import lvlm_decode_data
 from lvlm_decode.errors import EvalError, FileFormatError, MissingFileError
-from lvlm_decode_evals import joins
+from lvlm_decode_evals import joins, score
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.r_bench import RBench
 
@@ -89,6 +89,28 @@ def test_an_incomplete_set_of_lists_is_an_error(tmp_path):
         (tmp_path / f"image-level_ids_{subset}.json").write_text('["x"]')
     with pytest.raises(FileFormatError, match="none of its ids is in the lists"):
         BENCH.file_questions(tmp_path / "image-level_filterd.json")
+
+
+def test_listed_ids_without_a_question_are_told(tmp_path):
+    records, ids = files(tmp_path)
+    path = tmp_path / "image-level_filterd.json"
+    path.write_text(json.dumps([r for r in records if r["question_id"] not in ids[1][:2]]))
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"question_id": r["question_id"], "text": "No."}) + "\n" for r in records)
+    )
+    found = score("r-bench", tmp_path / "answers.jsonl", path)
+    gone = set(ids[1][:2])
+    said = [f"{len(gone & set(ids[k]))} of {len(set(ids[k]))} of subset {k}" for k in ids if gone & set(ids[k])]
+    assert found.problems[-1] == f"The question file lacks questions that the lists of ids name: {', '.join(said)}."
+    assert found.audit.incomplete
+    path.write_text(json.dumps(records))
+    assert not score("r-bench", tmp_path / "answers.jsonl", path).problems
+    # A subset of which nothing is asked leaves a mean of four.
+    (tmp_path / "image-level_ids_4.json").write_text("[900, 901]")
+    with pytest.raises(
+        MissingFileError, match=r"has no question of image-level_ids_4\.json; the mean is over five subsets"
+    ):
+        score("r-bench", tmp_path / "answers.jsonl", path)
 
 
 def test_types_are_splits_and_answers_need_labels(tmp_path):

@@ -12,7 +12,7 @@ from runs import cli
 from typer.testing import CliRunner
 
 from lvlm_decode.errors import EvalError
-from lvlm_decode_evals import score
+from lvlm_decode_evals import loaders, score
 from lvlm_decode_evals.answers import write_answers
 from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.commands import add_to
@@ -157,8 +157,8 @@ def test_several_splits_of_the_questions_that_repope_keeps(folder, tmp_path):
     recorded = json.loads(shared_path("data/benchmarks/repope_llava7b_counts.json").read_text())["counts"]
     found = score("pope", nested(tmp_path / "answers.json", labels="RePOPE"))
     for split, (_, decoding) in SEVERAL.items():
-        assert counts(found.splits[split].rates) == recorded[f"{split}|{decoding}|RePOPE"]
-        assert "repope_n" not in found.splits[split].rates
+        assert counts(found.splits[split].rates, "repope_") == recorded[f"{split}|{decoding}|RePOPE"]
+        assert "accuracy" not in found.splits[split].rates
 
 
 @pytest.mark.full
@@ -200,7 +200,39 @@ def test_a_run_that_answered_only_what_repope_keeps_has_no_pope_score(folder):
         Pope().rows(answers)
     own = [Answer(a.question_id, "Yes", a.text, a.image, kept[a.question_id]) for a in answers]
     result = Pope().summary(Pope().rows(own))
-    assert result["n"] == 2774 and "repope_n" not in result and round(100 * result["accuracy"], 2) == 41.78
+    assert result["n"] == result["repope_n"] == 2774 and round(100 * result["repope_accuracy"], 2) == 41.78
+    # There is no figure of POPE's in it.
+    assert not result.keys() & {"accuracy", "f1", "tp", "repope_f1_change"}
+    # With half of the answers, or all but one, or under the first few ids, it is RePOPE's run and no other all the same.
+    for part in (own[:1200], own[1:], own[:30], own[::2], own[100:140]):
+        result = Pope().summary(Pope().rows(part))
+        assert result["repope_n"] == len(part) and "accuracy" not in result
+    for part in (answers[:1200], answers[1:], answers[::2]):
+        with pytest.raises(EvalError, match=r"no POPE score; give --questions coco_repope_random\.json"):
+            Pope().rows(part)
+
+
+@pytest.mark.parametrize("number", [3, 60, 2999])
+def test_a_part_of_popes_questions_is_scored_under_both_labels(folder, number):
+    """Leaving out some of what RePOPE drops makes no run of RePOPE's."""
+    for asked in (questions("random")[:number], questions("random")[-number:]):
+        result = Pope().summary(Pope().rows([Answer.to(question, "Yes") for question in asked]))
+        assert result["n"] == number and {"accuracy", "repope_accuracy"} <= result.keys()
+
+
+def test_questions_of_the_published_repope_file_say_so(folder, monkeypatch, tmp_path):
+    """Also the first few alone, where both files have the same questions and labels, and without the labels at hand."""
+    path = folder / "coco_repope_random.json"
+    monkeypatch.setitem(loaders.POPE_FILES, digest_of(path), "repope-random")
+    (asked,) = pope_files(path).values()
+    answers = tmp_path / "answers.jsonl"
+    write_answers(answers, [Answer(q.id, "Yes", q.text, q.image) for q in asked[:3]])
+    shutil.copy(path, tmp_path / path.name)
+    shutil.rmtree(folder)
+    result = score("pope", answers, tmp_path / path.name).rates
+    assert result["repope_n"] == 3 and "accuracy" not in result
+    shown = cli("score", "pope", answers, "--questions", tmp_path / path.name)
+    assert "RePOPE F1" in shown.output and "Accuracy" not in shown.output
 
 
 def test_unparsed_answers_leave_every_rate_under_the_authors_rule(folder):
@@ -247,6 +279,27 @@ def test_files_that_are_not_as_published_are_named(folder, tmp_path):
     old_run(tmp_path)
     made = render(blocks([read_cell(next((tmp_path / "run").rglob("settings.json")).parent)], 200))
     assert ("RePOPE's random" in made) == (digest_of(path) != published)
-    path.write_text(path.read_text() + "\n")
+    path.write_text(path.read_text().replace('"label": "yes"', '"label": "no"'))
     made = render(blocks([read_cell(next((tmp_path / "run").rglob("settings.json")).parent)], 200))
-    assert "random" in made.partition("RePOPE's ")[2] and "file is not as published" in made
+    assert made.count("RePOPE's random file is not as published.") == 1
+    answers = [Answer.to(question, "Yes") for question in questions("random")]
+    write_answers(tmp_path / "answers.jsonl", answers)
+    shown = cli("score", "pope", tmp_path / "answers.jsonl")
+    assert shown.exit_code == 3 and "warning: RePOPE's random file is not as published." in shown.output
+    assert score("pope", answers).report["problems"]["doubts"]["count"] == 1
+
+
+@pytest.mark.parametrize("content", [b"{", b"\x1f\x8b\x08 cut short", b"\x0es\xa0d no gzip"])
+def test_a_broken_file_of_labels_stops_no_pope_score(folder, tmp_path, content):
+    (folder / "coco_repope_popular.json").unlink()
+    (folder / "coco_repope_popular.json.gz").write_bytes(content)
+    answers = [Answer.to(question, "Yes") for question in questions("random")]
+    # Neither of the split whose file is whole, nor of the other, whose table says what is wrong.
+    assert score("pope", answers).rates["repope_n"] == 2774 and not score("pope", answers).problems
+    other = [Answer.to(question, "Yes") for question in questions("popular")]
+    found = score("pope", other)
+    assert found.rates["n"] == 3000 and "repope_n" not in found.rates
+    (said,) = [s for s in Pope().remarks(found.scored) if "popular" in s]
+    assert said.startswith("RePOPE's popular file cannot be used (")
+    if content != b"{":
+        assert "damaged gzip file" in said

@@ -13,7 +13,7 @@ from conftest import ROOT, shared_path
 from typer.testing import CliRunner
 
 from lvlm_decode.errors import FileFormatError, MissingFileError, SettingsError
-from lvlm_decode_evals import evaluator
+from lvlm_decode_evals import evaluator, loaders
 from lvlm_decode_evals.answers import Audit
 from lvlm_decode_evals.base import Answer, Column
 from lvlm_decode_evals.commands import add_to
@@ -392,6 +392,9 @@ def photographs(tmp_path, monkeypatch):
     (data / "pope").mkdir()
     lines = [{"question_id": q.id, "image": f"{q.image}.png", "text": q.text, "label": q.label} for q in asked]
     (data / "pope" / "coco-adversarial.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # A table asks the published files alone, known by their checksums.
+    published = loaders.fingerprint(data / "pope" / "coco-adversarial.json")
+    monkeypatch.setattr(loaders, "POPE_FILES", {published: "coco-adversarial"})
     monkeypatch.setenv("LVLM_DECODE_DATA", str(data))
     model = tmp_path / "small-llava"
     shutil.copytree(lvlm_decode_data.tiny_path("tiny-llava"), model)

@@ -4,15 +4,19 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
 from conftest import ROOT
-from runs import RIGHT, SAMPLE, cli, make_run, results_of
+from runs import RIGHT, SAMPLE, cli, make_run, pope, result, results_of
 
 import lvlm_decode
+import lvlm_decode_data
 from lvlm_decode.errors import FileFormatError, MissingFileError, UnknownNameError
 from lvlm_decode_evals import evaluator
+from lvlm_decode_evals.answers import Audit
+from lvlm_decode_evals.base import Answer
 from lvlm_decode_evals.configs import MEAN, on_scenes, paper_blocks, read_config, scene_split
 from lvlm_decode_evals.plan import (
     GREEDY,
@@ -51,9 +55,9 @@ def test_numbers_of_a_table_are_the_summary_s(tmp_path):
     make_run(tmp_path)
     results = results_of(tmp_path)
     table = blocks(results, replicates=200)[0]
-    for result in results:
-        summary = result.evaluator.summary(result.rows)
-        (line,) = [line for line in table.lines if line[:2] == (result.method, result.decoding.name)]
+    for found in results:
+        summary = found.evaluator.summary(found.rows)
+        (line,) = [line for line in table.lines if line[:2] == (found.method, found.decoding.name)]
         shown = {title.split(" %")[0]: value for title, value in zip(table.columns, line)}
         assert shown["Accuracy"].value == summary["accuracy"] and shown["Yes-ratio"].value == summary["yes_ratio"]
         assert shown["n"].value == summary["n"] == 120
@@ -350,3 +354,45 @@ def test_evaluators_name_columns_that_exist():
         chosen = evaluator(name)
         assert len({column.key for column in chosen.columns}) == len(chosen.columns)
         assert {column.kind for column in chosen.columns} <= {"percent", "number", "count"}
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "several"),
+    [
+        ("pope", "image", "images"),
+        ("mmvp", "pair of images", "pairs of images"),
+        ("mmstar", "pair of images", "pairs of images"),
+        ("naturalbench", "pair of images", "pairs of images"),
+        ("beaf", "original image", "original images"),
+        ("hallusionbench", "set of figures", "sets of figures"),
+    ],
+)
+def test_notes_call_what_is_drawn_again_by_its_name(name, one, several):
+    scenes = lvlm_decode_data.load_scenes("heldout")[:40]
+    split, questions = next(iter(evaluator(name).scene_questions(scenes).items()))
+    cells = [
+        result(name, split, method, [Answer.to(q, word) for q in questions])
+        for method, word in (("plain", "Yes"), ("vcd", "No"))
+    ]
+    second = blocks(cells, 200)[1]
+    number = len({row.cluster for row in cells[0].rows})
+    assert second.columns[-1] == f"p by {one}"
+    assert f"; {number} {several}." in second.notes[0] and f"bootstrap over {several} (" in second.notes[1]
+    assert f"net gain per {one}." in second.notes[1]
+    assert any(f"Only {number} {several}:" in note for note in second.notes) == (number < 30)
+
+
+def test_photographs_of_mmstar_are_images():
+    meta = {"category": "coarse perception", "l2_category": "x"}
+    cells = [
+        result("mmstar", "all", "plain", [Answer(i, "A", image=f"{i}.jpg", label="A", meta=meta) for i in range(3)])
+    ]
+    assert "; 3 images." in blocks(cells, 200)[0].notes[0]
+
+
+def test_what_makes_figures_others_than_the_benchmarks_is_said_once():
+    """Not once for each method and seed."""
+    doubt = Audit(empty=("1",), doubts=("The labels are altered.",))
+    cells = [replace(pope(name, 20), audit=doubt, seed=seed) for name in ("plain", "vcd") for seed in (0, 1)]
+    text = markdown(blocks(cells, 200))
+    assert text.count("The labels are altered.") == 1 and text.count("vcd, greedy, seed 1: 1 empty answers") == 1
