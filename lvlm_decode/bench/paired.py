@@ -265,6 +265,7 @@ def circumstances(model: Any) -> dict[str, Any]:
         "device": str(model.device),
         "gpu": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else None,
         "dtype": str(model.dtype),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "commit": done.stdout.strip() or "unknown",
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
