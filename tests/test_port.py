@@ -79,6 +79,7 @@ IMPORTS = {
     "OPENAI_CLIP_STD",
     "PrefixConstrainedLogitsProcessor",
     "ProcessorMixin",
+    "StoppingCriteria",
     "StoppingCriteriaList",
     "SuppressTokensLogitsProcessor",
     "TemperatureLogitsWarper",
