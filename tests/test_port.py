@@ -63,6 +63,7 @@ NAMES = {
 IMPORTS = {
     "AutoModelForImageTextToText",
     "AutoProcessor",
+    "BaseStreamer",
     "EosTokenCriteria",
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
