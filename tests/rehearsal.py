@@ -33,7 +33,8 @@ class Counts:
 
     Args:
         operators: launches on the device.
-        synchronisations: times that the host waited for a value of the device.
+        synchronisations: times that the host waited for the device: for a value of it, or to send it one out of memory that is
+            not pinned.
         copies: values sent from the host to the device.
     """
 
@@ -152,7 +153,7 @@ def _plainly(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _send(func: Callable[..., Any], *args: Any, **kwargs: Any) -> OnDevice:
     """A tensor made on the CPU and sent to the device."""
     _State.counts.copies += 1
-    _State.counts.synchronisations += sum(isinstance(leaf, OnDevice) for leaf in tree_leaves(args))
+    _State.counts.synchronisations += 1 + sum(isinstance(leaf, OnDevice) for leaf in tree_leaves(args))
     return OnDevice(_plainly(func, *tree_map(_inner, args), **kwargs))
 
 
@@ -174,6 +175,7 @@ def _to(tensor: torch.Tensor, *rest: Any, **kwargs: Any) -> torch.Tensor:
             _State.counts.operators += new is not here
             return tensor if new is here else OnDevice(new)
         _State.counts.copies += 1
+        _State.counts.synchronisations += not (kwargs.get("non_blocking") and hasattr(here, "pinned"))
         return OnDevice(new)
     _State.counts.synchronisations += there
     return new.clone() if there and new is here else new
@@ -193,6 +195,11 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         first = args[0] if args else None
         mine = isinstance(first, OnDevice)
+        if func is torch.Tensor.pin_memory:
+            # A machine without a GPU has no such memory.
+            copy = _plainly(first.clone)
+            copy.pinned = True
+            return copy
         if func is torch.nn.functional.scaled_dot_product_attention:
             known = {isinstance(t, OnDevice) for t in _tensors(args, kwargs)}
             if known == {True, False}:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .sending import sent
+
 if TYPE_CHECKING:
     from ..engine.stack import Lane, Lanes
 
@@ -35,7 +37,7 @@ def accept_paths(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bo
     if len(paths) == 1:
         length = len(paths[0])
         in_order = list(paths[0]) == list(range(length))
-        rows = None if in_order else torch.tensor(paths[0], device=device)
+        rows = None if in_order else sent(paths[0], device)
         for lane in lanes.lanes:
             base = lane.length - q
             lane.kv.keep(base, length, rows)
@@ -46,8 +48,8 @@ def accept_paths(lanes: Lanes, paths: Sequence[Sequence[int]], q: int, chain: bo
         lanes.generated = lanes.generated + (length - counted)
         return
     longest = max(map(len, paths))
-    rows = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
-    taken = torch.tensor([len(path) for path in paths], device=device)
+    rows = sent([[*path, *[0] * (longest - len(path))] for path in paths], device)
+    taken = sent([len(path) for path in paths], device)
     for lane in lanes.lanes:
         _accept_rows(lane, rows, taken, q, counted)
     lanes.generated = lanes.generated + taken - counted

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ParameterError
 from ..method import BELOW
+from .sending import sent
 
 #: Stands in a tree for a row that fills up a batch: fed as token 0, equal to no token, hence never accepted.
 PAD = -1
@@ -182,13 +183,13 @@ class Tree:
         n = max(len(shape) for _, shape in rows)
         if all(shape.is_chain for _, shape in rows):
             filled = [[*tokens, *[PAD] * (n - len(tokens))] for tokens, _ in rows]
-            return Tree.chain(torch.tensor(filled, dtype=torch.long, device=device))._with_lists(filled)
+            return Tree.chain(sent(filled, device, torch.long))._with_lists(filled)
         tokens, shapes = [], []
         for own, shape in rows:
             missing = n - len(shape)
             tokens.append([*own, *[PAD] * missing])
             shapes.append(shape_of((*shape.parents, *[0] * missing)) if missing else shape)
-        return Tree(torch.tensor(tokens, dtype=torch.long, device=device), tuple(shapes))._with_lists(tokens)
+        return Tree(sent(tokens, device, torch.long), tuple(shapes))._with_lists(tokens)
 
     def _with_lists(self, lists: list[list[int]]) -> Tree:
         """This tree, whose tokens the host knows already and need not read from the device."""
@@ -217,8 +218,8 @@ class Tree:
             return None
         device = self.tokens.device
         if len(self.shapes) == 1:
-            return self.shapes[0].ancestors.to(device)
-        return torch.stack([shape.ancestors for shape in self.shapes]).to(device)
+            return sent(self.shapes[0].ancestors, device)
+        return sent(torch.stack([shape.ancestors for shape in self.shapes]), device)
 
     def depths(self) -> Tensor | None:
         """(n,) or (B, n) long; ``None`` for chains."""
@@ -226,8 +227,8 @@ class Tree:
             return None
         device = self.tokens.device
         if len(self.shapes) == 1:
-            return self.shapes[0].depths.to(device)
-        return torch.stack([shape.depths for shape in self.shapes]).to(device)
+            return sent(self.shapes[0].depths, device)
+        return sent(torch.stack([shape.depths for shape in self.shapes]), device)
 
     def limited(self, depth: int) -> Tree:
         """The tree without rows deeper than ``depth``; what cannot be committed need not be verified."""
@@ -251,7 +252,7 @@ class Tree:
         shape = self.shapes[0]
         place = {row: at for at, row in enumerate(rows)}
         parents = tuple(-1 if row == 0 else place[shape.parents[row]] for row in rows)
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = sent(rows, self.tokens.device)
         logprobs = None if self.logprobs is None else self.logprobs[:, index]
         out = Tree(self.tokens[:, index], (shape_of(parents),), logprobs)
         if "lists" in self.__dict__:

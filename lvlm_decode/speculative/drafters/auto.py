@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from ...errors import InputError
 from ..heads import shipped
 from ..ledger import Ledger
+from ..sending import sent
 from ..tree import Tree
 from .base import Context, Drafter, Session, Verified, Watch
 
@@ -158,7 +158,7 @@ class _AutoSession(Session):
     def propose(self, room: int) -> Tree:
         if self.depth:
             return self.inner.propose(self.depth)
-        roots = torch.tensor([text[-1:] for text in self.context.tokens], device=self.context.device)
+        roots = sent([text[-1:] for text in self.context.tokens], self.context.device)
         return Tree.chain(roots)
 
     def observe(self, verified: Verified) -> None:

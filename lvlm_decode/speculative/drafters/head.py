@@ -19,6 +19,7 @@ from ..heads import DraftHead, fingerprint, load, shipped
 from ..heads.module import CONFIG
 from ..heads.published import checked_states, folder_of
 from ..heads.runner import HeadRunner
+from ..sending import sent
 from ..tree import Tree, rerank, shape_of
 from .base import Context, Drafter, PromptFeatures, Session, Verified
 
@@ -177,7 +178,7 @@ class _HeadSession(Session):
     def _read(self, prompt: PromptFeatures) -> None:
         """Run the head over the prompt, whose last slot is followed by the root."""
         runner, head = self.runner, self.runner.head
-        roots = torch.tensor([text[-1] for text in self.context.tokens], device=runner.device).repeat(self.views)
+        roots = sent([text[-1] for text in self.context.tokens], runner.device).repeat(self.views)
         prompt = prompt.rows(self.views * self.samples)
         image = F.pad(prompt.image[:, 1:], (0, 1))
         features = head.lift(prompt.hidden, prompt.layers)
@@ -216,14 +217,15 @@ class _HeadSession(Session):
         if self.samples == 1:
             path = verified.paths[0]
             if not verified.tree.is_chain:
-                features = hidden[:, path]
+                features = hidden.index_select(1, sent(path, hidden.device))
             else:
                 features = hidden[:, : len(path)]
-            self._extend(torch.tensor([verified.committed[0][: len(path)]], device=hidden.device), features, None)
+            self._extend(sent([verified.committed[0][: len(path)]], hidden.device), features, None)
             return
         # Rows that committed less are padded on the left; finished ones get one unseen slot.
         longest = max(len(tokens) for tokens in verified.committed)
-        tokens = torch.zeros(self.samples, longest, dtype=torch.long, device=hidden.device)
+        # Filled on the host, and sent as a whole.
+        tokens = torch.zeros(self.samples, longest, dtype=torch.long)
         index, seen = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
         for b, (path, own) in enumerate(zip(verified.paths, verified.committed)):
             if own:
@@ -231,6 +233,7 @@ class _HeadSession(Session):
                 tokens[b, -count:] = torch.tensor(own)
                 index[b, -count:] = torch.tensor(path[:count])
                 seen[b, -count:] = True
+        tokens, index, seen = (sent(table, hidden.device) for table in (tokens, index, seen))
         index = index.repeat(self.views, 1)
         features = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[2]))
         self._extend(tokens, features, seen.repeat(self.views, 1))
@@ -296,7 +299,7 @@ class _HeadSession(Session):
 
     def propose(self, room: int) -> Tree:
         depth = min(self.depth, room)
-        roots = torch.tensor([text[-1:] for text in self.context.tokens], device=self.runner.device)
+        roots = sent([text[-1:] for text in self.context.tokens], self.runner.device)
         if depth < 1:
             return Tree.chain(roots)
         if self.top_k == 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...method import BELOW
+from ..sending import sent
 from ..tree import PAD, Tree, ranked_shape
 from .base import Context, Drafter, Session, Verified
 
@@ -75,7 +76,7 @@ class _RecyclingSession(Session):
     def propose(self, room: int) -> Tree:
         drafter, device = self.drafter, self.context.device
         depth = min(self.levels(drafter.depth), room)
-        roots = torch.tensor([text[-1] for text in self.context.tokens], dtype=torch.long, device=device)
+        roots = sent([text[-1] for text in self.context.tokens], device, torch.long)
         if depth < 1:
             return Tree.chain(roots[:, None])
         shape, ranks = ranked_shape(drafter.rows, drafter.chances[: drafter.width], depth)
@@ -98,7 +99,7 @@ class _RecyclingSession(Session):
             # The last writer wins: rejected rows first, then the accepted ones, the deepest last.
             order = [row for row in range(len(tokens)) if row not in accepted] + path
             latest = {tokens[row]: row for row in order if tokens[row] >= 0}
-            rows = torch.tensor(list(latest.values()), device=self.context.device)
+            rows = sent(list(latest.values()), self.context.device)
             self._update(list(latest), verified.scores[sample, rows])
 
     def _update(self, tokens: list[int], scores: Tensor) -> None:
@@ -110,4 +111,4 @@ class _RecyclingSession(Session):
         values, best = scores.topk(self.drafter.width, dim=-1)
         # What the plausibility mask removed is no candidate.
         best = best.masked_fill(values < -BELOW / 2, PAD)
-        self.adjacency[torch.tensor(tokens, device=best.device)] = best
+        self.adjacency[sent(tokens, best.device)] = best
