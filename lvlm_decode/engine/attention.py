@@ -116,7 +116,7 @@ def probabilities(
     scores = (folded @ key.transpose(-1, -2)).float().reshape(rows, heads, count, slots) * scaling
     if edit is not None:
         scores = edit(scores)
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.where(seen, scores, float("-inf")).softmax(-1)
 
 
 def weighted(attention: Tensor, value: Tensor) -> Tensor:
@@ -165,6 +165,8 @@ class Rescored(Edit):
 
     def __init__(self, run: Run, layers: range, change: Callable[[Tensor, Tensor], Tensor], first: bool = True):
         self.run, self.layers, self.change, self.first = run, layers, change, first
+        self._of: tuple[Any, ...] = ()
+        self._slots: tuple[Tensor, Tensor] | None = None
 
     def output(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, out: Tensor
@@ -174,8 +176,7 @@ class Rescored(Edit):
         if rows is None or layer not in self.layers or (lane.prefilling and not self.first):
             return out
         queries = choosing(lane)
-        images = to_layer(image_slots(lane, self.run.family)[rows], lane, key)[:, None, None]
-        seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
+        images, seen = self._slots_of(lane, rows, queries, query, key, mask)
         own = query[rows][:, :, queries]
         attention = probabilities(own, key[rows], seen, scaling, lambda scores: self.change(scores, images))
         if self.run.recorder is not None:
@@ -184,6 +185,18 @@ class Rescored(Edit):
         out = out.clone()
         out[rows, queries] = weighted(attention, value[rows]).to(out.dtype)
         return out
+
+    def _slots_of(
+        self, lane: Lane, rows: slice, queries: slice, query: Tensor, key: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Which slots hold images, and which each query sees; made once a forward, for all layers that see the same."""
+        of = (lane.length, query.shape[2], key.shape[2], key.device)
+        if self._slots is None or self._of[:2] != (lane, id(mask)) or self._of[3:] != of:
+            images = to_layer(image_slots(lane, self.run.family)[rows], lane, key)[:, None, None]
+            seen = rows_of(visible(query.shape[2], key.shape[2], mask, key.device), rows, queries)
+            # With the mask itself, so that no other one can have its id.
+            self._of, self._slots = (lane, id(mask), mask, *of), (images, seen)
+        return self._slots
 
     def _tell(self, lane: Any, layer: int, title: str, attention: Tensor) -> None:
         """Tell the recorder of attention (B, H, q, S)."""

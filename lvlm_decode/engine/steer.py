@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from .samples import Sample
 
 
+#: What `normalize` divides by at least.
+_SMALLEST = 1e-12
+
+
 class Steer(ABC):
     """What is done to the states (B, q, D), float32, that one part of a decoder layer puts out."""
 
@@ -48,15 +52,26 @@ class Turn(Steer):
 
     def __init__(self, vectors: Mapping[int, Tensor], strength: float, boost: bool = False):
         self.vectors, self.strength, self.boost = vectors, strength, boost
+        self._units: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def edit(self, layer: int, states: Tensor) -> Tensor:
-        vector = normalize(per_row(self.vectors[layer], states), dim=-1)
-        own, strength = normalize(states, dim=-1), torch.tensor(self.strength, device=states.device)
+        unit, there = self._unit(layer, states)
+        length = states.norm(dim=-1, keepdim=True)
+        own = states / length.clamp(min=_SMALLEST)
+        strength: Tensor | float = self.strength
         if self.boost:
-            strength = strength * (1 + (-(own * vector).sum(-1, keepdim=True)).clamp(min=0))
-        turned = states.norm(dim=-1, keepdim=True) * normalize(own + strength * vector, dim=-1)
+            strength = self.strength * (1 + (-(own * unit).sum(-1, keepdim=True)).clamp(min=0))
+        turned = length * normalize(own + strength * unit, dim=-1)
         # To take a length off and put it back rounds, and a row without a vector is to stay as it is.
-        return torch.where(vector.any(-1, keepdim=True), turned, states)
+        return torch.where(there, turned, states)
+
+    def _unit(self, layer: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's vectors of length 1, and where there is one; made once for the rows of a call, not for every token."""
+        key = layer, len(states), states.device
+        if key not in self._units:
+            unit = normalize(per_row(self.vectors[layer], states), dim=-1)
+            self._units[key] = unit, unit.any(-1, keepdim=True)
+        return self._units[key]
 
 
 class Add(Steer):
