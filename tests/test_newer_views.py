@@ -2,22 +2,23 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from contract import pool
 from helpers import spelled_logits
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, CLIPImageProcessor, DynamicCache
 
 from lvlm_decode.engine import hf
 from lvlm_decode.engine.run import Run
-from lvlm_decode.errors import InputError, MissingFileError, ParameterError, UnsupportedError
+from lvlm_decode.errors import InputError, MissingFileError, ParameterError, UnknownNameError, UnsupportedError
 from lvlm_decode.method import BELOW, Step
 from lvlm_decode.methods.causalmm import CausalMM, edited
-from lvlm_decode.methods.cicd import CICD, another, filling, pictures_of
+from lvlm_decode.methods.cicd import CICD, another, filling, pictures_of, read
 from lvlm_decode.methods.crops import CRoPS
 from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
@@ -553,7 +554,7 @@ def test_cicd_shows_a_picture_of_the_pool():
     run = run_of("llava", method, texts)
     seen = [run.samples[1][row].vision["pixel_values"] for row in range(len(texts))]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in run.family.pixel_statistics)
-    pictures = [(filling(path, 28, 28) - mean) / std for path in pictures_of(pool())]
+    pictures = [(filling(read(path)[0], 28, 28) - mean) / std for path in pictures_of(pool())]
     found = [
         next(i for i, picture in enumerate(pictures) if torch.allclose(own[0], picture, atol=1e-5)) for own in seen
     ]
@@ -574,11 +575,50 @@ def test_cicd_leaves_a_row_without_image_alone():
 
 def test_cicd_passes_over_the_samples_own_picture(paint):
     own, other = paint("own.png", 1), paint("other.png", 2)
-    shown = filling(own, 28, 28)[None]
-    assert torch.equal(another([own, other])(shown), filling(other, 28, 28)[None])
-    assert torch.equal(another([other, own])(shown), filling(other, 28, 28)[None])
+    shown = filling(read(own)[0], 28, 28)[None]
+    assert torch.equal(another([own, other])(shown), filling(read(other)[0], 28, 28)[None])
+    assert torch.equal(another([other, own])(shown), filling(read(other)[0], 28, 28)[None])
     with pytest.raises(InputError, match="none of the 1 pictures of the pool is another than the sample's own"):
         another([own])(shown)
+
+
+def squashed(picture):
+    return picture.resize((28, 28), Image.Resampling.BICUBIC)
+
+
+def framed(picture):
+    return ImageOps.pad(picture, (28, 28), Image.Resampling.BICUBIC, color=(122, 116, 104))
+
+
+def stretched(picture):
+    """To sides that a patch divides, as Qwen's processor does."""
+    return picture.resize((56, 28), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("shape", [squashed, framed, stretched])
+@pytest.mark.parametrize("size", [(60, 40), (40, 60)], ids=["wide", "high"])
+def test_cicd_knows_the_samples_own_picture_in_every_shape(paint, shape, size):
+    own, other = paint("own.png", 1, size), paint("other.png", 2, size)
+    with Image.open(own) as picture:
+        shown = torch.tensor(np.array(shape(picture))).permute(2, 0, 1)[None].float() / 255
+    # A tile of the picture stands before the whole one.
+    for seen in (shown, torch.stack([torch.rand_like(shown), shown], 1)):
+        assert torch.equal(another([own, other])(seen), another([other])(seen))
+        with pytest.raises(InputError, match="is another than the sample's own"):
+            another([own])(seen)
+
+
+@pytest.mark.parametrize("turn", [True, False], ids=["turned", "as stored"])
+def test_cicd_reads_which_way_is_up(paint, tmp_path, turn):
+    noted, other = Image.Exif(), paint("other.png", 2)
+    noted[ExifTags.Base.Orientation] = 6
+    with Image.open(paint("own.png", 1)) as picture:
+        picture.save(tmp_path / "own.jpg", exif=noted, quality=95)
+        picture.save(tmp_path / "plain.jpg", quality=95)
+    upright = read(tmp_path / "plain.jpg")[0].rot90(-1, (1, 2))
+    assert torch.equal(read(tmp_path / "own.jpg")[0], upright)
+    shown = filling(read(tmp_path / "own.jpg")[0 if turn else 1], 28, 28)[None]
+    assert torch.equal(another([tmp_path / "own.jpg", other])(shown), another([other])(shown))
 
 
 @pytest.mark.parametrize("size", [(60, 31), (31, 60), (28, 28)], ids=["wide", "high", "as it is"])
@@ -587,8 +627,8 @@ def test_cicd_cuts_a_picture_as_clip_does(paint, size):
     how = dict(do_normalize=False, size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     with Image.open(path) as picture:
         want = CLIPImageProcessor(**how)(images=picture, return_tensors="pt")["pixel_values"][0]
-    assert (filling(path, 28, 28) - want).abs().mean() < 0.01
-    assert filling(path, 20, 44).shape == (3, 20, 44)
+    assert (filling(read(path)[0], 28, 28) - want).abs().mean() < 0.01
+    assert filling(read(path)[0], 20, 44).shape == (3, 20, 44)
 
 
 def test_cicd_pools(paint, tmp_path):
@@ -604,6 +644,37 @@ def test_cicd_pools(paint, tmp_path):
     paint("b.png", 1, folder=folder)
     paint("a.png", 2, folder=folder)
     assert [path.name for path in pictures_of(folder)] == ["a.png", "b.png"]
+    # What macOS writes beside a picture.
+    (folder / "._b.png").write_bytes(b"hidden")
+    assert [path.name for path in pictures_of(folder)] == ["a.png", "b.png"]
     (folder / "a.png").write_bytes(b"cut off")
     with pytest.raises(InputError, match=r"a\.png cannot be read as a picture .* take it out of images"):
         run_of("llava", CICD(images=(folder / "a.png",)))
+
+
+def test_cicd_passes_over_what_cannot_be_read(paint, tmp_path):
+    own, other, cut = paint("own.png", 1), paint("other.png", 2), tmp_path / "cut.png"
+    cut.write_bytes(other.read_bytes()[:200])
+    shown = filling(read(own)[0], 28, 28)[None]
+    with pytest.warns(UserWarning, match=r"cut\.png cannot be read .* Another picture takes its place"):
+        assert torch.equal(another([cut, other])(shown), another([other])(shown))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            another([own, cut, other])(shown)
+    assert len(said) == 1
+    with pytest.raises(InputError, match="1 of 2 pictures, and the rest are the sample's own"):
+        another([cut, own])(shown)
+
+
+def test_cicd_opens_one_picture_a_sample(monkeypatch):
+    opened, open_ = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or open_(path))
+    run_of("llava", CICD(images=pool()), ["ab", "is it"])
+    assert len(opened) == 2
+
+
+def test_cicd_has_no_cd_alpha():
+    assert CICD(images="unread", cd_beta=0.2).beta == 0.2
+    with pytest.raises(UnknownNameError, match="no parameter 'cd_alpha'"):
+        CICD(images="unread", cd_alpha=1.0)

@@ -10,7 +10,9 @@ from processors import BUILDERS, picture, real, shown
 import lvlm_decode as ld
 from lvlm_decode.engine.prompts import asking
 from lvlm_decode.engine.run import Run
+from lvlm_decode.errors import InputError
 from lvlm_decode.families import FAMILIES, adapter
+from lvlm_decode.methods.cicd import CICD
 from lvlm_decode.methods.code import CODE
 from lvlm_decode.methods.code import PROMPT as DESCRIBE
 from lvlm_decode.methods.damro import DAMRO
@@ -207,6 +209,20 @@ def test_a_flipped_view_is_the_flipped_picture(family):
     # Resizing is not quite symmetric.
     assert (got - want).abs().mean() < 0.02
     assert (got - want.flip(-1)).abs().mean() > 0.1 or family.startswith("qwen")
+
+
+@each_family
+@pytest.mark.parametrize("size", [WIDE, TALL], ids=["wide", "tall"])
+def test_an_unrelated_image_is_not_the_samples_own(family, size, tmp_path):
+    """However a processor brings a picture to its size, CICD passes over it."""
+    picture(*size).save(tmp_path / "own.png")
+    with pytest.raises(InputError, match="is another than the sample's own"):
+        run_of(family, CICD(images=tmp_path), sizes=(size,))
+    picture(*size, 1).save(tmp_path / "other.png")
+    view = run_of(family, CICD(images=tmp_path), sizes=(size,)).samples[1][0].vision["pixel_values"]
+    assert torch.equal(
+        view, run_of(family, CICD(images=tmp_path / "other.png"), sizes=(size,)).samples[1][0].vision["pixel_values"]
+    )
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "instructblip"])

@@ -10,11 +10,13 @@ and 0.25 for questions in its script. The other image is drawn at random from a 
 least similar one by CLIP, which is not here: give it as the only one. Their draw may meet the sample's own image, which here is
 passed over. They process the other image on its own; here it fills the sample's picture, cut at its edges: what a processor with
 one square does, and on models with tiles or a resolution of their own the sample's grid stays. Each tile shows it whole, and so
-does each of several images and frames. Rows without an image are left alone.
+does each of several images and frames. Rows without an image are left alone. ``cd_alpha`` of their command line is no name of
+alpha, because their loop does not read it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +34,8 @@ from ..method import Contrast, Step, View
 
 #: Names of pictures in a folder end so.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-#: Pictures that differ by less than this share of the range, on average, are one picture.
-SAME = 0.01
+#: Pictures are compared at so many pixels a side; those that differ by less than this share of the range, on average, are one.
+FEW, SAME = 8, 0.005
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class CICD(Contrast):
     name: ClassVar[str] = "cicd"
     paper: ClassVar[str] = "Cross-Image Contrastive Decoding (Zhao et al., 2025)"
     arxiv: ClassVar[str] = "2505.10634"
-    aliases: ClassVar[dict[str, str]] = {**Contrast.aliases, "cross_jsd_th": "threshold"}
+    aliases: ClassVar[dict[str, str]] = {"cd_beta": "beta", "cross_jsd_th": "threshold"}
     costs: ClassVar[tuple[str, ...]] = ("image",)
 
     images: str | Path | tuple[str | Path, ...] | None = None
@@ -100,7 +102,7 @@ def divergence(main: Tensor, other: Tensor) -> Tensor:
 
 
 def pictures_of(given: str | Path | tuple[str | Path, ...]) -> tuple[Path, ...]:
-    """The pictures of a pool, those of a folder by name.
+    """The pictures of a pool, those of a folder by name; hidden files of a folder are none.
 
     Raises:
         MissingFileError: no such file or folder.
@@ -112,7 +114,9 @@ def pictures_of(given: str | Path | tuple[str | Path, ...]) -> tuple[Path, ...]:
             raise MissingFileError(f"cicd: images {path} is missing; give a folder of pictures, or the paths of some.")
         own = [path]
         if path.is_dir():
-            own = sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES)
+            # macOS writes "._a.jpg" beside "a.jpg", which is no picture.
+            shown = (one for one in path.iterdir() if not one.name.startswith("."))
+            own = sorted(one for one in shown if one.suffix.lower() in SUFFIXES)
         if not own:
             raise InputError(f"cicd: the folder {path} holds no picture ({', '.join(SUFFIXES)}); give one that does.")
         found += own
@@ -120,13 +124,26 @@ def pictures_of(given: str | Path | tuple[str | Path, ...]) -> tuple[Path, ...]:
 
 
 def another(pool: list[Path]) -> Callable[[Tensor], Tensor]:
-    """An edit that puts the first picture of a pool that is not among them in the place of pictures (..., 3, H, W)."""
+    """An edit that puts the first picture of a pool that is not among them in the place of pictures (..., 3, H, W).
+
+    Files that cannot be read are passed over with a warning.
+    """
 
     def edit(pictures: Tensor) -> Tensor:
+        unread: list[InputError] = []
         for path in pool:
-            picture = filling(path, pictures.shape[-2], pictures.shape[-1]).to(pictures)
-            if bool(((pictures - picture).abs().mean((-3, -2, -1)) >= SAME).all()):
-                return picture.expand_as(pictures)
+            try:
+                turned, stored = read(path)
+            except InputError as error:
+                unread.append(error)
+                continue
+            if not shows(pictures, turned) and (stored is turned or not shows(pictures, stored)):
+                for one in unread:
+                    warnings.warn(f"{one} Another picture takes its place.", stacklevel=2)
+                return filling(turned, pictures.shape[-2], pictures.shape[-1]).to(pictures).expand_as(pictures)
+        if unread:
+            rest = f" So it is for {len(unread)} of {len(pool)} pictures, and the rest are the sample's own."
+            raise InputError(str(unread[0]) + rest) from unread[0]
         raise InputError(
             f"cicd: none of the {len(pool)} pictures of the pool is another than the sample's own; give more in images."
         )
@@ -134,21 +151,55 @@ def another(pool: list[Path]) -> Callable[[Tensor], Tensor]:
     return edit
 
 
-def filling(path: Path, height: int, width: int) -> Tensor:
-    """(3, height, width) the middle of a picture, with values in [0, 1], resized so that it fills them.
+def read(path: Path) -> tuple[Tensor, Tensor]:
+    """(3, h, w) a picture the way up that its camera noted, and as the file holds it; values are in [0, 1].
 
     Raises:
         InputError: a file that is no picture.
     """
     try:
         with Image.open(path) as opened:
-            values = np.array(opened.convert("RGB"))
+            stored = opened.convert("RGB")
+            turned = ImageOps.exif_transpose(stored)
     # What a reader of pictures raises is not only OSError: SyntaxError, ValueError, DecompressionBombError.
     except Exception as error:
         raise InputError(f"cicd: {path} cannot be read as a picture ({error}); take it out of images.") from error
-    picture = torch.from_numpy(values).permute(2, 0, 1)[None].float() / 255
+
+    def values(picture: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+    upright = values(turned)
+    return upright, values(stored) if stored.getexif().get(ExifTags.Base.Orientation, 1) != 1 else upright
+
+
+def shows(pictures: Tensor, picture: Tensor) -> bool:
+    """Whether one of (..., 3, H, W) is ``picture`` (3, h, w): squashed, cut at its edges, or with a margin around it.
+
+    These are the ways in which processors bring a picture to a size; what they cut it into has the whole one beside it.
+    Both are compared in a few pixels, which their ways of resizing leave alike.
+    """
+
+    def few(values: Tensor) -> Tensor:
+        return F.interpolate(values.reshape(-1, *values.shape[-3:]), (FEW, FEW), mode="bilinear", antialias=True)
+
+    cut, framed = middle(picture, *pictures.shape[-2:]), middle(pictures, *picture.shape[-2:])
+    pairs = [(pictures, picture), (pictures, cut), (framed, picture)]
+    return any(bool(((few(ours) - few(theirs).to(ours)).abs().mean((1, 2, 3)) < SAME).any()) for ours, theirs in pairs)
+
+
+def middle(picture: Tensor, height: int, width: int) -> Tensor:
+    """The largest middle part of pictures (..., h, w) whose sides are as ``height`` to ``width``."""
+    own = picture.shape[-2:]
+    scale = min(own[0] / height, own[1] / width)
+    size = max(1, round(scale * height)), max(1, round(scale * width))
+    top, left = (own[0] - size[0]) // 2, (own[1] - size[1]) // 2
+    return picture[..., top : top + size[0], left : left + size[1]]
+
+
+def filling(picture: Tensor, height: int, width: int) -> Tensor:
+    """(3, height, width) the middle of a picture (3, h, w), resized so that it fills them."""
     scale = max(height / picture.shape[-2], width / picture.shape[-1])
     size = [max(want, int(scale * have + 1e-6)) for want, have in zip((height, width), picture.shape[-2:])]
-    picture = F.interpolate(picture, size, mode="bicubic", antialias=True).clamp(0, 1)[0]
+    picture = F.interpolate(picture[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return picture[:, top : top + height, left : left + width]
