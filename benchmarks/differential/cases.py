@@ -43,6 +43,7 @@ from lvlm_decode.methods.layercd import LayerCD
 from lvlm_decode.methods.m3id import M3ID
 from lvlm_decode.methods.memvr import MemVR
 from lvlm_decode.methods.mod import MoD, divergence
+from lvlm_decode.methods.nullu import Nullu
 from lvlm_decode.methods.only import ONLY
 from lvlm_decode.methods.pai import PAI
 from lvlm_decode.methods.revis import Revis
@@ -54,7 +55,7 @@ from lvlm_decode.methods.vaf import VAF
 from lvlm_decode.methods.vcd import VCD, diffuse
 from lvlm_decode.methods.vdd import VDD
 from lvlm_decode.methods.vista import VISTA
-from lvlm_decode.methods.vti import VTI
+from lvlm_decode.methods.vti import UNIT, VTI
 from lvlm_decode.training.vectors import nullu, revis, visual_direction, vti
 
 HERE = Path(__file__).resolve().parent
@@ -218,9 +219,9 @@ def answer(model: Any, method: Method, inputs: dict[str, Tensor], tokens: int = 
     }
 
 
-def logits(seed: int, views: int, steps: int = TOKENS, size: int = 24) -> Tensor:
-    """(V, steps, N) logits of views that are alike, as the branches of a model are."""
-    return draw(seed, 1, steps, size, scale=2.0) + draw(seed + 1, views, steps, size)
+def logits(seed: int, views: int, steps: int = TOKENS, size: int = 24, apart: float = 1.0) -> Tensor:
+    """(V, steps, N) logits of views that are alike, as the branches of a model are; how much is in ``apart``."""
+    return draw(seed, 1, steps, size, scale=2.0) + apart * draw(seed + 1, views, steps, size)
 
 
 def scored(method: Method, given: Tensor, *weights: float) -> Named:
@@ -286,9 +287,9 @@ def damro_answer(seed: int, alpha: float, beta: float, k: int, attention: Any = 
 
 
 @part("cicd.scores")
-def cicd_scores(seed: int, beta: float, threshold: float, alpha: float = 3.0) -> Named:
+def cicd_scores(seed: int, beta: float, threshold: float, alpha: float = 3.0, apart: float = 1.0) -> Named:
     method = CICD(images="never read: the other image's logits are given", alpha=alpha, beta=beta, threshold=threshold)
-    return scored(method, logits(seed, 2), 1.0)
+    return scored(method, logits(seed, 2, apart=apart), 1.0)
 
 
 @part("scmoe.scores")
@@ -382,6 +383,7 @@ def crops_answer(
     share: float = 0.25,
     text_tokens: tuple[int, int] = (10, 40),
     rank_layer: int = 1,
+    tokens: int = TOKENS,
 ) -> Named:
     model = llava(seed)
     method = CRoPS(
@@ -393,7 +395,7 @@ def crops_answer(
         text_tokens=(text_tokens[0], text_tokens[1]),
         rank_layer=rank_layer,
     )
-    return answer(model, method, prompt(model, seed, before=9, after=12))
+    return answer(model, method, prompt(model, seed, before=9, after=12), tokens)
 
 
 @part("causalmm.edit")
@@ -561,7 +563,7 @@ def vista_turn(seed: int, strength: float) -> Named:
 @part("vti.turn")
 def vti_turn(seed: int, text: float) -> Named:
     vector, states = draw(seed, 16), draw(seed + 1, 2, 3, 16)
-    return {"states": Turn({0: vector}, 0.1 * text).edit(0, states)}
+    return {"states": Turn({0: vector}, UNIT * text).edit(0, states)}
 
 
 def encoder_states(seed: int) -> Tensor:
@@ -601,3 +603,13 @@ def nullu_project(seed: int, rank: int) -> Named:
     bases = nullu(right - wrong, rank)
     project = Project(dict(enumerate(bases)))
     return {"states": torch.stack([project.edit(i, states[i] @ weight[i].T) for i in range(4)])}
+
+
+@part("nullu.answer")
+def nullu_answer(seed: int, rank: int, layers: list[int] | None = None) -> Named:
+    model = llava(seed, layers=8)
+    right, wrong = draw(seed + 1, 9, 8, 32), draw(seed + 2, 9, 8, 32)
+    method = Nullu(
+        vectors=nullu(right - wrong, 6), rank=rank, layers=None if layers is None else (layers[0], layers[1])
+    )
+    return answer(model, method, prompt(model, seed))
