@@ -91,6 +91,10 @@ class EngineRun(EvaluationRun):
         versions = {"lvlm-decode": version("lvlm-decode")}
         return {"versions": versions, **self.loaded.where, "batch_size": self.options.batch_size}
 
+    def _files(self, method: Any) -> dict[str, str]:
+        # A server's files are where it runs, and only its operator names them.
+        return {} if self.loaded.engine["kind"] == "server" else super()._files(method)
+
     def _check_template(self, asked: Source) -> None:
         self.loaded.check(self.cells(), self.options)
 

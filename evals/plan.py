@@ -112,10 +112,11 @@ class DecodingShape(Closed):
 
 
 class _MethodShape(Record):
-    """The method of a run: its name as on the command line, and its parameters."""
+    """The method of a run: its name as on the command line, its parameters, and of the files that they name the contents."""
 
     name: str
     parameters: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 class _AskedShape(Closed):
@@ -314,6 +315,8 @@ def claim(folder: Path, settings: Settings, asked: Sequence[Question]) -> None:
     before = _flat({name: value for name, value in found.items() if name not in NOT_DECIDING})
     now = _flat(dict(settings.decides))
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differ and all(name.startswith("method.files.") for name in differ):
+        raise SettingsError(_other_content(folder, shape.method.files, settings.decides["method"].get("files", {})))
     if differ:
         shown = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in differ[:3])
         raise SettingsError(f"{folder} holds answers made with other settings ({shown}); give another --out.")
@@ -321,6 +324,20 @@ def claim(folder: Path, settings: Settings, asked: Sequence[Question]) -> None:
     kept = {**found, "scoring": dict(settings.scoring), "asked": found["asked"] if longer else now_asked}
     if kept != found:
         write_json(path, kept)
+
+
+def _other_content(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What is said of answers whose method read files of another content, or of one that nobody noted."""
+    path = next(path for path in {**before, **now} if before.get(path) != now.get(path))
+    if path in before:
+        return (
+            f"{folder} holds answers that were made with another content of {path}; give another --out, or put back the "
+            "file that made them."
+        )
+    return (
+        f"{folder} holds answers of a version that did not note the content of files, so nobody can tell whether {path} is "
+        "still what made them; give another --out. What is there can be scored as before."
+    )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ and ends with the same files.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -357,6 +358,26 @@ def _parameters(method: Any) -> dict[str, Any]:
     return own[0] if len(parts) == 1 else {part.name: values for part, values in zip(parts, own)}
 
 
+def _content(path: Path) -> str:
+    """What tells contents apart: of a file, or of the files that lie in a folder, with their names."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
+    states = [(file, file.stat()) for file in files]
+    return _hashed(path, tuple((file, s.st_size, s.st_mtime_ns, s.st_ino) for file, s in states))
+
+
+@functools.lru_cache(maxsize=64)
+def _hashed(path: Path, files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """`_content`, once for a state of the files: the settings of a run are asked for again and again."""
+    digest = hashlib.sha256()
+    for file, *_ in files:
+        with open(file, "rb") as opened:
+            name = "" if file == path else file.name
+            digest.update(f"{name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def prompt_of(processor: Any, question: Question, options: Options) -> str:
     """The text a question becomes, image placeholder included."""
     text = question.text + options.suffix
@@ -424,10 +445,12 @@ class EvaluationRun:
     def settings(self, cell: Cell) -> Settings:
         """What decides the answers of a cell, and the machine they were made on."""
         method = lvlm_decode.parse(cell.method, **_own(cell.method, self.options.parameters))
+        # Only where there are some, so that runs of the other methods made before can be continued.
+        files = self._files(method)
         decides = {
             "evaluator": self.evaluator.name,
             "split": cell.split,
-            "method": {"name": cell.method, "parameters": _parameters(method)},
+            "method": {"name": cell.method, "parameters": _parameters(method)} | ({"files": files} if files else {}),
             "decoding": {"do_sample": cell.decoding.do_sample, "temperature": cell.decoding.temperature}
             | {"top_p": cell.decoding.top_p, "top_k": cell.decoding.top_k, "num_beams": cell.decoding.num_beams},
             "seed": cell.seed,
@@ -442,6 +465,22 @@ class EvaluationRun:
         decides |= {"protocol": self.protocol} if self.protocol else {}
         scoring = {name: value for name, value in self.evaluator.options().items() if value is not None}
         return Settings(decides, self._environment(), scoring)
+
+    def _files(self, method: Any) -> dict[str, str]:
+        """Path -> what tells its content from others, of the files and folders that a method's parameters name.
+
+        Raises MissingFileError for one that is not there.
+        """
+        found = {}
+        for part in method.parts():
+            for name, paths in part.files().items():
+                for path in paths:
+                    if not path.exists():
+                        raise MissingFileError(
+                            f"{part.name}: {name} {path} is missing; give the path of one that is there."
+                        )
+                    found[str(path)] = _content(path)
+        return found
 
     def _environment(self) -> dict[str, Any]:
         return environment(self.loaded.model, self.options)

@@ -157,7 +157,9 @@ def protocol_of(result: Result) -> str:
 
 
 def _parameters(result: Result) -> Mapping[str, Any]:
-    return (result.settings.get("method") or {}).get("parameters") or {}
+    """The parameters of a result's method, and the files that they name, each with what tells its content from others."""
+    method = result.settings.get("method") or {}
+    return {**(method.get("parameters") or {}), **(method.get("files") or {})}
 
 
 def gather(results: Sequence[Result]) -> dict[tuple[str, str], list[Entry]]:

@@ -15,6 +15,7 @@ import types
 import typing
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from .errors import ParameterError, UnknownNameError, suggestion
@@ -150,6 +151,21 @@ class Checked(metaclass=_Parameters):
     def __post_init__(self) -> None:
         """Checks the ranges."""
 
+    @classmethod
+    def file_parameters(cls) -> tuple[str, ...]:
+        """The parameters that name files or folders: those that take a path."""
+        hints = cls._hints()
+        return tuple(name for name in cls._fields() if _takes_path(hints[name]))
+
+    def files(self) -> dict[str, tuple[Path, ...]]:
+        """The paths that parameters hold, by parameter; one that was given as a tensor or a module has none."""
+        found = {}
+        for name in self.file_parameters():
+            value = getattr(self, name)
+            given = value if isinstance(value, tuple) else (value,)
+            found[name] = tuple(Path(one) for one in given if isinstance(one, str | Path))
+        return {name: paths for name, paths in found.items() if paths}
+
     def check(self, condition: bool, parameter: str, expected: str) -> None:
         """Raise :class:`ParameterError` unless ``condition``; used by ``__post_init__``."""
         if not condition:
@@ -163,6 +179,12 @@ def _is_union(hint: Any) -> bool:
 def _holds(hint: Any, kind: type) -> bool:
     """Whether ``hint`` is a ``kind``, or has one among its options."""
     return any(typing.get_origin(option) is kind for option in (typing.get_args(hint) if _is_union(hint) else [hint]))
+
+
+def _takes_path(hint: Any) -> bool:
+    """Whether ``hint`` is a path, or has one, or several, among its options."""
+    options = typing.get_args(hint) if _is_union(hint) or typing.get_origin(hint) is tuple else ()
+    return hint is Path or any(map(_takes_path, options))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -16,16 +16,29 @@ import torch
 from conftest import ROOT
 from helpers import full_but
 from PIL import Image
-from runs import BATCH, SAMPLE, cell_folder, cli, files_of, run_of
+from runs import BATCH, SAMPLE, cell_folder, cli, files_of, make_run, run_of
 
 import lvlm_decode
 import lvlm_decode_data
+from lvlm_decode.engine import vectors
 from lvlm_decode.errors import EvalError, MissingFileError, SettingsError
 from lvlm_decode_evals import EVALUATORS, evaluator
 from lvlm_decode_evals.answers import append_answers, line_of, resume_answers
-from lvlm_decode_evals.base import Question
+from lvlm_decode_evals.base import Answer, Question
 from lvlm_decode_evals.loaders import Source, file_source, folder_images, scene_source
-from lvlm_decode_evals.plan import GREEDY, Cell, Decoding, cells, claim, controls, read_cell, slug
+from lvlm_decode_evals.plan import (
+    GREEDY,
+    Cell,
+    Decoding,
+    Settings,
+    cells,
+    claim,
+    controls,
+    found_cells,
+    read_cell,
+    slug,
+    write_questions,
+)
 from lvlm_decode_evals.pope import Pope
 from lvlm_decode_evals.runner import (
     EvaluationRun,
@@ -38,7 +51,7 @@ from lvlm_decode_evals.runner import (
     new_tokens,
     token_counts,
 )
-from lvlm_decode_evals.tables import blocks, render
+from lvlm_decode_evals.tables import blocks, gather, render
 
 # --- the plan
 
@@ -116,6 +129,97 @@ def test_settings_are_compared_but_the_machine_is_not(loaded, source, tmp_path):
     other = run_of(loaded, source, tmp_path, options=Options(suffix=" One word."))
     with pytest.raises(SettingsError, match=r"suffix was '', is ' One word\.'\); give another --out"):
         claim(tmp_path, other.settings(cell), asked)
+
+
+@pytest.fixture(scope="module")
+def vectors_of(loaded):
+    """path, seed -> a file of vectors for the small model, of other numbers for another seed."""
+
+    def write(path, seed):
+        text = loaded.model.config.text_config
+        drawn = torch.randn(text.num_hidden_layers, text.hidden_size, generator=torch.Generator().manual_seed(seed))
+        vectors.save(path, "vti", drawn, loaded.model, {"model": "tiny"})
+        return path
+
+    return write
+
+
+def test_a_run_knows_the_content_of_its_methods_files(loaded, source, tmp_path, vectors_of):
+    """Another content under the same name is another method, and its answers must not share a file."""
+    file = vectors_of(tmp_path / "v.safetensors", 1)
+    cell = Cell("adversarial", f"vti(vectors={file},text=9)", GREEDY, 0)
+    asked, out = source.splits["adversarial"], tmp_path / "run"
+
+    def now():
+        return run_of(loaded, source, tmp_path).settings(cell)
+
+    first = now()
+    assert list(first.decides["method"]["files"]) == [str(file)]
+    claim(out, first, asked)
+    claim(out, now(), asked)
+    held = file.read_bytes()
+    vectors_of(file, 2)
+    assert now().key != first.key
+    with pytest.raises(SettingsError, match=r"made with another content of .*v\.safetensors; give another --out"):
+        claim(out, now(), asked)
+    file.write_bytes(held)
+    claim(out, now(), asked)
+    file.unlink()
+    with pytest.raises(MissingFileError, match=r"vti: vectors .*v\.safetensors is missing"):
+        now()
+
+
+def test_a_folder_of_pictures_is_known_by_what_lies_in_it(loaded, source, tmp_path):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(pool / f"{number}.png")
+    run = run_of(loaded, source, tmp_path)
+
+    def key(method=f"cicd(images={pool})+vcd"):
+        return run.settings(Cell("adversarial", method, GREEDY, 0)).key
+
+    before = key()
+    (pool / ".listing").write_text("what a file manager leaves")
+    assert key() == before == key()
+    (pool / "1.png").rename(pool / "2.png")
+    renamed = key()
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(pool / "2.png")
+    assert len({before, renamed, key()}) == 3, "the draw goes by the names, so they count too"
+
+
+def test_answers_of_a_version_that_noted_no_content_are_scored_and_not_continued(loaded, source, tmp_path, vectors_of):
+    file = vectors_of(tmp_path / "v.safetensors", 1)
+    method, asked = f"vti(vectors={file},text=9)", source.splits["adversarial"]
+    cell = Cell("adversarial", method, GREEDY, 0)
+    settings = run_of(loaded, source, tmp_path).settings(cell)
+    older = Settings({**settings.decides, "method": {**settings.decides["method"]}}, {}, settings.scoring)
+    del older.decides["method"]["files"]
+    folder = cell.folder(tmp_path / "old", "pope")
+    claim(folder, older, asked)
+    write_questions(folder.parents[2], asked)
+    append_answers(folder / "answers.jsonl", [Answer.to(q, "Yes", 1).sealed(older.key) for q in asked])
+    result = read_cell(folder)
+    assert len(result.rows) == len(asked) and not result.audit.edited
+    with pytest.raises(
+        SettingsError, match=r"did not note the content of files, .*v\.safetensors is still what made them"
+    ):
+        claim(folder, settings, asked)
+
+
+def test_answers_of_two_contents_are_two_lines_of_a_table(tmp_path):
+    pairs = {("vti(vectors=v)", SAMPLE): 0.8}
+    made = []
+    for seed, content in enumerate("ab"):
+        out = make_run(tmp_path / content, pairs, seeds=(seed,))
+        (folder,) = found_cells(out)
+        path = folder / "settings.json"
+        settings = json.loads(path.read_text())
+        settings["method"]["files"] = {"v": content}
+        path.write_text(json.dumps(settings))
+        made.append(read_cell(folder))
+    ((entries),) = gather(made).values()
+    assert [entry.variant for entry in entries] == ["v='a'", "v='b'"]
 
 
 def test_batches_are_cut_from_the_list_and_do_not_mix_images_with_none():

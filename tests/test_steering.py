@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lvlm_decode import attach, detach
 from lvlm_decode.cli import app
-from lvlm_decode.engine import hf
+from lvlm_decode.engine import hf, sampling
 from lvlm_decode.engine import vectors as store
 from lvlm_decode.engine.hf import decoder
 from lvlm_decode.engine.run import Run
@@ -622,6 +622,128 @@ def test_directions_are_those_of_the_formulas():
         torch.testing.assert_close(inside @ bases[layer] @ bases[layer].T, inside, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="2 pairs have no 3 directions"):
         calibration.nullu(torch.randn(2, 3, 5), 3)
+
+
+class Literal:
+    """States of a few pairs on the small model, each read at a place that the test counts itself; no function of the library.
+
+    The prompt is the one of the model's template, the answer comes after a space, and the end token after the answer.
+    """
+
+    def __init__(self, loaded, pairs):
+        self.model, self.processor, self.pairs = loaded.model, loaded.processor, pairs
+
+    def states(self, pair, answer: str, image: bool = True) -> tuple[Tensor, int]:
+        """(L, T, D) states of prompt, answer and end token, and the number of the answer's last token."""
+        words = self.processor.tokenizer(" " + answer, add_special_tokens=False).input_ids
+        content = [{"type": "image"}, {"type": "text", "text": pair.question}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        given = self.processor(images=[pair.picture], text=[prompt], return_tensors="pt")
+        asked = given["input_ids"][0].tolist()
+        pixels = {"pixel_values": given["pixel_values"]}
+        if not image:
+            asked, pixels = [token for token in asked if token != self.model.config.image_token_id], {}
+        ids = torch.tensor([[*asked, *words, self.processor.tokenizer.eos_token_id]])
+        with torch.no_grad():
+            found = self.model(input_ids=ids, **pixels, output_hidden_states=True).hidden_states[1:]
+        return torch.cat(found).float(), len(asked) + len(words) - 1
+
+    def last(self, pair, answer: str, image: bool = True) -> Tensor:
+        states, at = self.states(pair, answer, image)
+        return states[:, at]
+
+    def vti(self) -> Tensor:
+        return literal_mean_and_component([self.last(p, p.chosen) - self.last(p, p.rejected) for p in self.pairs])
+
+    def nullu(self, rank: int) -> Tensor:
+        """(L, D, D) what is left out of each layer's weights."""
+        means = [(self.states(p, p.chosen)[0].mean(1) - self.states(p, p.rejected)[0].mean(1)) / 2 for p in self.pairs]
+        spread = torch.stack(means, 1).double()
+        basis = torch.linalg.eigh(spread.mT @ spread).eigenvectors[..., -rank:]
+        return (basis @ basis.mT).float()
+
+    def revis_states(self, pair) -> tuple[Tensor, Tensor]:
+        """(L, D) what the image adds to the truth, and an invention to saying nothing."""
+        seen = self.last(pair, pair.chosen) - self.last(pair, pair.chosen, image=False)
+        nothing = self.last(pair, "I cannot tell what this picture shows.", image=False)
+        return seen, self.last(pair, pair.rejected, image=False) - nothing
+
+    def revis(self) -> Tensor:
+        seen, prior = (torch.stack(part, 1).double() for part in zip(*map(self.revis_states, self.pairs)))
+        out = []
+        for image, words in zip(seen, prior):
+            blind = image - (image @ torch.outer(*[literal_component(words)] * 2))
+            found = literal_component(blind)
+            out.append(found * (found @ blind.mean(0)).sign() * blind.norm(dim=-1).mean())
+        return torch.stack(out).float()
+
+    def visual(self, share: float, trials: int, seed: int) -> Tensor:
+        """(l, n, D), a component a row of (layers, tokens, D) as the authors cut it."""
+        encoder, kept = self.model.get_encoder(modality="image"), []
+        for number, pair in enumerate(self.pairs):
+            pixels = self.processor.image_processor(images=[pair.picture], return_tensors="pt")["pixel_values"]
+            rng = sampling.generator(seed, number, "masks")
+            copies = calibration.masked(pixels, self.model.config.vision_config.patch_size, share, trials, rng)
+            with torch.no_grad():
+                clean, masked = (
+                    torch.stack(encoder(x, output_hidden_states=True).hidden_states) for x in (pixels, copies)
+                )
+            kept.append(masked.mean(1) - clean[:, 0])
+        levels, tokens, width = kept[0].shape
+        rows = [one.flatten().view(tokens, levels * width) for one in kept]
+        made = torch.stack([literal_mean_and_component([one[row] for one in rows]) for row in range(tokens)])
+        return made.view(levels, tokens, width)[1:]
+
+
+def literal_component(rows: Tensor) -> Tensor:
+    """(D) first principal component of rows (n, D), of length 1."""
+    centred = rows - rows.mean(0)
+    return torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+
+
+def literal_mean_and_component(rows: list[Tensor]) -> Tensor:
+    """Mean plus first component, whose largest score is positive, by the products of the rows with each other."""
+    flat = torch.stack(rows).flatten(1).double()
+    centred = flat - flat.mean(0)
+    scores = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -1]
+    component = centred.T @ scores
+    component = component / component.norm() * scores[scores.abs().argmax()].sign()
+    return (flat.mean(0) + component).view_as(rows[0]).float()
+
+
+@pytest.fixture(scope="module")
+def literal(loaded):
+    # Of two pairs both scores of a component are equally large, and its sign would be that of rounding.
+    return Literal(loaded, scene_pairs(3))
+
+
+def trained(kind: str, model_folder, tmp_path, *more: str) -> dict[str, Tensor]:
+    command = ["train", "vector", "--kind", kind, "--model", str(model_folder), "--scenes", "3", *more]
+    said = CliRunner().invoke(app, [*command, "--output", str(tmp_path / f"{kind}.safetensors")])
+    assert said.exit_code == 0, said.output
+    return store.load(tmp_path / f"{kind}.safetensors")[0]
+
+
+def test_trained_vti_is_its_definition(literal, model_folder, tmp_path):
+    """Right minus hallucinated at the caption's last token, and masked minus whole picture: signs and places."""
+    found = trained("vti", model_folder, tmp_path, "--trials", "3", "--mask-share", "0.9", "--seed", "0")
+    torch.testing.assert_close(found["vectors"], literal.vti(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["visual"], literal.visual(0.9, 3, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_trained_nullu_is_its_definition(literal, model_folder, tmp_path):
+    """The widest directions of the means over all positions; a basis has no signs, what is projected out is compared."""
+    found = trained("nullu", model_folder, tmp_path, "--rank", "2")["vectors"]
+    torch.testing.assert_close(found @ found.mT, literal.nullu(2), atol=1e-3, rtol=1e-3)
+
+
+def test_trained_revis_is_its_definition(literal, model_folder, tmp_path):
+    """The image's share of the truth's last state without the words', of which each has its sign."""
+    pair = literal.pairs[0]
+    found = calibration.revis_states(literal.model, literal.processor, pair)
+    torch.testing.assert_close(found, literal.revis_states(pair), atol=1e-4, rtol=1e-4)
+    found = trained("revis", model_folder, tmp_path)["vectors"]
+    torch.testing.assert_close(found, literal.revis(), atol=1e-3, rtol=1e-3)
 
 
 def test_a_mask_puts_the_mean_colour_in_the_place_of_patches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..errors import LvlmDecodeError, ParameterError, UnknownNameError, suggestion
 from ..method import Method
-from ..methods import names, parse
+from ..methods import METHODS, load, names, parse
 from .body import FIELDS
 from .refusals import Refused
 
@@ -27,8 +28,8 @@ MOST = {
     "description_tokens": 1024,
     "max_description": 1024,
 }
-#: Parameters that name files or patterns; only the operator gives them.
-OPERATORS = frozenset({"images", "vectors", "negative", "positive", "model", "suggestion"})
+#: Parameters that only the operator gives, beside those that take the path of a file.
+OPERATORS = frozenset({"model", "suggestion"})
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Menu:
                 "them into the method.",
                 sorted(parameters)[0],
             )
-        for name in parameters.keys() & OPERATORS:
+        for name in parameters.keys() & _operators():
             raise Refused(400, _OPERATORS_ONLY.format(name), name)
         try:
             known = {
@@ -153,12 +154,18 @@ class Menu:
                 name, value = parameter.name, getattr(part, parameter.name)
                 if only is not None and name not in only:
                     continue
-                if name in OPERATORS and value != parameter.default:
+                if (name in OPERATORS or name in part.file_parameters()) and value != parameter.default:
                     raise Refused(400, _OPERATORS_ONLY.format(name), name)
                 if name in MOST and isinstance(value, int) and value > MOST[name]:
                     raise Refused(
                         400, f"{part.name}: {name} = {value} is too much for one request; at most {MOST[name]}.", name
                     )
+
+
+@functools.cache
+def _operators() -> frozenset[str]:
+    """Parameters that only the operator gives, of all methods of this library."""
+    return OPERATORS.union(*(load(name).file_parameters() for name in METHODS))
 
 
 _OPERATORS_ONLY = "{} names a file or a pattern, which only the server's own --method may; leave it out."
