@@ -91,8 +91,7 @@ class _Parameters(ABCMeta):
         kind = next((_KINDS[option] for option in options if option in _KINDS), None)
         expected = own._range_of(name, given)
         if expected is None:
-            words = [_words(option) for option in options]
-            expected = " or ".join(words)
+            expected = _words(hint)
         elif kind is not None and kind != _KINDS[str]:
             expected = f"{kind}, {expected}"
         return ParameterError.of(own.name, name, value, expected)
@@ -172,6 +171,33 @@ class Checked(metaclass=_Parameters):
             raise ParameterError.of(self.name, parameter, getattr(self, parameter), expected)
 
 
+def takes_several(cls: type[Checked], key: str) -> bool:
+    """Whether a parameter, by its own name or an alias, can have several values."""
+    own: Any = cls
+    return _holds(own._hints().get(own.aliases.get(key, key)), tuple)
+
+
+def as_written(cls: type[Checked], key: str, value: Any) -> Any:
+    """A value of a command line as the parameter takes it: ``None`` for null, ``(1,3)`` and ``1,3`` for several."""
+    import yaml
+
+    own: Any = cls
+    hint = own._hints().get(own.aliases.get(key, key))
+    if hint is None or not isinstance(value, str):
+        return value
+    if _fits(None, hint) and (value == "None" or (value == "none" and not _fits(value, hint))):
+        return None
+    bare = value.strip()
+    enclosed = bare.startswith("(") and bare.endswith(")")
+    # A text with commas is one text where one is taken.
+    if not takes_several(cls, key) or "," not in bare or (_fits(value, hint) and not enclosed):
+        return value
+    try:
+        return yaml.safe_load(f"[{bare[1:-1] if enclosed else bare}]")
+    except yaml.YAMLError:
+        return value
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
@@ -215,9 +241,10 @@ def _words(hint: Any) -> str:
         return _KINDS[hint]
     if hint is None or hint is type(None):
         return "None"
+    if _is_union(hint):
+        return " or ".join(map(_words, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        return f"{'several' if kinds[-1] is Ellipsis else len(kinds)} of: {_words(kinds[0])}"
+        return f"[{', '.join('...' if kind is Ellipsis else _words(kind) for kind in typing.get_args(hint))}]"
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     return f"a {getattr(hint, '__name__', hint)}"

@@ -12,7 +12,10 @@ import torch
 import lvlm_decode as ld
 from lvlm_decode.errors import LvlmDecodeError, ParameterError, UnknownNameError
 from lvlm_decode.method import Contrast
-from lvlm_decode.methods import METHODS, load
+from lvlm_decode.methods import METHODS, load, parse
+from lvlm_decode.methods.dola import DoLa
+from lvlm_decode.methods.hgai import HGAI
+from lvlm_decode.methods.vcd import VCD
 from lvlm_decode.speculative.drafters import DRAFTERS, get
 
 CLASSES = {name: load(name) for name in METHODS} | {name: get(name) for name in DRAFTERS}
@@ -172,6 +175,44 @@ def test_a_method_of_another_package_is_checked_by_its_annotations():
     ):
         Own("x")
     with pytest.raises(
-        ParameterError, match=r"^own: steps = 'x' is not valid; it must be several of: a whole number\.$"
+        ParameterError, match=r"^own: steps = 'x' is not valid; it must be \[a whole number, \.\.\.\]\.$"
     ):
         Own(steps="x")
+
+
+def test_values_of_a_command_line():
+    """``None`` is null where it can be, and several values stand in brackets, parentheses or by themselves."""
+    for null in ("None", "none", "null"):
+        assert parse(f"vcd(beta={null})") == VCD(beta=None) == parse("vcd", beta=None if null == "null" else null)
+    assert parse("vdd(absent=none)").absent == "none", "a text that is an option stays one"
+    for several in ("[1,3]", "(1,3)", "1,3", "( 1, 3 )"):
+        assert parse(f"hgai(alpha=0.5,layers={several})") == HGAI(alpha=0.5, layers=(1, 3))
+        assert parse(f"hgai(layers={several},alpha=0.5)+vcd").parts()[0] == HGAI(alpha=0.5, layers=(1, 3))
+    for several in ("(1,3)", "1,3", "( 1, 3 )", [1, 3]):
+        assert parse("hgai", layers=several) == HGAI(layers=(1, 3))
+        assert parse("dola", dola_layers=several) == DoLa(layers=(1, 3))
+    for several in ("[a.png,b c.png]", "(a.png, b c.png)", "a.png,b c.png"):
+        assert parse(f"cicd(images={several})").images == ("a.png", "b c.png")
+    assert parse("cicd", images="(a.png,b.png)").images == ("a.png", "b.png")
+    assert parse("cicd", images="a,b.png").images == "a,b.png", "a path may have a comma"
+    assert parse("cicd", images="pool (2)").images == "pool (2)"
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        ("vcd(alpha=1,beta)", "cannot read 'beta' in method"),
+        ("vcd(1,3)", "cannot read '1' in method"),
+        ("hgai(1,3)", "cannot read '1' in method"),
+        (
+            "hgai(layers=1,3,5)",
+            r"layers = \[1, 3, 5\] is not valid; it must be \[a whole number, a whole number\] or None",
+        ),
+        ("hgai(layers=all)", r"layers = 'all' is not valid; it must be \[a whole number, a whole number\] or None"),
+        ("hgai(layers=(1,[))", "closing|cannot read|not valid"),
+        ("vcd(alpha=None)", "alpha = 'None' is not valid; it must be a finite number"),
+    ],
+)
+def test_values_of_a_command_line_that_are_none(text, said):
+    with pytest.raises((UnknownNameError, ParameterError), match=said):
+        parse(text)

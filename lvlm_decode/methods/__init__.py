@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UnknownNameError, suggestion
 from ..method import Method, Sum
+from ..parameters import as_written, takes_several
 from ..plugins import Plugin, plugins
 
 METHODS: dict[str, str] = {
@@ -83,7 +84,8 @@ def names() -> list[str]:
 def parse(text: str, **parameters: Any) -> Method:
     """A method, or a sum of methods, from its command-line form.
 
-    ``"vcd"``, ``"vcd+ritual"``, ``"vcd(alpha=0.5,beta=0.2)+icd"``; ``parameters`` go to every part that has them.
+    ``"vcd"``, ``"vcd+ritual"``, ``"vcd(alpha=0.5,beta=0.2)+icd"``, ``"hgai(layers=1,3)"``; ``parameters`` go to every part
+    that has them. Values are YAML; ``None`` is null, and several may stand in parentheses.
 
     Raises:
         UnknownNameError: an unknown method, or a parameter that no part has.
@@ -91,14 +93,13 @@ def parse(text: str, **parameters: Any) -> Method:
     """
     parts, unused = [], set(parameters)
     for piece in _split(text, "+"):
-        name, own = _call(piece, text)
-        cls = load(name)
+        cls, own = _call(piece, text)
         known = {f.name for f in dataclasses.fields(cls)} | set(cls.aliases)
         shared = {
             key: value for key, value in parameters.items() if key in known and cls.aliases.get(key, key) in known
         }
         unused -= set(shared)
-        parts.append(cls(**{**shared, **own}))
+        parts.append(cls(**{key: as_written(cls, key, value) for key, value in {**shared, **own}.items()}))
     if unused:
         known = {field.name for part in parts for field in dataclasses.fields(part)}
         hints = "".join(suggestion(name, known) for name in sorted(unused))
@@ -117,24 +118,34 @@ def _split(text: str, separator: str) -> list[str]:
     return [piece.strip() for piece in [*pieces, text[at:]]]
 
 
-def _call(piece: str, text: str) -> tuple[str, dict[str, Any]]:
-    """("vcd", {"alpha": 0.5}) from ``vcd(alpha=0.5)``."""
+def _call(piece: str, text: str) -> tuple[type[Method], dict[str, Any]]:
+    """(VCD, {"alpha": 0.5}) from ``vcd(alpha=0.5)``."""
     import yaml
 
     name, bracket, rest = piece.partition("(")
+    cls = load(name)
     if not bracket:
-        return name, {}
+        return cls, {}
     if not rest.endswith(")"):
         raise UnknownNameError(
             f"cannot read method {text!r}: a closing parenthesis is missing; write 'vcd(alpha=0.5)'."
         )
-    own = {}
+    written: dict[str, list[str]] = {}
     for item in filter(None, _split(rest[:-1], ",")):
         key, equals, value = item.partition("=")
-        if not equals:
+        if equals:
+            written[key.strip()] = [value]
+        elif written and takes_several(cls, last := list(written)[-1]):
+            # What stands without a name goes on with the parameter before it.
+            written[last].append(item)
+        else:
             raise UnknownNameError(f"cannot read {item!r} in method {text!r}; write parameter=value.")
+    own = {}
+    for key, values in written.items():
+        value = values[0] if len(values) == 1 else f"[{','.join(values)}]"
         try:
-            own[key.strip()] = yaml.safe_load(value)
+            own[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            item = f"{key}={value}"
             raise UnknownNameError(f"cannot read {item!r} in method {text!r}; write parameter=value.") from error
-    return name, own
+    return cls, own

@@ -111,7 +111,9 @@ def pictures_of(given: str | Path | tuple[str | Path, ...]) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in map(Path, given if isinstance(given, tuple) else (given,)):
         if not path.exists():
-            raise MissingFileError(f"cicd: images {path} is missing; give a folder of pictures, or the paths of some.")
+            raise MissingFileError(
+                f"cicd: images {path} is missing; give a folder of pictures, or several paths as [a.png, b.png]."
+            )
         own = [path]
         if path.is_dir():
             # macOS writes "._a.jpg" beside "a.jpg", which is no picture.
