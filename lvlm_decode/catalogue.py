@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from .engine.modes import MODES
-from .errors import DependencyError
+from .errors import DependencyError, ParameterError
 from .method import Method
 from .methods import METHODS, foreign, load, names
 
@@ -51,6 +51,18 @@ def parameter_notes(cls: type[Method]) -> dict[str, str]:
     return {field.name: notes[field.name] for field in fields if field.name in notes}
 
 
+def required(cls: type[Method]) -> set[str]:
+    """The parameters without which the method cannot be made: those without a default, or whose default is refused."""
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}
+    if not needed:
+        try:
+            cls()
+        except ParameterError as error:
+            needed = {error.parameter} if error.parameter else set()
+    return needed
+
+
 def documented(docstring: str) -> dict[str, str]:
     """Name -> text from the ``Args`` section of a docstring in Google style."""
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.M | re.S)
@@ -66,12 +78,13 @@ def describe(name: str) -> dict[str, Any]:
         UnknownNameError: no such method.
     """
     cls = load(name)
-    notes = parameter_notes(cls)
+    notes, needed = parameter_notes(cls), required(cls)
     parameters = [
         {
             "name": field.name,
             "type": field.type if isinstance(field.type, str) else str(field.type),
             "default": None if field.default is dataclasses.MISSING else field.default,
+            "required": field.name in needed,
             "description": notes.get(field.name, ""),
         }
         for field in dataclasses.fields(cls)

@@ -105,7 +105,10 @@ def _whole(method: dict[str, Any]) -> str:
     lines += [f"Not with {mode}: {why}" for mode, why in method["refuses"].items()]
     if method["parameters"]:
         lines += ["", "Parameters:"]
-        lines += [f"  {p['name']} = {p['default']!r}  {p['description']}" for p in method["parameters"]]
+        lines += [
+            f"  {p['name']} {'(required)' if p['required'] else '= ' + repr(p['default'])}  {p['description']}"
+            for p in method["parameters"]
+        ]
     if method["aliases"]:
         lines += ["", "The authors' names work too: " + ", ".join(f"{a} for {n}" for a, n in method["aliases"].items())]
     return "\n".join(wrapped(line, 6) for line in lines)

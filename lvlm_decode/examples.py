@@ -40,7 +40,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "bench speculative": ("lvlm-decode bench speculative --method vcd --drafter vispec",),
     "train draft-head": ("lvlm-decode train draft-head --target tiny --output head",),
     "train negatives": ("lvlm-decode train negatives --model tiny --output negatives",),
-    "train vector": ("lvlm-decode train vector --kind vti --output vectors.safetensors",),
+    "train vector": (
+        "lvlm-decode train vector --kind vti",
+        "lvlm-decode generate scene:12 --method 'vti(vectors=vti.safetensors)'",
+    ),
     "data get": ("lvlm-decode data get pope coco --images",),
     "data verify": ("lvlm-decode data verify pope",),
     "data objects": ("lvlm-decode data objects objects.json --vocabulary words.txt",),

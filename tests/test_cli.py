@@ -39,6 +39,7 @@ def test_methods_as_json_names_every_registered_method():
         for why in method["refuses"].values():
             assert len(why) > 20, (method["name"], why)
     vcd = next(method for method in found if method["name"] == "vcd")
+    assert not any(p["required"] for p in vcd["parameters"])
     assert {p["name"]: p["default"] for p in vcd["parameters"]} == {
         "alpha": 1.0,
         "beta": 0.1,
@@ -54,6 +55,14 @@ def test_every_parameter_says_what_it_is(name):
     method = catalogue.describe(name)
     silent = [p["name"] for p in method["parameters"] if not p["description"]]
     assert silent == [], silent
+
+
+def test_a_parameter_without_which_there_is_no_method_is_required():
+    found = {name: [p["name"] for p in catalogue.describe(name)["parameters"] if p["required"]] for name in METHODS}
+    needed = {"vti": ["vectors"], "nullu": ["vectors"], "revis": ["vectors"], "cicd": ["images"]}
+    assert {name: own for name, own in found.items() if own} == needed
+    text = call("methods", "vti").stdout
+    assert "vectors (required)" in text and "vectors = None" not in text and "image = 0.0" in text
 
 
 def test_methods_for_people():

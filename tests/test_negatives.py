@@ -3,10 +3,12 @@ continued trainings; the parts that ship.
 """
 
 import copy
+import dataclasses
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +112,20 @@ def test_triples_are_the_same_in_every_process(triples):
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == digest(triples)
+
+
+def test_triples_with_other_pictures_are_others(triples, tmp_path):
+    changed = list(triples)
+    other = changed[1].picture.copy()
+    other.putpixel((0, 0), tuple(255 - value for value in other.getpixel((0, 0))))
+    changed[1] = dataclasses.replace(changed[1], image=other)
+    assert digest(changed) != digest(triples)
+    for name, picture in (("a.png", triples[0].picture), ("b.png", other)):
+        picture.save(tmp_path / name)
+    lying = [dataclasses.replace(triples[0], image=tmp_path / "a.png")]
+    before = digest(lying)
+    shutil.copy(tmp_path / "b.png", tmp_path / "a.png")
+    assert digest(lying) != before
 
 
 def states_of(model, processor, triples, **settings):

@@ -1,18 +1,20 @@
 """Steered hidden states against literal re-statements, on copies of the model with hooks of the test's own."""
 
 import copy
+import json
 import math
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from lvlm_decode import attach, detach
 from lvlm_decode.cli import app
-from lvlm_decode.engine import hf, sampling
+from lvlm_decode.engine import hf, learned, sampling
 from lvlm_decode.engine import vectors as store
 from lvlm_decode.engine.hf import decoder
 from lvlm_decode.engine.run import Run
@@ -834,6 +836,91 @@ def test_train_vector_makes_both_directions_of_vti(model_folder, tmp_path):
     assert tensors["vectors"].dim() == 2 and tensors["visual"].dim() == 3
     assert about["masks"] == {"share": 0.99, "trials": 2, "rows": "code", "seed": 0}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["v.safetensors"]
+
+
+def test_train_vector_writes_over_nothing(model_folder, tmp_path, monkeypatch):
+    """The same command says that its file is there; another one is refused, and each kind has a file of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(kind, *more):
+        command = ["train", "vector", "--kind", kind, "--model", str(model_folder), "--scenes", "2", *more]
+        return CliRunner().invoke(app, command)
+
+    for kind in ("nullu", "revis"):
+        said = train(kind, "--rank", "2")
+        assert said.exit_code == 0, said.output
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["nullu.safetensors", "revis.safetensors"]
+    before = (tmp_path / "nullu.safetensors").read_bytes()
+    again = train("nullu", "--rank", "2")
+    assert again.exit_code == 0 and "nullu.safetensors is there already" in again.output
+    for more, words in (
+        (("revis", "--output", "nullu.safetensors"), "kind was 'nullu', is 'revis'"),
+        (("nullu", "--rank", "1"), "rank was 2, is 1"),
+        (("nullu", "--rank", "2", "--seed", "1"), "source was 'scenes, seed 0', is 'scenes, seed 1'"),
+        (("nullu", "--output", "."), "is a folder; give --output the name of a file"),
+    ):
+        refused = train(*more)
+        assert refused.exit_code == 1 and words in " ".join(refused.output.split()), refused.output
+    assert (tmp_path / "nullu.safetensors").read_bytes() == before
+
+
+def test_a_stopped_calibration_does_not_go_on_with_other_pictures(model_folder, tmp_path, monkeypatch):
+    lines = []
+    for number, pair in enumerate(scene_pairs(2)):
+        pair.picture.save(tmp_path / f"{number}.png")
+        answers = dict(question=pair.question, truthful=pair.chosen, hallucinated=pair.rejected)
+        lines.append(json.dumps({"image": f"{number}.png", **answers}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    command = ["train", "vector", "--kind", "revis", "--model", str(model_folder)]
+    command += ["--pairs", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "v.safetensors")]
+    read, seen = calibration.revis_states, []
+
+    def stops(*given):
+        seen.append(given)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return read(*given)
+
+    monkeypatch.setattr(calibration, "revis_states", stops)
+    assert CliRunner().invoke(app, command).exit_code == 130
+    monkeypatch.setattr(calibration, "revis_states", read)
+    held = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1 and "other settings (content was" in refused.output
+    (tmp_path / "0.png").write_bytes(held)
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_half_of_a_kept_file_is_computed_again(tmp_path):
+    kept = calibration.Kept(tmp_path / "v.parts", {})
+    whole = kept.read("text", 0, lambda: torch.arange(3.0))
+    (file,) = (tmp_path / "v.parts").glob("*.safetensors")
+    content = file.read_bytes()
+    for damaged in (content[:50], content[:-4], b""):
+        file.write_bytes(damaged)
+        assert torch.equal(kept.read("text", 0, lambda: torch.arange(3.0)), whole) and file.read_bytes() == content
+
+
+def test_more_directions_than_pairs_are_refused_before_any_is_read(loaded, monkeypatch):
+    monkeypatch.setattr(calibration, "states", None)
+    with pytest.raises(InputError, match="2 pairs have no 8 directions"):
+        calibration.directions(loaded.model, loaded.processor, scene_pairs(2), "nullu", 8)
+
+
+@pytest.mark.parametrize("said", ["{}", "not json", "[]", '{"kind": "vti"}', '{"kind": 1, "fingerprint": "x"}'])
+def test_a_damaged_description_is_one_sentence(tmp_path, said):
+    path = tmp_path / "v.safetensors"
+    save_file({"vectors": vectors()}, path, metadata={learned.ABOUT: said})
+    for read in (lambda: traced(VTI(vectors=path)), lambda: learned.about(path)):
+        with pytest.raises(InputError, match=r"v\.safetensors does not say what it holds and for which model"):
+            read()
+
+
+@pytest.mark.parametrize("method", [VTI, Nullu, Revis])
+def test_a_method_without_vectors_names_the_command_that_makes_them(method):
+    with pytest.raises(ParameterError, match=f"made with: lvlm-decode train vector --kind {method.name}"):
+        method()
 
 
 def test_a_file_knows_its_method_and_its_model(tmp_path):

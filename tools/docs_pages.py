@@ -97,7 +97,10 @@ def method_page(name: str) -> str:
     lines += [prose(module), "", "## Parameters", ""]
     if found["parameters"]:
         lines += ["| name | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{p['name']}` | {_code(p['default'])} | {_cell(p['description'])} |" for p in found["parameters"]]
+        lines += [
+            f"| `{p['name']}` | {'required' if p['required'] else _code(p['default'])} | {_cell(p['description'])} |"
+            for p in found["parameters"]
+        ]
         if found["aliases"]:
             lines += ["", "Authors' names: " + ", ".join(f"`{a}` for `{n}`" for a, n in found["aliases"].items()) + "."]
     else:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ParameterError
+from ..errors import InputError, ParameterError
 from ..weights import read_safetensors
 from .hf import decoder
 from .hooks import replaced
@@ -44,15 +44,37 @@ def save(path: Path, kind: str, state: Mapping[str, Tensor], module: torch.nn.Mo
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What a file says of itself; empty for one that was not written by :func:`save`."""
+    """What a file says of itself; empty for one that was not written by :func:`save`.
+
+    Raises:
+        InputError: a description that is no JSON object, or without the part's kind and the model's fingerprint.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            text = (file.metadata() or {}).get(ABOUT)
     except (OSError, SafetensorError):
         # Who reads the tensors says what is wrong with the file.
         return {}
+    return {} if text is None else said_in(text, path)
+
+
+def said_in(text: str, path: str | Path) -> dict[str, Any]:
+    """The description that :func:`save` wrote into the metadata of the file ``path``.
+
+    Raises:
+        InputError: no JSON object, or one without the part's kind and the model's fingerprint.
+    """
+    try:
+        said = json.loads(text)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("kind", "fingerprint")):
+        raise InputError(
+            f"{path} does not say what it holds and for which model (its description is damaged); make it again."
+        )
+    return said
 
 
 @functools.cache

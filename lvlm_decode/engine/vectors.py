@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of vectors by name, and what is written about them.
 
     Raises:
-        InputError: no such file, or one that holds something else.
+        InputError: no such file, one that holds something else, or whose description is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -56,7 +55,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             about = (file.metadata() or {}).get(learned.ABOUT)
             if about is None or TENSOR not in file.keys():
                 raise InputError(f"{path} holds no vectors of lvlm-decode; make them with: lvlm-decode train vector.")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about)
+            return {name: file.get_tensor(name) for name in file.keys()}, learned.said_in(about, path)
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"{path} cannot be read as a file of vectors: {error}; make it with: lvlm-decode train vector."

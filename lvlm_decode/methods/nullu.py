@@ -49,7 +49,11 @@ class Nullu(Method):
     layers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        self.check(self.vectors is not None, "vectors", "the subspaces, for instance the path of their file")
+        self.check(
+            self.vectors is not None,
+            "vectors",
+            "the subspaces or the path of their file, which is made with: lvlm-decode train vector --kind nullu",
+        )
         self.check(self.rank >= 0, "rank", "at least 0")
         self.check_layers("layers")
 

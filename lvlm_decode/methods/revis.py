@@ -56,7 +56,11 @@ class Revis(Method):
     layer: int | None = None
 
     def __post_init__(self) -> None:
-        self.check(self.vectors is not None, "vectors", "the directions, for instance the path of their file")
+        self.check(
+            self.vectors is not None,
+            "vectors",
+            "the directions or the path of their file, which is made with: lvlm-decode train vector --kind revis",
+        )
         self.check(self.strength >= 0, "strength", "at least 0")
         self.check(-1 <= self.threshold <= 1, "threshold", "from -1 to 1")
         self.check(self.layer is None or self.layer >= 0, "layer", "at least 0, or None")

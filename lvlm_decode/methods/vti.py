@@ -64,7 +64,11 @@ class VTI(Method):
     image: float = 0.0
 
     def __post_init__(self) -> None:
-        self.check(self.vectors is not None, "vectors", "the directions, for instance the path of their file")
+        self.check(
+            self.vectors is not None,
+            "vectors",
+            "the directions or the path of their file, which is made with: lvlm-decode train vector --kind vti",
+        )
         self.check(self.text >= 0, "text", "at least 0")
         self.check_layers("layers")
         self.check(self.image >= 0, "image", "at least 0")

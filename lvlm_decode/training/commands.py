@@ -18,7 +18,10 @@ from lvlm_decode_evals.commands import one_sentence
 
 from ..speculative.commands import draft_head
 
-app = typer.Typer(help="Train draft heads, and what DCD and LOL contrast with.", no_args_is_help=True)
+app = typer.Typer(
+    help="Train draft heads, what DCD and LOL contrast with, and the vectors that VTI, Nullu and Revis steer with.",
+    no_args_is_help=True,
+)
 
 
 def _commit() -> str:
@@ -104,7 +107,7 @@ def negatives(
             "model": loaded.settings["name"],
             "triples": len(drawn),
             "source": source,
-            "words": digest(drawn),
+            "content": digest(drawn),
             **settings,
         }
         file, checkpoint = output / f"{part}.safetensors", output / f"{part}.checkpoint"
@@ -139,9 +142,9 @@ def vector(
         Literal["code", "token"],
         typer.Option(help="What vti's visual components are taken over: rows as the authors cut them, or tokens."),
     ] = "code",
-    output: Annotated[Path, typer.Option(help="The file of vectors, in safetensors form.")] = Path(
-        "vectors.safetensors"
-    ),
+    output: Annotated[
+        Path | None, typer.Option(help="The file of vectors, in safetensors form; KIND.safetensors without it.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the scenes and of the masks.")] = 0,
 ) -> None:
     """Vectors that VTI, Nullu or Revis steer with, from right and hallucinated captions of the same pictures. VTI's visual
@@ -149,22 +152,34 @@ def vector(
     """
     from lvlm_decode_evals.runner import load
 
+    from ..engine import learned
     from ..engine.hf.decoder import fingerprint
     from ..engine.vectors import save
+    from ..errors import InputError
     from ..families import family_of
     from . import vectors as train
+    from .negatives import check_same
     from .pairs import digest, file_pairs, scene_pairs
 
+    output = output or Path(f"{kind}.safetensors")
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; give --output the name of a file.")
     drawn = scene_pairs(scenes, seed) if pairs is None else file_pairs(pairs)
     loaded = load(model)
     family = family_of(loaded.model)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name
-    about: dict[str, Any] = {"model": model, "pairs": len(drawn), "source": source}
+    about: dict[str, Any] = {"model": model, "pairs": len(drawn), "source": source, "content": digest(drawn)}
     masks: dict[str, Any] = {"share": mask_share, "trials": trials, "rows": rows, "seed": seed}
     sees = kind == "vti" and family.has_grid
     about |= {"masks": masks} if sees else {}
     module = family.decoding_module(loaded.model)
-    known = {"kind": kind, "words": digest(drawn), "fingerprint": fingerprint(module), **about}
+    known = {"kind": kind, "fingerprint": fingerprint(module), **about}
+    about |= {"rank": rank} if kind == "nullu" else {}
+    if output.is_file():
+        check_same(output, learned.about(output), {**known, **about})
+        typer.echo(f"{output} is there already")
+        return
+    # What is read of the pairs is the same for every rank.
     kept = train.Kept(output.with_name(f"{output.name}.parts"), known)
     found = train.directions(loaded.model, loaded.processor, drawn, kind, rank, kept)
     visual = train.visual(loaded.model, loaded.processor, drawn, **masks, kept=kept) if sees else None

@@ -109,6 +109,13 @@ def file_pairs(path: Path) -> list[Triple]:
 
 
 def digest(triples: Sequence[Triple]) -> str:
-    """What tells two lists of triples apart, by their words."""
-    words = json.dumps([[triple.question, triple.chosen, triple.rejected] for triple in triples])
-    return hashlib.sha256(words.encode()).hexdigest()[:16]
+    """What tells two lists of triples apart, by their words and pictures; those in files by the files' bytes."""
+    found = hashlib.sha256()
+    for triple in triples:
+        image = triple.image
+        pixels = (
+            image.read_bytes() if isinstance(image, Path) else f"{image.mode} {image.size} ".encode() + image.tobytes()
+        )
+        found.update(json.dumps([triple.question, triple.chosen, triple.rejected]).encode())
+        found.update(hashlib.sha256(pixels).digest())
+    return found.hexdigest()[:16]

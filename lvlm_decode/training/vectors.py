@@ -15,6 +15,7 @@ placeholder as a word; here it is left out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -70,7 +71,9 @@ class Kept:
 
         path = self.folder / f"{part}-{number:06}.safetensors"
         if path.is_file():
-            return read_safetensors(path)[part]
+            # One that a full disk or a crash of the machine cut off is computed again.
+            with contextlib.suppress(InputError, KeyError):
+                return read_safetensors(path)[part]
         found = compute().cpu().contiguous()
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
@@ -117,7 +120,12 @@ def directions(
 
     Args:
         kept: where what was read of each pair is left, and looked for.
+
+    Raises:
+        InputError: fewer pairs than directions, before any is read.
     """
+    if kind == "nullu":
+        check_rank(len(pairs), rank)
 
     def read(number: int, pair: Triple) -> Tensor:
         if kind == "revis":
@@ -262,13 +270,18 @@ def component(differences: Tensor) -> Tensor:
     return torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]
 
 
+def check_rank(pairs: int, rank: int) -> None:
+    """Raise :class:`InputError` for fewer pairs than directions."""
+    if pairs < rank:
+        raise InputError(f"{pairs} pairs have no {rank} directions; give more pairs or a smaller --rank.")
+
+
 def nullu(differences: Tensor, rank: int) -> Tensor:
     """(L, D, rank) first right singular vectors of each layer's differences (n, L, D) / 2.
 
     Raises:
         InputError: fewer pairs than directions.
     """
-    if len(differences) < rank:
-        raise InputError(f"{len(differences)} pairs have no {rank} directions; give more pairs or a smaller --rank.")
+    check_rank(len(differences), rank)
     right = torch.linalg.svd(differences.transpose(0, 1) / 2, full_matrices=False).Vh
     return right[:, :rank].transpose(1, 2)
