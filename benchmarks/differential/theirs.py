@@ -1018,7 +1018,12 @@ def cai_answer(repository: Repository, seed: int, threshold: float, first_layer:
     "ILVAD",
     "main.py",
     "get_enhanced_map, compute_attention_heatmap",
-    [{"seed": 5, "alpha": 5.0, "tau": 2.0}, {"seed": 6, "alpha": 4.0, "tau": 1.5}],
+    [
+        {"seed": 5, "alpha": 5.0, "tau": 2.0},
+        {"seed": 6, "alpha": 4.0, "tau": 1.5},
+        # One token is more than three deviations above the others.
+        {"seed": 22, "alpha": 5.0, "tau": 2.0},
+    ],
     [{"alpha": 4.9}, {"tau": 1.0}],
 )
 def ilvad_map(repository: Repository, seed: int, alpha: float, tau: float) -> Named:
