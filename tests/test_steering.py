@@ -908,6 +908,36 @@ def test_more_directions_than_pairs_are_refused_before_any_is_read(loaded, monke
         calibration.directions(loaded.model, loaded.processor, scene_pairs(2), "nullu", 8)
 
 
+@pytest.mark.parametrize("part", ["layers", "encoder"])
+def test_vectors_of_other_layers_below_the_same_head_are_refused(tmp_path, part):
+    """A fine-tuned decoder, or another vision encoder; a file that says nothing of them is taken, as are quantized layers."""
+    zoo, path = tiny("llava"), tmp_path / "v.safetensors"
+    family = family_of(zoo.model)
+    store.save(path, "vti", vectors(), zoo.model, store.layers_of(family))
+    traced(VTI(vectors=path, text=3.0))
+    other = family_of(copy.deepcopy(zoo.model))
+    layers = decoder.layers(other.model) if part == "layers" else other.vision_layers()
+    matrix = layers[-1].self_attn.v_proj.weight
+    with torch.no_grad():
+        # What a merged adapter of rank 1 adds.
+        matrix += 0.1 * torch.outer(torch.ones(len(matrix)), torch.ones(matrix.shape[1]))
+    assert decoder.fingerprint(other.model) == decoder.fingerprint(zoo.model)
+    with pytest.raises(ParameterError, match="made for another model"):
+        store.tensors_of(path, "vti", other)
+    layers[-1].self_attn.v_proj.weight = torch.nn.Parameter(matrix.to(torch.int8), requires_grad=False)
+    assert decoder.layers_fingerprint(layers) is None and store.tensors_of(path, "vti", other)
+    store.save(path, "vti", vectors(), zoo.model, {"model": "tiny"})
+    assert store.tensors_of(path, "vti", other)
+
+
+def test_layers_have_one_name_in_every_precision():
+    layers = decoder.layers(copy.deepcopy(tiny("llava").model).to(torch.bfloat16))
+    names = {
+        decoder.layers_fingerprint([layer.to(kind) for layer in layers]) for kind in (torch.float32, torch.bfloat16)
+    }
+    assert len(names) == 1 and None not in names
+
+
 @pytest.mark.parametrize("said", ["{}", "not json", "[]", '{"kind": "vti"}', '{"kind": 1, "fingerprint": "x"}'])
 def test_a_damaged_description_is_one_sentence(tmp_path, said):
     path = tmp_path / "v.safetensors"

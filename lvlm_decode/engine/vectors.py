@@ -62,19 +62,29 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
 
 
-def tensors_of(given: Given, kind: str, module: torch.nn.Module) -> dict[str, Tensor]:
+def layers_of(family: Family) -> dict[str, str | None]:
+    """What a file of vectors says of the layers that it was made of: name -> fingerprint, of decoder and vision encoder."""
+    module = family.decoding_module(family.model)
+    found = {"layers": decoder.layers(module), "encoder": family.vision_layers()}
+    return {name: decoder.layers_fingerprint(layers) for name, layers in found.items()}
+
+
+def tensors_of(given: Given, kind: str, family: Family) -> dict[str, Tensor]:
     """The tensors that are given for a method, by name; one that is no file is the decoder's.
 
     Raises:
         InputError: a file that cannot be read.
-        ParameterError: vectors of another method or model.
+        ParameterError: vectors of another method or model, or of one with the same head and other layers. A file that says
+            nothing of the layers is taken, and so is any where they are quantized.
     """
     if isinstance(given, Tensor):
         return {TENSOR: given}
     tensors, about = load(given)
     if about["kind"] != kind:
         raise ParameterError(f"{kind}: {given} holds vectors of {about['kind']}; give those of {kind}.")
-    if about["fingerprint"] != decoder.fingerprint(module):
+    module = family.decoding_module(family.model)
+    own = {"fingerprint": decoder.fingerprint(module), **layers_of(family)}
+    if any(None not in (about.get(name), value) and about[name] != value for name, value in own.items()):
         raise ParameterError(
             f"{kind}: {given} was made for another model ({about.get('model', 'unknown')}); make vectors for this one "
             f"with: lvlm-decode train vector --kind {kind}."
@@ -89,7 +99,7 @@ def visual_for(family: Family, kind: str, given: Given) -> Tensor:
         InputError: a file that cannot be read.
         ParameterError: vectors of another method or model, or without a visual direction.
     """
-    tensors = tensors_of(given, kind, family.decoding_module(family.model))
+    tensors = tensors_of(given, kind, family)
     if VISUAL not in tensors:
         raise ParameterError(
             f"{kind}: the vectors have no visual direction; make a file with: lvlm-decode train vector --kind {kind}, or leave "
@@ -105,7 +115,7 @@ def vectors_for(run: Run, kind: str, given: Given, dimensions: int) -> Tensor:
         InputError: a file that cannot be read.
         ParameterError: vectors of another method or model, or of another shape.
     """
-    vectors = tensors_of(given, kind, run.module)[TENSOR]
+    vectors = tensors_of(given, kind, run.family)[TENSOR]
     shape = (decoder.layer_count(run.module), decoder.width(run.module))
     if vectors.dim() != dimensions or tuple(vectors.shape[:2]) != shape:
         raise ParameterError(

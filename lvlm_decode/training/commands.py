@@ -154,7 +154,7 @@ def vector(
 
     from ..engine import learned
     from ..engine.hf.decoder import fingerprint
-    from ..engine.vectors import save
+    from ..engine.vectors import layers_of, save
     from ..errors import InputError
     from ..families import family_of
     from . import vectors as train
@@ -169,6 +169,7 @@ def vector(
     family = family_of(loaded.model)
     source = f"scenes, seed {seed}" if pairs is None else pairs.name
     about: dict[str, Any] = {"model": model, "pairs": len(drawn), "source": source, "content": digest(drawn)}
+    about |= layers_of(family)
     masks: dict[str, Any] = {"share": mask_share, "trials": trials, "rows": rows, "seed": seed}
     sees = kind == "vti" and family.has_grid
     about |= {"masks": masks} if sees else {}

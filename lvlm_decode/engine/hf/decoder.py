@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -155,10 +155,35 @@ def fingerprint(module: Any) -> str:
     they are hashed. That is exact for checkpoints stored in float16 or bfloat16; one stored in float32 may get another
     name when it is loaded as float16, because two roundings are not one.
     """
-    weight: Tensor = module.get_output_embeddings().weight.detach()
-    sample = weight[:: max(1, weight.shape[0] // 64)].to("cpu", torch.bfloat16)
-    sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
-    return hashlib.blake2b(sample.view(torch.int16).numpy().tobytes(), digest_size=8).hexdigest()
+    return _name_of([module.get_output_embeddings().weight], 64)
+
+
+def layers_fingerprint(layers: Sequence[nn.Module]) -> str | None:
+    """A short name, as :func:`fingerprint` makes it, of the matrices of the first and the last of some layers.
+
+    It tells a model from one that was fine-tuned below the same head, adapters merged; adapters that lie beside the weights
+    are left out. ``None`` where the matrices are quantized or not in memory.
+    """
+    found = [
+        weight
+        for layer in (layers[0], layers[-1])
+        for name, weight in layer.named_parameters()
+        if weight.dim() > 1 and "lora_" not in name
+    ]
+    known = (torch.float32, torch.float16, torch.bfloat16)
+    if any(weight.is_meta or weight.dtype not in known or type(weight.data) is not Tensor for weight in found):
+        return None
+    return _name_of([weight.flatten(0, -2) for weight in found], 8)
+
+
+def _name_of(weights: Sequence[Tensor], rows: int) -> str:
+    """A hash of about so many rows of each of some matrices."""
+    found = hashlib.blake2b(digest_size=8)
+    for weight in weights:
+        sample = weight.detach()[:: max(1, weight.shape[0] // rows)].to("cpu", torch.bfloat16)
+        sample = sample.masked_fill(sample.abs() < 2.0**-14, 0.0).contiguous()
+        found.update(sample.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()
 
 
 def states_of(output: Any) -> Tensor:
