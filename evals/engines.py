@@ -34,6 +34,7 @@ from typing import Any, Protocol
 
 import lvlm_decode
 from lvlm_decode.errors import InputError, SettingsError, UnreachableError
+from lvlm_decode.methods import classes
 
 from .base import Answer, Question
 from .loaders import Source
@@ -181,7 +182,7 @@ class Server:
                 )
 
     def _check_method(self, method: str, parameters: Mapping[str, Any]) -> None:
-        parts = [part.name for part in lvlm_decode.parse(method).parts()]
+        parts = [part.name for part in classes(method)]
         if self.methods is None:
             if method != "plain":
                 raise SettingsError(

@@ -42,6 +42,7 @@ from lvlm_decode.errors import (
     UnreachableError,
     UnsupportedError,
 )
+from lvlm_decode.methods import classes
 from lvlm_decode.reading import read_json
 
 from .answers import append_answers, append_lines, remove_partials, resume_answers, write_answers
@@ -341,7 +342,7 @@ def _own(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     from dataclasses import fields
 
     known: set[str] = set()
-    for part in lvlm_decode.parse(method).parts():
+    for part in classes(method):
         known |= {option.name for option in fields(part)} | set(part.aliases)
     return {name: value for name, value in parameters.items() if name in known}
 
@@ -608,7 +609,7 @@ class EvaluationRun:
 
     def _alone(self, method: str) -> bool:
         """Whether a method refuses several samples in one batch."""
-        return any("batch" in part.refuses for part in lvlm_decode.parse(method).parts())
+        return any("batch" in part.refuses for part in classes(method))
 
     @contextmanager
     def _attached(self, method: str) -> Iterator[None]:
@@ -784,7 +785,7 @@ def _scored(plan: Sequence[Cell], folders: Mapping[Cell, Path]) -> list[Result]:
 
 def _weight(method: str) -> int:
     """Forwards a token of a method, roughly: one, and one for each view."""
-    return 1 + sum(len(part.costs) for part in lvlm_decode.parse(method).parts())
+    return 1 + sum(len(part.costs) for part in classes(method))
 
 
 # Errors about the method, the model and the settings; any other error is about the sample.

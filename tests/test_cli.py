@@ -65,6 +65,18 @@ def test_a_parameter_without_which_there_is_no_method_is_required():
     assert "vectors (required)" in text and "vectors = None" not in text and "image = 0.0" in text
 
 
+def test_what_a_method_requires_may_be_given_beside_it(tmp_path):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for scene in lvlm_decode_data.load_scenes()[40:42]:
+        (pool / scene.path.name).write_bytes(scene.path.read_bytes())
+    given = ("--method", "cicd", "-p", f"images={pool}", "-p", "alpha=1", "--no-do-sample", "--limit", 2)
+    out = call("eval", "pope", *given, "--split", "random", "--out", tmp_path / "out").output
+    assert "cicd" in out and {p.parent.parent.parent.name for p in (tmp_path / "out").rglob("answers.jsonl")} >= {
+        "cicd"
+    }
+
+
 def test_methods_for_people():
     text = call("methods").stdout
     assert all(re.search(rf"^{re.escape(name)}  ", text, re.M) for name in METHODS)

@@ -107,6 +107,15 @@ def parse(text: str, **parameters: Any) -> Method:
     return parts[0] if len(parts) == 1 else Sum.of(*parts)
 
 
+def classes(text: str) -> list[type[Method]]:
+    """The classes of the parts of a method in its command-line form, whatever parameters they still need.
+
+    Raises:
+        UnknownNameError: an unknown method, or text that is not such a form.
+    """
+    return [_call(piece, text)[0] for piece in _split(text, "+")]
+
+
 def _split(text: str, separator: str) -> list[str]:
     """Split at ``separator`` outside parentheses and brackets."""
     pieces, depth, at = [], 0, 0
