@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StoppingCriteria
 
 from lvlm_decode.engine import hf
 from lvlm_decode.engine.recorder import Recorder
@@ -59,3 +59,14 @@ def spelled_logits(model, name, attend, inputs, tokens):
         for token in tokens:
             out.append(model(input_ids=token.view(1, 1), **hf.with_cache(cache)).logits[0, -1])
     return torch.stack(out)
+
+
+class Ends(StoppingCriteria):
+    """Holds for texts of a length that the first token decides; keeps what it was called with."""
+
+    def __init__(self, width):
+        self.width, self.calls = width, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls += [row[self.width :].tolist() for row in input_ids]
+        return torch.tensor([len(row) - self.width >= 4 + int(row[self.width]) % 7 for row in input_ids])

@@ -11,6 +11,7 @@ from lvlm_decode.methods import parse
 from lvlm_decode.speculative import drafters
 from lvlm_decode.speculative.drafters import DRAFTERS, Context, Verified
 from lvlm_decode.speculative.drafters.automaton import Automaton
+from lvlm_decode.speculative.drafters.base import Drafter, Session
 from lvlm_decode.speculative.heads import DraftHead, HeadConfig
 from lvlm_decode.speculative.tree import Tree
 from lvlm_decode.testing import models as zoo
@@ -180,3 +181,10 @@ def test_what_is_learned_in_inference_mode_serves_outside_of_it(name):
             with torch.inference_mode(mode):
                 outs.append(generate(tiny.model, tiny, drafter)[0])
         assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+
+
+def test_a_drafter_must_begin_and_a_session_must_propose():
+    with pytest.raises(TypeError, match="abstract"):
+        Drafter()
+    with pytest.raises(TypeError, match="abstract"):
+        Session(None, None)

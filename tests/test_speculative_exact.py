@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 from contract import KINDS as KINDS_OF_METHODS
-from helpers import full_but
+from helpers import Ends, full_but
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from lvlm_decode.attachment import attach
@@ -242,17 +242,6 @@ def test_stop_strings_are_honoured(family, texts):
         out, _ = run(tiny, model, parse("plain"), inputs, drafter, **options, generation_config=config)
         assert torch.equal(out[:, -ended:], expected[:, -ended:]), drafter
     assert "_get_stopping_criteria" not in model.__dict__
-
-
-class Ends(StoppingCriteria):
-    """Holds for texts of a length that the first token decides; keeps what it was called with."""
-
-    def __init__(self, width):
-        self.width, self.calls = width, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.calls += [row[self.width :].tolist() for row in input_ids]
-        return torch.tensor([len(row) - self.width >= 4 + int(row[self.width]) % 7 for row in input_ids])
 
 
 @pytest.mark.parametrize("eos", [None, zoo.EOS])

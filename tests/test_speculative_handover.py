@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from helpers import full_but
-from transformers import LogitsProcessor, StoppingCriteria
+from helpers import Ends, full_but
+from transformers import LogitsProcessor
 
 from lvlm_decode.engine.stack import Lane
 from lvlm_decode.errors import InputError
@@ -167,17 +167,6 @@ def test_slots_without_a_token_are_left_behind(monkeypatch):
     assert max(had) > start and len(masks) == 5 + NEW - start
     for mask in rest:
         assert (mask is None and bool(prompt.all())) or bool(mask[:, prompt.shape[1] :].all())
-
-
-class Ends(StoppingCriteria):
-    """Holds for texts of a length that the first token decides."""
-
-    def __init__(self, width):
-        self.width, self.calls = width, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.calls += [row[self.width :].tolist() for row in input_ids]
-        return torch.tensor([len(row) - self.width >= 4 + int(row[self.width]) % 7 for row in input_ids])
 
 
 class Listener(LogitsProcessor):

@@ -488,3 +488,10 @@ def test_a_video_given_as_images_is_a_sample_with_images(family):
     assert torch.equal(view[0], view[1]) and not torch.allclose(view, inputs["pixel_values"].flatten(0, -4), atol=0.01)
     with pytest.raises(UnsupportedError, match=r"pixel_values_videos cannot be honoured.*pass frames as images"):
         attached(zoo, inputs | {"pixel_values_videos": torch.zeros(1, 2, 3, 32, 32)}, ld.VCD())
+
+
+def test_an_adapter_that_reads_no_videos_says_what_it_lacks():
+    llava = family_of(tiny("llava").model)
+    for name, given in (("tokens_per_video", ({},)), ("frames_of", ({},)), ("with_frames", ({}, []))):
+        with pytest.raises(UnsupportedError, match=f"reads no videos; give its adapter {name}"):
+            getattr(llava, name)(*given)

@@ -125,21 +125,30 @@ class Family:
         Raises:
             UnsupportedError: this family's adapter reads no videos.
         """
-        raise UnsupportedError(
-            f"{type(self).__name__} says of no video how many tokens it takes; give its adapter tokens_per_video."
-        )
+        raise self._reads_no_videos("tokens_per_video")
 
     def video_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
         """Rows of ``pixel_values_videos`` that each video takes; ``None`` means one."""
         return None
 
     def frames_of(self, vision: dict[str, Tensor]) -> list[Tensor]:
-        """Per video its frames (F, 3, H, W), normalised."""
-        raise NotImplementedError
+        """Per video its frames (F, 3, H, W), normalised.
+
+        Raises:
+            UnsupportedError: this family's adapter reads no videos.
+        """
+        raise self._reads_no_videos("frames_of")
 
     def with_frames(self, vision: dict[str, Tensor], frames: Sequence[Tensor]) -> dict[str, Tensor]:
-        """``vision`` with other frames, (F, 3, H, W) per video, of the same sizes; their number may be smaller."""
-        raise NotImplementedError
+        """``vision`` with other frames, (F, 3, H, W) per video, of the same sizes; their number may be smaller.
+
+        Raises:
+            UnsupportedError: this family's adapter reads no videos.
+        """
+        raise self._reads_no_videos("with_frames")
+
+    def _reads_no_videos(self, missing: str) -> UnsupportedError:
+        return UnsupportedError(f"{type(self).__name__} reads no videos; give its adapter {missing}.")
 
     def pixel_rows(self, vision: dict[str, Tensor]) -> list[int] | None:
         """Rows of ``pixel_values`` that each image takes; ``None`` means one."""

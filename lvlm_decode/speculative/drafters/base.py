@@ -7,6 +7,7 @@ a session may keep what it learned from earlier calls.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -116,7 +117,7 @@ class Verified:
     features: Features | None = None
 
 
-class Session:
+class Session(ABC):
     """One call of a drafter. Subclasses propose a tree of at most ``room`` levels below the root, and may observe."""
 
     #: Acceptance that a session assumes of a level before it has seen any.
@@ -126,9 +127,9 @@ class Session:
         self.drafter, self.context = drafter, context
         self._tried, self._accepted = 1.0, self.PRIOR
 
+    @abstractmethod
     def propose(self, room: int) -> Tree:
         """A tree whose roots are the last of ``context.tokens``, no deeper than ``room``."""
-        raise NotImplementedError
 
     def goes_on(self, room: int) -> bool:
         """Whether something may still be drafted in this call; asked before every proposal.
@@ -139,9 +140,11 @@ class Session:
 
     def observe(self, verified: Verified) -> None:
         """Told after every verification; ``context.tokens`` already holds what was committed."""
+        return None
 
     def finish(self) -> None:
         """Told once, when the call is over."""
+        return None
 
     def count(self, verified: Verified) -> None:
         """Keep the running acceptance that :meth:`levels` needs; old cycles fade."""
@@ -208,9 +211,9 @@ class Drafter(Checked):
         """Decoder layers whose outputs its sessions read: ``i`` is the state after layer ``i``."""
         return ()
 
+    @abstractmethod
     def begin(self, context: Context) -> Session:
         """The session of one call."""
-        raise NotImplementedError
 
     def watch(self, module: Any, samples: int, views: int) -> Watch | None:
         """What watches the next call, one of this shape, if nothing is drafted in it; ``None`` if it has a session.
